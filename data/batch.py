@@ -1,0 +1,34 @@
+"""One micro-batch of captioned clips, as the loader hands it to the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """B clips of one optimizer step: either `pixels` or `latents` is set, captions always are.
+
+    Slots and rows stay on the CPU: they key random draws on the host, so moving them would only force a wait later.
+    """
+
+    step: int
+    slots: torch.Tensor  # int64 [B], position of each clip in the global batch of the step
+    rows: torch.Tensor  # int64 [B], row of each clip in the dataset's index (after any substitution)
+    keys: list[str]
+    captions: list[str]  # "" where the caption was dropped
+    pixels: torch.Tensor | None = None  # float32 [B, 3, T, H, W] in [-1, 1]
+    latents: torch.Tensor | None = None  # float32 [B, z, T', H', W']
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> VideoBatch:
+        """The same batch with pixels and latents on `device`."""
+        return replace(
+            self,
+            pixels=None if self.pixels is None else self.pixels.to(device, non_blocking=True),
+            latents=None if self.latents is None else self.latents.to(device, non_blocking=True),
+        )
