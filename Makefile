@@ -1,0 +1,67 @@
+# The commands of a checkout. They need python3 (3.11 to 3.13) with venv, and bash.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+ARGS ?=
+BIN := $(abspath $(VENV))/bin
+REQUIREMENTS := pyproject.toml constraints.txt
+
+# torchrun, ninja and deepspeed are looked up on PATH.
+IN_VENV := PATH="$(BIN):$$PATH"
+# A suite that neither asks for a network nor lets two workers fight for the cores.
+TEST_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help install quickstart test check format gpu clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-19s %s\n' "$$name" "$$text"; done
+	@echo "Variables: VENV=.venv  PYTHON=python3  ARGS='options passed on'"
+
+install: $(VENV)/.dev-installed ## everything that development needs, into .venv
+
+quickstart: $(VENV)/.core-installed ## data, VAE, DiT and generated videos in runs/quickstart, on this machine
+	$(IN_VENV) muybridge quickstart $(ARGS)
+
+test: $(VENV)/.dev-installed ## the whole CPU test suite
+	$(IN_VENV) $(TEST_ENV) python -m pytest -n 2 --dist loadfile $(ARGS)
+
+check: $(VENV)/.dev-installed .source/muybridge ## lint, format and types, without changing a file
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+	cd .source && $(IN_VENV) mypy --config-file muybridge/pyproject.toml --cache-dir muybridge/.mypy_cache -p muybridge
+
+format: $(VENV)/.dev-installed ## mend lint and format where that is automatic
+	$(IN_VENV) ruff check --fix .
+	$(IN_VENV) ruff format .
+
+# Nothing is installed: a machine with the GPU often has its own torch and no network. PYTHONSAFEPATH keeps the checkout's own folder
+# off sys.path, where `kernels` and `data` would be found as top-level packages.
+gpu: .source/muybridge ## kernels, quickstart and the 1.3B model on a CUDA GPU; results in benchmarks/results
+	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/.source$${PYTHONPATH:+:$$PYTHONPATH}" \
+	  $(or $(PYTHON),$(wildcard $(VENV)/bin/python),python3) -m muybridge.scripts.gpu_suite $(ARGS)
+
+clean: ## remove caches and build leftovers; keeps .venv and runs
+	rm -rf .source .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+
+# The checkout is the package, whatever its folder is called: this link gives it the name `muybridge`. The folder is hidden so that
+# no tool walks into the cycle.
+.source/muybridge:
+	mkdir -p .source
+	ln -sfn .. .source/muybridge
+
+$(VENV)/bin/pip:
+	@$(or $(PYTHON),python3) -c 'import sys; v = sys.version_info[:2]; \
+	  (3, 11) <= v < (3, 14) or sys.exit("muybridge needs Python 3.11 to 3.13; PYTHON=%s is %d.%d" % (sys.executable, *v))'
+	$(or $(PYTHON),python3) -m venv $(VENV)
+
+# A stamp an extra: the quickstart need not wait for the developers' tools. Both pins and extras live in REQUIREMENTS.
+$(VENV)/.core-installed: $(REQUIREMENTS) | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev-installed: $(REQUIREMENTS) | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(VENV)/.core-installed $@
