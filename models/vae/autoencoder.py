@@ -1,0 +1,111 @@
+"""The causal video autoencoder: pixels to a distribution over latents and back, with diffusers' parameter names."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import VAEConfig
+from .decoder import Decoder
+from .encoder import Encoder
+from .inflate import inflate
+from .layers import CausalConv3d, FrameAttention, fold_pixels, unfold_pixels
+
+
+@dataclass
+class LatentDistribution:
+    """A diagonal Gaussian over raw latents; both tensors are [B, z, T', H', W'], logvar within [-30, 20]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise, for standard normal noise of the same shape."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def mode(self) -> Tensor:
+        """The latents that diffusion models are trained on."""
+        return self.mean
+
+
+class VideoVAE(nn.Module):
+    """Autoencoder of clips of 1 + k * temporal_stride frames; the first frame alone is an image.
+
+    Equal to diffusers' `AutoencoderKLWan`, whose chunks and caches compute the same function, and `state_dict()` has
+    its keys. Fresh weights look at single frames (see `inflate`), so that an image stage trains all that it uses.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        if faults := config.faults("vae"):
+            raise ValueError("; ".join(faults))
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
+        self.decoder = Decoder(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh weights: see the class. Attention starts as the identity, its projection is zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                module.reset_parameters()
+            if isinstance(module, FrameAttention):
+                nn.init.zeros_(module.proj.weight)
+                nn.init.zeros_(module.proj.bias)
+        inflate(self)
+
+    def encode(self, pixels: Tensor) -> LatentDistribution:
+        """Pixels [B, 3, T, H, W] in [-1, 1] -> distribution over latents [B, z, T', H/stride, W/stride].
+
+        Raises ValueError where the frames are not 1 + k * temporal_stride, or the stride does not divide a side.
+        """
+        self._check_pixels(pixels)
+        if self.config.patch_size > 1:
+            pixels = fold_pixels(pixels, self.config.patch_size)
+        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        return LatentDistribution(mean, logvar.clamp(-30.0, 20.0))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raw latents [B, z, T', H', W'] -> pixels [B, 3, T, H, W], not clamped to [-1, 1] (diffusers clamps)."""
+        pixels = self.decoder(self.post_quant_conv(latents))
+        return unfold_pixels(pixels, self.config.patch_size) if self.config.patch_size > 1 else pixels
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, LatentDistribution]:
+        """Reconstruct pixels through latents sampled with `noise` [B, z, T', H', W'], as training does."""
+        distribution = self.encode(pixels)
+        return self.decode(distribution.sample(noise)), distribution
+
+    def normalise(self, mean: Tensor) -> Tensor:
+        """Raw latents -> (mean - latents_mean) / latents_std, what a diffusion model sees; unmeasured: unchanged."""
+        centre, spread = self._statistics_like(mean)
+        return (mean - centre) / spread
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        centre, spread = self._statistics_like(latents)
+        return latents * spread + centre
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(z, T', H', W') of a clip of these sizes."""
+        stride = self.config.spatial_stride
+        return self.config.z_dim, 1 + (frames - 1) // self.config.temporal_stride, height // stride, width // stride
+
+    def _statistics_like(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std [z, 1, 1, 1]. Not buffers: the weight files have no such keys, and casts would round them."""
+        channels = self.config.z_dim
+        pair = []
+        for values in (self.config.latents_mean or [0.0] * channels, self.config.latents_std or [1.0] * channels):
+            pair.append(torch.tensor(values, dtype=latents.dtype, device=latents.device).view(-1, 1, 1, 1))
+        return pair[0], pair[1]
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        frames, height, width = pixels.shape[2:]
+        stride = self.config.temporal_stride
+        if (frames - 1) % stride:
+            raise ValueError(f"frames={frames} must be 1 + a multiple of {stride} (the autoencoder's temporal stride)")
+        stride = self.config.spatial_stride
+        for name, size in (("height", height), ("width", width)):
+            if size % stride:
+                raise ValueError(f"{name}={size} must be a multiple of {stride} (the autoencoder's spatial stride)")

@@ -1,0 +1,114 @@
+"""The parallel autoencoder equals diffusers' chunked AutoencoderKLWan, which is the oracle throughout."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muybridge.models.vae import VAEConfig, VideoVAE
+
+diffusers = pytest.importorskip("diffusers", reason="the oracle of this file is diffusers")
+
+FORMS = {
+    "wan_2_1": VAEConfig(base_dim=8, z_dim=16),
+    "wan_2_2": VAEConfig(base_dim=16, decoder_base_dim=24, z_dim=8, patch_size=2, is_residual=True),
+}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def pair(request: pytest.FixtureRequest) -> tuple[VideoVAE, nn.Module]:
+    """Ours and the oracle with the same random weights, none of them zero."""
+    ours = VideoVAE(FORMS[request.param])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("gamma"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.1 * noise)
+            else:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+        # Keep the decoder inside [-1, 1], where the oracle's clamp does nothing.
+        ours.decoder.conv_out.weight.mul_(0.1)
+    oracle = diffusers.AutoencoderKLWan(**_without_class(ours.config.to_diffusers())).eval()
+    oracle.load_state_dict(ours.state_dict(), strict=True)
+    return ours, oracle
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 13, 17])
+@torch.no_grad()
+def test_encode_and_decode_equal_the_chunked_oracle(pair: tuple[VideoVAE, nn.Module], frames: int) -> None:
+    ours, oracle = pair
+    pixels = _clips(ours.config, frames=frames)
+    theirs = oracle.encode(pixels).latent_dist
+    distribution = ours.encode(pixels)
+    torch.testing.assert_close(distribution.mean, theirs.mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(distribution.logvar, theirs.logvar, atol=1e-5, rtol=1e-5)
+
+    decoded = ours.decode(theirs.mean)
+    assert decoded.shape == pixels.shape
+    assert 0.05 < decoded.abs().max() < 1, "the oracle's clamp would hide a difference"
+    torch.testing.assert_close(decoded, oracle.decode(theirs.mean).sample, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_any_memory_format_and_frame_size_gives_the_oracles_result(pair: tuple[VideoVAE, nn.Module]) -> None:
+    ours, oracle = pair
+    pixels = _clips(ours.config, frames=5, height=48, width=32)
+    theirs = oracle.encode(pixels).latent_dist.mean
+    torch.testing.assert_close(
+        ours.encode(pixels.to(memory_format=torch.channels_last_3d)).mean, theirs, atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_pixels_of_one_clip_do_not_reach_another(pair: tuple[VideoVAE, nn.Module]) -> None:
+    ours, _ = pair
+    pixels = _clips(ours.config, frames=5)
+    together = ours.encode(pixels).mean
+    torch.testing.assert_close(ours.encode(pixels[1:]).mean, together[1:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_double_precision_is_exact_against_the_encoder_of_the_oracle(pair: tuple[VideoVAE, nn.Module]) -> None:
+    # Encoding only: the oracle's upsampler rounds to single precision on its way.
+    ours, oracle = (model.double() for model in pair)
+    pixels = _clips(ours.config, frames=9).double()
+    theirs = oracle.encode(pixels).latent_dist.mean
+    difference = (ours.encode(pixels).mean - theirs).abs().max()
+    for model in pair:
+        model.float()
+    assert difference < 1e-12
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_state_dict_keys_and_shapes_are_diffusers_both_ways(form: str) -> None:
+    config = FORMS[form]
+    oracle = diffusers.AutoencoderKLWan(**_without_class(config.to_diffusers()))
+    ours = VideoVAE(VAEConfig.from_diffusers(dict(oracle.config)))
+    ours.load_state_dict(oracle.state_dict(), strict=True)
+    oracle.load_state_dict(ours.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "parameters"),
+    [
+        (VAEConfig(), 194, 126.9e6),
+        (VAEConfig(base_dim=160, decoder_base_dim=256, z_dim=48, patch_size=2, is_residual=True), 196, 704.7e6),
+    ],
+    ids=["wan_2_1", "wan_2_2"],
+)
+def test_released_sizes_have_the_released_number_of_weights(config: VAEConfig, tensors: int, parameters: float) -> None:
+    with torch.device("meta"):
+        weights = VideoVAE(config).state_dict()
+    assert len(weights) == tensors
+    assert sum(weight.numel() for weight in weights.values()) == pytest.approx(parameters, rel=1e-3)
+
+
+def _clips(config: VAEConfig, *, frames: int, height: int = 32, width: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(frames)
+    return torch.rand((2, config.in_channels, frames, height, width), generator=generator) * 2 - 1
+
+
+def _without_class(config: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in config.items() if key != "_class_name"}
