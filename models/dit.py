@@ -1,0 +1,190 @@
+"""The diffusion transformer of Wan 2.1 and 2.2: noisy latents, noise level and text in, velocity out.
+
+Modules are named as in diffusers' `WanTransformer3DModel`, so a `state_dict` moves between the two unchanged.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .blocks import DiTBlock, modulate
+from .embeddings import ConditionEmbedder, Fp32LayerNorm, Fp32Linear, Fp32RMSNorm, PatchEmbedding
+from .rope import rope_table
+
+
+@dataclass
+class DiTConfig:
+    """The sizes of a DiT. The defaults of width and depth are those of Wan 2.1 T2V-1.3B."""
+
+    in_channels: int = 16  # latent channels of the autoencoder
+    out_channels: int = 16  # latent channels of the velocity
+    num_layers: int = 30  # transformer blocks
+    num_attention_heads: int = 12  # heads N; the model width D is N * K
+    attention_head_dim: int = 128  # head width K, a multiple of 16
+    ffn_dim: int = 8960  # hidden width of the feed-forward
+    text_dim: int = 4096  # width of the text encoder's output
+    freq_dim: int = 256  # width of the timestep sinusoid
+    patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])  # latent frames, rows, columns in a token
+    eps: float = 1e-6  # added to variances in the norms
+    rope_max_seq_len: int = 1024  # largest token count along one axis
+    gradient_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
+
+    @property
+    def dim(self) -> int:
+        """Model width D."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    def faults(self, field: str) -> list[str]:
+        """All breaches of this config's own rules, as messages that name the field, the value and the rule."""
+        found = []
+        positive = ("in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim")
+        for name in (*positive, "text_dim", "freq_dim", "rope_max_seq_len"):
+            if getattr(self, name) < 1:
+                found.append(f"{field}.{name}={getattr(self, name)} must be at least 1")
+        if self.attention_head_dim >= 1 and self.attention_head_dim % 16:
+            found.append(
+                f"{field}.attention_head_dim={self.attention_head_dim} must be a multiple of 16 (the attention kernel's "
+                "tile; it also splits over the three axes of the rotary embedding)"
+            )
+        if self.freq_dim % 2:
+            found.append(f"{field}.freq_dim={self.freq_dim} must be even (one half is cosines, one half sines)")
+        if len(self.patch_size) != 3 or min(self.patch_size, default=0) < 1:
+            found.append(f"{field}.patch_size={list(self.patch_size)} must be three numbers of at least 1 (frames, rows, columns)")
+        if self.eps <= 0:
+            found.append(f"{field}.eps={self.eps} must be greater than 0")
+        return found
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The contents of a diffusers `config.json` for this model."""
+        return {
+            "_class_name": "WanTransformer3DModel",
+            "added_kv_proj_dim": None,
+            "attention_head_dim": self.attention_head_dim,
+            "cross_attn_norm": True,
+            "eps": self.eps,
+            "ffn_dim": self.ffn_dim,
+            "freq_dim": self.freq_dim,
+            "image_dim": None,
+            "in_channels": self.in_channels,
+            "num_attention_heads": self.num_attention_heads,
+            "num_layers": self.num_layers,
+            "out_channels": self.out_channels,
+            "patch_size": list(self.patch_size),
+            "pos_embed_seq_len": None,
+            "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": self.rope_max_seq_len,
+            "text_dim": self.text_dim,
+        }
+
+    @classmethod
+    def from_diffusers(cls, config: dict[str, Any]) -> "DiTConfig":
+        """Read a diffusers `config.json`. ValueError for a model of another kind (image conditioning, other norms)."""
+        required = {
+            "_class_name": "WanTransformer3DModel",
+            "added_kv_proj_dim": None,
+            "cross_attn_norm": True,
+            "image_dim": None,
+            "pos_embed_seq_len": None,
+            "qk_norm": "rms_norm_across_heads",
+        }
+        for name, value in required.items():
+            if config.get(name, value) != value:
+                raise ValueError(f"config.json: {name}={config[name]!r} must be {value!r} (a Wan text-to-video transformer)")
+        sizes = (
+            "in_channels out_channels num_layers num_attention_heads attention_head_dim ffn_dim text_dim freq_dim "
+            "patch_size eps rope_max_seq_len"
+        ).split()
+        missing = [name for name in sizes if name not in config]
+        if missing:
+            raise ValueError(f"config.json: {', '.join(missing)} missing; they are needed to build the transformer")
+        return cls(**{name: config[name] for name in sizes} | {"patch_size": list(config["patch_size"])})
+
+
+class DiT(nn.Module):
+    """Velocity [B, C_out, T, H, W] of noisy latents [B, C, T, H, W] at a timestep, given text features [B, S, text_dim].
+
+    Weights may be float32 (plain or under autocast) or bf16. Matmuls of the blocks run in bf16 where asked; time
+    embedding, modulation, residual stream, norms' statistics, rotary embedding and head are float32 always.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        pt, ph, pw = config.patch_size
+        self.patch_embedding = PatchEmbedding(config.in_channels, dim, (pt, ph, pw))
+        self.condition_embedder = ConditionEmbedder(config.freq_dim, config.text_dim, dim)
+        self.blocks = nn.ModuleList(
+            DiTBlock(config.num_attention_heads, config.attention_head_dim, config.ffn_dim, config.eps)
+            for _ in range(config.num_layers)
+        )
+        self.norm_out = Fp32LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.proj_out = Fp32Linear(dim, math.prod(config.patch_size) * config.out_channels)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
+        self.reset_parameters()
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """Timestep in [0, 1000], float32: one per sample [B], or one per token [B, L] (Wan 2.2's clean first frame).
+
+        Raises ValueError for latents that patches do not tile, a grid beyond `rope_max_seq_len`, or a half-precision
+        timestep, which cannot tell 999 from 1000.
+        """
+        grid = self._token_grid(latents)
+        if timestep.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"timestep.dtype={timestep.dtype} must be float32 (half precision cannot tell 999 from 1000)")
+        if timestep.ndim == 1:
+            timestep = timestep.unsqueeze(1)  # [B, 1] broadcasts over the tokens
+        embedding, modulation, context = self.condition_embedder(timestep, text)
+        rope = rope_table(*grid, self.config.attention_head_dim, latents.device)
+
+        x = self.patch_embedding(latents).float()  # [B, L, D]
+        for block in self.blocks:
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                # Nothing in a block is random, so no generator state has to be kept.
+                x = checkpoint(block, x, context, modulation, rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, context, modulation, rope)
+
+        shift, scale = (self.scale_shift_table.float() + embedding.unsqueeze(-2)).unbind(-2)  # [B, 1|L, D] each
+        return self._unpatchify(self.proj_out(modulate(self.norm_out(x), shift, scale)), grid)
+
+    def _token_grid(self, latents: Tensor) -> tuple[int, int, int]:
+        """Tokens along frames, rows and columns."""
+        size, patch, limit = tuple(latents.shape[2:]), self.config.patch_size, self.config.rope_max_seq_len
+        if any(length % step for length, step in zip(size, patch, strict=True)):
+            raise ValueError(f"latents of (frames, height, width)={size} must be divisible by the patch size {tuple(patch)}")
+        frames, height, width = (length // step for length, step in zip(size, patch, strict=True))
+        if max(frames, height, width) > limit:
+            raise ValueError(f"a grid of {(frames, height, width)} tokens must fit rope_max_seq_len={limit} on every axis")
+        return frames, height, width
+
+    def _unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[B, L, pt*ph*pw*C], channel fastest -> [B, C, T, H, W]."""
+        frames, height, width = grid
+        pt, ph, pw = self.config.patch_size
+        patches = tokens.view(-1, frames, height, width, pt, ph, pw, self.config.out_channels)
+        patches = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, T', pt, H', ph, W', pw]
+        return patches.reshape(tokens.shape[0], -1, frames * pt, height * ph, width * pw)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw fresh weights as the original does: Xavier Linears, small embeddings, and a zero head (velocity 0 at first)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                assert module.bias is not None
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+                module.reset_parameters()
+            elif isinstance(module, Fp32RMSNorm):
+                nn.init.ones_(module.weight)
+        for embedder in (self.condition_embedder.time_embedder, self.condition_embedder.text_embedder):
+            nn.init.normal_(embedder.linear_1.weight, std=0.02)
+            nn.init.normal_(embedder.linear_2.weight, std=0.02)
+        nn.init.zeros_(self.proj_out.weight)
+        for module in (self, *self.blocks):
+            nn.init.normal_(module.scale_shift_table, std=self.config.dim**-0.5)

@@ -1,0 +1,116 @@
+"""Layers around the blocks: patches, time and text embedding, and the norms and Linears that stay in float32 when weights are bf16."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a matmul with this weight runs: autocast's, or the weight's own."""
+    device_type = weight.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+class Fp32Linear(nn.Linear):
+    """A Linear that computes in float32 whatever the dtype of its weight, under autocast too.
+
+    The cast happens in the module's own forward, so sharded weights (ZeRO-3) are whole when it runs.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(input.float(), self.weight.float(), bias)
+
+
+class Fp32LayerNorm(nn.LayerNorm):
+    """LayerNorm computed and returned in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class Fp32RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dim, computed and returned in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Latents [B, C, T, H, W] to tokens [B, L, D] in raster order (frame, row, column).
+
+    Kernel and stride are equal, so the convolution is a matmul over unfolded patches, which is faster everywhere; the
+    weight keeps the Conv3d shape that public checkpoints have.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        batch, channels, frames, height, width = input.shape
+        pt, ph, pw = self.kernel_size
+        patches = input.view(batch, channels, frames // pt, pt, height // ph, ph, width // pw, pw)
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, L, C*pt*ph*pw]
+        return F.linear(patches.to(compute_dtype(self.weight)), self.weight.flatten(1), self.bias)  # [B, L, D]
+
+
+class TimestepEmbedder(nn.Module):
+    """Model timestep in [0, 1000] to a vector, in float32; any leading dims."""
+
+    def __init__(self, freq_dim: int, dim: int) -> None:
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.linear_1 = Fp32Linear(freq_dim, dim)
+        self.linear_2 = Fp32Linear(dim, dim)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(timestep_sinusoid(timestep, self.freq_dim))))
+
+
+def timestep_sinusoid(timestep: Tensor, freq_dim: int) -> Tensor:
+    """[..., freq_dim] = [cos | sin] of t * 10000^(-i / half), in float64 inside because t reaches 1000, float32 outside."""
+    half = freq_dim // 2
+    index = torch.arange(half, dtype=torch.float64, device=timestep.device)
+    angles = timestep.double().unsqueeze(-1) * torch.exp(index * (-math.log(10000.0) / half))
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+
+
+class TextEmbedder(nn.Module):
+    """Text features [B, S, text_dim] to context [B, S, D], in the matmul dtype."""
+
+    def __init__(self, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(text_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        text = text.to(compute_dtype(self.linear_1.weight))
+        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
+
+
+class ConditionEmbedder(nn.Module):
+    """Timestep and text to what the blocks and the head are conditioned on."""
+
+    def __init__(self, freq_dim: int, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.time_embedder = TimestepEmbedder(freq_dim, dim)
+        self.time_proj = Fp32Linear(dim, 6 * dim)
+        self.text_embedder = TextEmbedder(text_dim, dim)
+
+    def forward(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Timestep [B, 1] or [B, L] -> head embedding [B, 1|L, D], block modulation [B, 1|L, 6, D], context [B, S, D]."""
+        embedding = self.time_embedder(timestep)
+        modulation = self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+        return embedding, modulation, self.text_embedder(text)

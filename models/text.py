@@ -1,0 +1,142 @@
+"""Text encoders: a small one of our own that reads bytes and trains along with the DiT, and frozen umT5 from a local folder."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .embeddings import Fp32LayerNorm, compute_dtype
+
+BYTES_PER_WORD = 16
+PADDING = 0
+# A word starts with this byte in no text, because UTF-8 never uses it.
+START_BYTE = 0xFF
+
+
+class TextEncoderKind(str, Enum):
+    """Which text encoder reads the captions."""
+
+    bytes = "bytes"
+    umt5 = "umt5"
+
+
+@dataclass
+class TextEncoderConfig:
+    """The text encoder of a run."""
+
+    kind: TextEncoderKind = TextEncoderKind.bytes  # bytes: built in and trained; umt5: frozen, from `path`
+    dim: int = 256  # width of the features; umt5-xxl has 4096
+    max_tokens: int = 32  # rows a caption is padded or cut to; Wan trains umt5 with 512
+    num_heads: int = 4  # bytes only: attention heads of the encoder layer
+    path: str | None = None  # umt5 only: folder with text_encoder/ and tokenizer/ as diffusers writes them
+
+    def faults(self, field: str) -> list[str]:
+        """All breaches of this config's own rules, as messages that name the field, the value and the rule."""
+        found = []
+        for name in ("dim", "max_tokens", "num_heads"):
+            if getattr(self, name) < 1:
+                found.append(f"{field}.{name}={getattr(self, name)} must be at least 1")
+        if self.kind is TextEncoderKind.bytes and self.num_heads >= 1 and self.dim % self.num_heads:
+            found.append(f"{field}.dim={self.dim} must be divisible by {field}.num_heads={self.num_heads}")
+        if self.kind is TextEncoderKind.umt5 and not self.path:
+            found.append(f"{field}.path={self.path} must name a folder with text_encoder/ and tokenizer/ when kind is umt5")
+        return found
+
+
+class ByteTextEncoder(nn.Module):
+    """Captions as words, each word the sum of learned (place in the word, byte) vectors, then one encoder layer.
+
+    A whole word is one token, so what "red" means is learned from its own vector within a few hundred steps; a model of
+    single bytes would have to learn spelling first. Any script works, because words are their UTF-8 bytes.
+    """
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.byte_embedding = nn.EmbeddingBag(1 + 256 * BYTES_PER_WORD, dim, mode="sum", padding_idx=PADDING)
+        self.word_mlp = FeedForward(dim, 2 * dim)
+        self.word_positions = nn.Parameter(torch.empty(config.max_tokens, dim))
+        self.attention = MaskedSelfAttention(dim, config.num_heads)
+        self.ffn = FeedForward(dim, 2 * dim)
+        self.norm_out = Fp32LayerNorm(dim)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw fresh weights: small embeddings, Xavier Linears with zero bias."""
+        nn.init.normal_(self.byte_embedding.weight, std=0.02)
+        self.byte_embedding.weight[PADDING].zero_()
+        nn.init.normal_(self.word_positions, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Captions to int64 [B, S, W], S always `max_tokens`: a start token, then one row for each word, then zeros.
+
+        S is fixed, because the DiT attends to the padding rows too: with a length that followed the longest caption of a
+        micro-batch, a caption's features would depend on its neighbours and on the number of ranks.
+        """
+        tokens = torch.zeros(len(captions), self.config.max_tokens, BYTES_PER_WORD, dtype=torch.int64)
+        for row, caption in enumerate(captions):
+            words = [bytes([START_BYTE]), *split_words(caption)][: self.config.max_tokens]
+            ids = [[1 + 256 * place + byte for place, byte in enumerate(word)] for word in words]
+            for position, word_ids in enumerate(ids):
+                tokens[row, position, : len(word_ids)] = torch.tensor(word_ids)
+        return tokens
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, S, W] of `tokenize` to float32 features [B, S, dim]; rows of padding are zero and never attended."""
+        is_word = tokens[..., 0] != PADDING  # [B, S]
+        words = self.byte_embedding(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).float()  # [B, S, dim]
+        x = self.word_mlp(words) + self.word_positions.float()
+        x = self.attention(x, is_word)
+        x = self.ffn(x)
+        return self.norm_out(x) * is_word.unsqueeze(-1)
+
+
+class FeedForward(nn.Module):
+    """x + Linear(GELU(Linear(LayerNorm(x)))), with a float32 stream."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = Fp32LayerNorm(dim)
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x).to(compute_dtype(self.up.weight))
+        return x + self.down(F.gelu(self.up(normed), approximate="tanh"))
+
+
+class MaskedSelfAttention(nn.Module):
+    """x + attention(LayerNorm(x)) over the rows that hold words, in both directions, with a float32 stream."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = Fp32LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, is_word: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x).to(compute_dtype(self.qkv.weight)))
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, N, S, K] each
+        mask = is_word[:, None, None, :]  # [B, 1, 1, S]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return x + self.out(out.transpose(1, 2).flatten(2))
+
+
+def split_words(caption: str) -> list[bytes]:
+    """Lower-case words between white space as UTF-8, cut into pieces of at most `BYTES_PER_WORD` bytes."""
+    pieces = []
+    for word in caption.lower().split():
+        encoded = word.encode("utf-8", errors="replace")
+        pieces += [encoded[start : start + BYTES_PER_WORD] for start in range(0, len(encoded), BYTES_PER_WORD)]
+    return pieces

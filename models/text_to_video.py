@@ -1,0 +1,29 @@
+"""The one module that a training engine wraps: the DiT, with the text encoder when that is trained along."""
+
+from torch import Tensor, nn
+
+from .dit import DiT
+from .text import ByteTextEncoder
+
+
+class TextToVideoModel(nn.Module):
+    """Velocity [B, C, T, H, W] of noisy latents; `text` is what the run's text encoder stage hands over."""
+
+    def __init__(self, dit: DiT, text_encoder: ByteTextEncoder | None) -> None:
+        """With a text encoder of its own the model takes tokens; without (frozen umT5, cached features) it takes features.
+
+        Raises ValueError when the encoder's width is not the DiT's `text_dim`.
+        """
+        super().__init__()
+        if text_encoder is not None and text_encoder.config.dim != dit.config.text_dim:
+            raise ValueError(
+                f"text_encoder.dim={text_encoder.config.dim} must equal the transformer's text_dim={dit.config.text_dim}"
+            )
+        self.transformer = dit
+        self.text_encoder = text_encoder
+
+    def forward(self, noisy_latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """Latents [B, C, T, H, W], timestep [B] or [B, L] in [0, 1000], text int64 [B, S, W] or features [B, S, text_dim]."""
+        if self.text_encoder is not None:
+            text = self.text_encoder(text)
+        return self.transformer(noisy_latents, timestep, text)
