@@ -53,7 +53,9 @@ class DiTConfig:
         if self.freq_dim % 2:
             found.append(f"{field}.freq_dim={self.freq_dim} must be even (one half is cosines, one half sines)")
         if len(self.patch_size) != 3 or min(self.patch_size, default=0) < 1:
-            found.append(f"{field}.patch_size={list(self.patch_size)} must be three numbers of at least 1 (frames, rows, columns)")
+            found.append(
+                f"{field}.patch_size={list(self.patch_size)} must be three numbers of at least 1 (frames, rows, columns)"
+            )
         if self.eps <= 0:
             found.append(f"{field}.eps={self.eps} must be greater than 0")
         return found
@@ -93,7 +95,9 @@ class DiTConfig:
         }
         for name, value in required.items():
             if config.get(name, value) != value:
-                raise ValueError(f"config.json: {name}={config[name]!r} must be {value!r} (a Wan text-to-video transformer)")
+                raise ValueError(
+                    f"config.json: {name}={config[name]!r} must be {value!r} (a Wan text-to-video transformer)"
+                )
         sizes = (
             "in_channels out_channels num_layers num_attention_heads attention_head_dim ffn_dim text_dim freq_dim "
             "patch_size eps rope_max_seq_len"
@@ -135,7 +139,9 @@ class DiT(nn.Module):
         """
         grid = self._token_grid(latents)
         if timestep.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(f"timestep.dtype={timestep.dtype} must be float32 (half precision cannot tell 999 from 1000)")
+            raise ValueError(
+                f"timestep.dtype={timestep.dtype} must be float32 (half precision cannot tell 999 from 1000)"
+            )
         if timestep.ndim == 1:
             timestep = timestep.unsqueeze(1)  # [B, 1] broadcasts over the tokens
         embedding, modulation, context = self.condition_embedder(timestep, text)
@@ -156,10 +162,14 @@ class DiT(nn.Module):
         """Tokens along frames, rows and columns."""
         size, patch, limit = tuple(latents.shape[2:]), self.config.patch_size, self.config.rope_max_seq_len
         if any(length % step for length, step in zip(size, patch, strict=True)):
-            raise ValueError(f"latents of (frames, height, width)={size} must be divisible by the patch size {tuple(patch)}")
+            raise ValueError(
+                f"latents of (frames, height, width)={size} must be divisible by the patch size {tuple(patch)}"
+            )
         frames, height, width = (length // step for length, step in zip(size, patch, strict=True))
         if max(frames, height, width) > limit:
-            raise ValueError(f"a grid of {(frames, height, width)} tokens must fit rope_max_seq_len={limit} on every axis")
+            raise ValueError(
+                f"a grid of {(frames, height, width)} tokens must fit rope_max_seq_len={limit} on every axis"
+            )
         return frames, height, width
 
     def _unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:

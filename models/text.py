@@ -1,7 +1,7 @@
 """Text encoders: a small one of our own that reads bytes and trains along with the DiT, and frozen umT5 from a local folder."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ PADDING = 0
 START_BYTE = 0xFF
 
 
-class TextEncoderKind(str, Enum):
+class TextEncoderKind(StrEnum):
     """Which text encoder reads the captions."""
 
     bytes = "bytes"
@@ -41,7 +41,9 @@ class TextEncoderConfig:
         if self.kind is TextEncoderKind.bytes and self.num_heads >= 1 and self.dim % self.num_heads:
             found.append(f"{field}.dim={self.dim} must be divisible by {field}.num_heads={self.num_heads}")
         if self.kind is TextEncoderKind.umt5 and not self.path:
-            found.append(f"{field}.path={self.path} must name a folder with text_encoder/ and tokenizer/ when kind is umt5")
+            found.append(
+                f"{field}.path={self.path} must name a folder with text_encoder/ and tokenizer/ when kind is umt5"
+            )
         return found
 
 

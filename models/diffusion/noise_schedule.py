@@ -1,7 +1,7 @@
 """Which noise levels s in [0, 1] are trained and sampled: s = 0 is data, s = 1 is noise; the model timestep is 1000 s."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 TIMESTEPS = 1000.0
 
 
-class NoiseDistribution(str, Enum):
+class NoiseDistribution(StrEnum):
     """How training noise levels are distributed before the shift."""
 
     logit_normal = "logit_normal"

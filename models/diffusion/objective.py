@@ -68,7 +68,9 @@ def add_noise(latents: Tensor, noise: Tensor, noise_levels: Tensor) -> Tensor:
     return torch.lerp(latents.float(), noise.float(), level)
 
 
-def rectified_flow_loss(model: VelocityModel, latents: Tensor, text: Tensor, noise: Tensor, noise_levels: Tensor) -> Tensor:
+def rectified_flow_loss(
+    model: VelocityModel, latents: Tensor, text: Tensor, noise: Tensor, noise_levels: Tensor
+) -> Tensor:
     """Per-sample loss [B]: the mean over elements of (velocity - (noise - latents))^2, in float32.
 
     Latents and noise [B, C, T, H, W], noise levels [B] in [0, 1], text as the model takes it.

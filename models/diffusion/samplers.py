@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def euler_sample(
     """
     levels = euler_noise_levels(config)
     latents = noise.float()
-    for done, (level, next_level) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=1):
+    for done, (level, next_level) in enumerate(pairwise(levels), start=1):
         timestep = torch.full((len(latents),), TIMESTEPS * level, dtype=torch.float32, device=latents.device)
         latents = latents + (next_level - level) * velocity_fn(latents, timestep).float()
         if progress is not None:
