@@ -1,0 +1,281 @@
+"""The DeepSpeed engine behind one small interface, the same for ZeRO 0, 1, 2 and 3.
+
+Everything that knows DeepSpeed's inner layout is here: the trainer, the EMA and the checkpoints see a list of `FlatShard`s
+(this rank's fp32 master weights with the address of every piece in the full parameter) and nothing else.
+"""
+
+import logging
+import os
+import socket
+import sys
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+from typing import Any, NoReturn
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# The first CPU `initialize` would compile this all-reduce with g++ for a minute, a killed build leaves a lock that hangs every
+# later run, and only inference uses it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# DeepSpeed reports its set-up at INFO and calls collectives that torch 2.13 has renamed: nothing a user could act on.
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+EXIT_DONE, EXIT_CONFIG, EXIT_REQUEUE, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 0, 64, 75, 77, 78
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class EngineConfig:
+    """How DeepSpeed shards and computes."""
+
+    # ZeRO stage: 0 replicates everything, 1 shards optimizer states, 2 also gradients, 3 also weights.
+    zero: int = 1
+    # bf16 keeps bf16 weights with fp32 master weights in the optimizer; fp32 is for CPU runs and debugging.
+    precision: Precision = Precision.bf16
+    # Elements in one gradient reduction (and one all-gather); smaller needs less memory, larger hides more latency.
+    bucket_elements: int = 50_000_000
+    # Seconds a collective may take before the run is declared dead.
+    timeout_seconds: int = 1800
+
+    def faults(self, field: str) -> list[str]:
+        found = []
+        if self.zero not in (0, 1, 2, 3):
+            found.append(f"{field}.zero={self.zero} must be 0, 1, 2 or 3")
+        if self.zero == 0 and self.precision is Precision.bf16:
+            found.append(
+                f"{field}.zero=0 must be 1 or more with {field}.precision=bf16 "
+                "(DeepSpeed's stage-0 bf16 optimizer shifts Adam's bias correction)"
+            )
+        for name in ("bucket_elements", "timeout_seconds"):
+            if getattr(self, name) < 1:
+                found.append(f"{field}.{name}={getattr(self, name)} must be at least 1")
+        return found
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous piece of one parameter: elements [start, start + numel) of it lie at `offset` of a flat shard."""
+
+    name: str
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass
+class FlatShard:
+    """A tensor of fp32 master weights that this rank owns, what lies where in it, and its optimizer's state."""
+
+    # As the optimizer holds it, so that optimizer states can be made in its shape.
+    parameter: Tensor
+    fragments: list[Fragment]
+    optimizer_state: dict[str, Any]
+
+    @property
+    def master(self) -> Tensor:
+        """The weights as one flat tensor that shares the optimizer's storage."""
+        return self.parameter.view(-1)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    grad_norm: float | Tensor
+    applied: bool
+
+
+class Engine:
+    """A model, its optimizer and the process group; forward, backward and step on micro-batches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        config: EngineConfig,
+        micro_batch: int,
+        accumulation: int,
+        gradient_clipping: float,
+    ) -> None:
+        self.config = config
+        self.parameter_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._accumulation = accumulation
+        self._clipping = gradient_clipping
+        self._micro_step = 0
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": micro_batch,
+                "gradient_accumulation_steps": accumulation,
+                # Stage 0 in fp32 reports no gradient norm, so `step` clips there itself; the default would be 1.0.
+                "gradient_clipping": gradient_clipping if config.zero > 0 else 0.0,
+                "bf16": {"enabled": config.precision is Precision.bf16},
+                "zero_optimization": {
+                    "stage": config.zero,
+                    "reduce_bucket_size": config.bucket_elements,
+                    "allgather_bucket_size": config.bucket_elements,
+                    # The reduction in a side stream needs CUDA; on the CPU it only adds copies.
+                    "overlap_comm": torch.cuda.is_available(),
+                },
+                "steps_per_print": None,
+                "wall_clock_breakdown": False,
+            },
+        )
+        self.shards = self._build_shards()
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped network; call the engine itself for training forwards."""
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's mean loss (DeepSpeed divides by the accumulation steps)."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> StepResult | None:
+        """Advance one micro-step; at the last one of a step, clip and update the weights. None in between."""
+        self._micro_step += 1
+        if self._micro_step % self._accumulation:
+            self._engine.step()
+            return None
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        if self.config.zero == 0:
+            gradients = [parameter.grad for parameter in self._names if parameter.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if not torch.isfinite(norm):
+                self._engine.zero_grad()
+                return StepResult(grad_norm=norm, applied=False)
+            if self._clipping > 0:
+                torch.nn.utils.clip_grads_with_norm_(list(self._names), self._clipping, norm)
+            self._engine.step()
+            return StepResult(grad_norm=norm, applied=True)
+        self._engine.step()
+        return StepResult(grad_norm=self._engine.get_global_grad_norm(), applied=self._engine.was_step_applied())
+
+    def refresh_weights(self) -> None:
+        """Make the weights used in the forward follow the master weights, after a load or a swap. Collective."""
+        optimizer = self._engine.optimizer
+        if self.config.zero in (1, 2):
+            optimizer.update_lp_params()
+        elif self.config.zero == 3:
+            # Persistent parameters keep a gathered copy, which must be thrown away before and rebuilt after.
+            persistent = optimizer.persistent_parameters
+            if persistent:
+                persistent[0].partition(persistent)
+            for index in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            if persistent:
+                persistent[0].all_gather(persistent)
+
+    def optimizer_step_count(self) -> float:
+        """Updates applied so far, as the optimizer counts them for its bias correction."""
+        counts = [shard.optimizer_state["step"] for shard in self.shards if "step" in shard.optimizer_state]
+        return float(counts[0]) if counts else 0.0
+
+    def eval(self) -> None:
+        self._engine.eval()
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def destroy(self) -> None:
+        self._engine.destroy()
+
+    def _build_shards(self) -> list[FlatShard]:
+        optimizer = self._engine.optimizer
+        if self.config.zero == 0:
+            return [
+                FlatShard(
+                    parameter=parameter.data,
+                    fragments=[Fragment(name, start=0, numel=parameter.numel(), offset=0)],
+                    optimizer_state=optimizer.state[parameter],
+                )
+                for parameter, name in self._names.items()
+            ]
+        state = optimizer.optimizer.state
+        if self.config.zero == 3:
+            return [
+                FlatShard(master.data, self._stage3_fragments(group), state[master])
+                for group, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+            ]
+        return [
+            FlatShard(master.data, self._stage12_fragments(group), state[master])
+            for group, master in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
+        ]
+
+    def _stage12_fragments(self, group: list[nn.Parameter]) -> list[Fragment]:
+        fragments = []
+        for parameter in group:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:  # lies wholly in other ranks' partitions
+                continue
+            in_parameter, in_shard = mapping.lp_fragment_address, mapping.hp_fragment_address
+            fragments.append(
+                Fragment(self._names[parameter], in_parameter.start, in_parameter.numel, offset=in_shard.start)
+            )
+        return fragments
+
+    def _stage3_fragments(self, group: list[nn.Parameter]) -> list[Fragment]:
+        fragments, offset, rank = [], 0, dist.get_rank()
+        for parameter in group:
+            partition = parameter.partition_numel()  # type: ignore[attr-defined]
+            start = rank * partition
+            numel = min(partition, parameter.ds_numel - start)  # type: ignore[attr-defined]
+            if numel > 0:  # the last ranks can hold nothing but padding
+                fragments.append(Fragment(self._names[parameter], start, numel, offset))
+            offset += partition
+        return fragments
+
+
+def initialise_distributed(config: EngineConfig) -> torch.device:
+    """Join the process group that torchrun, srun or nobody (one process) set up; returns this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        device = torch.device("cpu")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout_seconds)
+    )
+    deepspeed.init_distributed(dist_init_required=False)
+    return device
+
+
+def exit_process(code: int) -> NoReturn:
+    """Leave at once: gloo's worker threads can abort a process that finalises Python after its work is done.
+
+    Ranks wait for each other only where all of them come here together: done (0) and an agreed stop (75).
+    """
+    if dist.is_initialized() and code in (EXIT_DONE, EXIT_REQUEUE):
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

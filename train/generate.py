@@ -1,0 +1,66 @@
+"""From prompts to frames with a trained model: sampling, decoding and writing mp4s, for validation and `muybridge sample`."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.mp4 import write_mp4
+from ..models.diffusion.guidance import guided_velocity
+from ..models.diffusion.objective import VelocityModel, keyed_noise
+from ..models.diffusion.samplers import SamplerConfig, euler_sample
+from .config import TrainConfig
+from .tasks import TextToVideoTask
+
+NEGATIVE_PROMPT = ""
+
+
+@torch.no_grad()
+def generate_frames(
+    model: VelocityModel,
+    task: TextToVideoTask,
+    prompts: list[str],
+    numbers: list[int],
+    *,
+    sampler: SamplerConfig,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Frames uint8 [B, T, H, W, 3] for B prompts.
+
+    `numbers` are the prompts' places in the whole list: noise is keyed by (seed, number), so a prompt's clip does not depend
+    on how prompts are split into batches or ranks.
+    """
+    noise = keyed_noise(seed, 0, numbers, task.config.latent_shape(), task.device, purpose="sample")
+    velocity = guided_velocity(
+        model, task.encode_text(prompts), task.encode_text([NEGATIVE_PROMPT] * len(prompts)), sampler.guidance_scale
+    )
+    latents = euler_sample(velocity, noise, sampler, progress)  # [B, z, T', H', W']
+    return to_uint8_frames(task.vae.decode(task.vae.denormalise(latents)))
+
+
+def to_uint8_frames(pixels: Tensor) -> np.ndarray:
+    """Pixels [B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
+    frames = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return frames.permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+def write_clips(
+    folder: Path, frames: np.ndarray, prompts: list[str], numbers: list[int], config: TrainConfig
+) -> list[Path]:
+    """Write each clip as `NUMBER-prompt.mp4`; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for clip, prompt, number in zip(frames, prompts, numbers, strict=True):
+        path = folder / f"{number:04d}-{_slug(prompt)}.mp4"
+        write_mp4(path, clip, fps=config.data.fps)
+        paths.append(path)
+    return paths
+
+
+def _slug(prompt: str) -> str:
+    """A prompt as part of a file name: letters and digits only, so that no prompt can name another folder."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "empty"

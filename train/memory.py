@@ -1,0 +1,69 @@
+"""Whether a run's weights and optimizer fit this machine, asked before anything is allocated."""
+
+import os
+
+import psutil
+import torch
+
+from ..models.dit import DiT
+from ..models.text import ByteTextEncoder, TextEncoderKind
+from ..models.vae import VideoVAE
+from .config import TaskKind, TrainConfig
+from .engine import Precision
+
+GIB = 2**30
+
+
+class OutOfMemoryError(RuntimeError):
+    """The run does not fit; the message says what it needs, what there is and what to change."""
+
+
+def parameter_count(config: TrainConfig) -> int:
+    """Trainable parameters of the configured model, counted without allocating them."""
+    with torch.device("meta"):
+        if config.task is TaskKind.video_vae:
+            modules: list[torch.nn.Module] = [VideoVAE(config.vae.resolved())]
+        else:
+            modules = [DiT(config.model)]
+            if config.text.kind is TextEncoderKind.bytes:
+                modules.append(ByteTextEncoder(config.text))
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def bytes_per_process(config: TrainConfig, world_size: int) -> dict[str, int]:
+    """Bytes of one process for weights, gradients, optimizer and EMA, by ZeRO stage; activations come on top.
+
+    The first three as in ZeRO (Rajbhandari et al., arXiv:1910.02054, section 3.1) with K = 12 under bf16.
+    """
+    count, stage = parameter_count(config), config.deepspeed.zero
+    width = 2 if config.deepspeed.precision is Precision.bf16 else 4
+    sharded = count / world_size
+    # Stage 0 updates the fp32 weights in place; the other stages update an fp32 copy, which stage 3 in fp32 shares with them.
+    has_copy = stage in (1, 2) or (stage == 3 and width == 2)
+    optimizer = (8 + (4 if has_copy else 0)) * (count if stage == 0 else sharded)
+    return {
+        "weights": int(width * (sharded if stage == 3 else count)),
+        "gradients": int(width * (sharded if stage >= 2 else count)),
+        "optimizer": int(optimizer),
+        "EMA": int(4 * (count if stage == 0 else sharded)),
+    }
+
+
+def check_memory(config: TrainConfig) -> None:
+    """Raises OutOfMemoryError where the weights and the optimizer alone exceed what one process can have."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = bytes_per_process(config, world_size)
+    if torch.cuda.is_available():
+        available, place = torch.cuda.mem_get_info()[0], "the GPU"
+    else:
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        available, place = psutil.virtual_memory().available // processes_here, f"memory for each of {processes_here}"
+    needed = sum(parts.values())
+    if needed > available:
+        shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+        raise OutOfMemoryError(
+            f"this run needs {needed / GIB:.1f} GiB a process before activations ({shares}; "
+            f"{parameter_count(config) / 1e9:.2f} B parameters, deepspeed.zero={config.deepspeed.zero}, "
+            f"{world_size} processes) and {place} has {available / GIB:.1f} GiB: "
+            "use more processes, a higher deepspeed.zero, or a smaller model"
+        )

@@ -1,0 +1,87 @@
+"""AdamW with its parameter groups, and the learning rate as a pure function of the step."""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import nn
+
+
+class Schedule(Enum):
+    constant = "constant"
+    cosine = "cosine"
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) with warm-up and decay."""
+
+    # Peak learning rate.
+    lr: float = 1e-4
+    # Decay rates of the first and second moments.
+    beta1: float = 0.9
+    beta2: float = 0.999
+    # Added to the root of the second moment.
+    eps: float = 1e-8
+    # Decoupled decay of matrices and kernels; biases, norms and tables are not decayed. 0 is off.
+    weight_decay: float = 0.01
+    # Largest norm of the whole gradient; 0 is off.
+    gradient_clipping: float = 1.0
+    # Steps of linear warm-up from lr / warmup_steps; 0 is off.
+    warmup_steps: int = 0
+    schedule: Schedule = Schedule.constant
+    # The cosine schedule ends at this share of lr.
+    final_lr_fraction: float = 0.0
+    # Learning rate of the built-in text encoder, relative to lr.
+    text_encoder_lr_scale: float = 1.0
+
+    def faults(self, field: str) -> list[str]:
+        found = []
+        if not self.lr > 0:
+            found.append(f"{field}.lr={self.lr} must be positive")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"{field}.{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("weight_decay", "gradient_clipping", "warmup_steps"):
+            if getattr(self, name) < 0:
+                found.append(f"{field}.{name}={getattr(self, name)} must be 0 (off) or more")
+        for name in ("eps", "text_encoder_lr_scale"):
+            if not getattr(self, name) > 0:
+                found.append(f"{field}.{name}={getattr(self, name)} must be positive")
+        if not 0 <= self.final_lr_fraction <= 1:
+            found.append(f"{field}.final_lr_fraction={self.final_lr_fraction} must lie in [0, 1]")
+        return found
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; each group carries `lr_scale`, its learning rate relative to the schedule's."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_table = name.endswith("scale_shift_table")
+        decay = config.weight_decay if parameter.ndim > 1 and not is_table else 0.0
+        lr_scale = config.text_encoder_lr_scale if name.startswith("text_encoder.") else 1.0
+        groups.setdefault((decay, lr_scale), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": decay, "lr_scale": lr_scale}
+            for (decay, lr_scale), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Learning rate of `step` (0 for the first): linear warm-up, then constant or a half cosine down to the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule is Schedule.constant:
+        return config.lr
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    floor = config.final_lr_fraction
+    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

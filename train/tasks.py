@@ -1,0 +1,154 @@
+"""What a run trains: the diffusion transformer or the video autoencoder, each as a model, a loss and an export.
+
+The trainer knows neither; a task knows nothing of ranks, optimizers or checkpoints.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import VideoBatch
+from ..models.diffusion.objective import keyed_noise, keyed_noise_levels, rectified_flow_loss
+from ..models.dit import DiT
+from ..models.text import ByteTextEncoder, TextEncoderKind, Umt5TextEncoder
+from ..models.text_to_video import TextToVideoModel
+from ..models.vae import VideoVAE
+from ..models.vae.loss import vae_loss
+from ..models.vae.statistics import LatentStatistics
+from ..models.weights import load_model, save_model
+from .config import TaskKind, TrainConfig
+
+# Training clips over which the latent statistics of a new autoencoder are measured.
+STATISTICS_CLIPS = 512
+
+
+@dataclass
+class SampleLosses:
+    """The loss of each sample [B], and named parts of it or measures beside it, also [B]."""
+
+    total: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """A model to train and its loss."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """The trainable module with fresh weights, on the device."""
+
+    @abstractmethod
+    def losses(self, model: Callable[..., Any], batch: VideoBatch, *, purpose: str = "") -> SampleLosses:
+        """Losses of a micro-batch; all randomness is keyed by (seed, purpose, step, slot)."""
+
+    @abstractmethod
+    def export(self, folder: Path, weights: dict[str, Tensor], clips: Iterator[VideoBatch]) -> Path:
+        """Write full fp32 weights in the diffusers folder form; `clips` are training clips to measure on."""
+
+
+class TextToVideoTask(Task):
+    """Rectified flow on latents, given captions."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self._reads_bytes = config.text.kind is TextEncoderKind.bytes
+        self._tokenizer = ByteTextEncoder(config.text) if self._reads_bytes else None
+        self._umt5 = None if self._reads_bytes else Umt5TextEncoder(config.text, device=device)
+        self._vae: VideoVAE | None = None
+
+    @property
+    def vae(self) -> VideoVAE:
+        """The frozen autoencoder, read when it is first needed: a run on cached latents may never need it."""
+        if self._vae is None:
+            assert self.config.vae.path is not None
+            # fp32: encoding in bf16 moves latents by about 2 %.
+            self._vae = load_model(VideoVAE, Path(self.config.vae.path)).to(self.device).eval().requires_grad_(False)
+        return self._vae
+
+    def build_model(self) -> nn.Module:
+        with self.device:
+            encoder = ByteTextEncoder(self.config.text) if self._reads_bytes else None
+            return TextToVideoModel(DiT(self.config.model), encoder)
+
+    def encode_text(self, captions: list[str]) -> Tensor:
+        """What the model takes as text: byte tokens for the encoder trained along, features of a frozen one."""
+        if self._tokenizer is not None:
+            return self._tokenizer.tokenize(captions).to(self.device)
+        assert self._umt5 is not None
+        return self._umt5.encode(captions)
+
+    def losses(self, model: Callable[..., Any], batch: VideoBatch, *, purpose: str = "") -> SampleLosses:
+        latents = batch.latents
+        if latents is None:
+            assert batch.pixels is not None
+            with torch.no_grad():
+                latents = self.vae.normalise(self.vae.encode(batch.pixels).mode())  # [B, z, T', H', W']
+        slots, seed = batch.slots.tolist(), self.config.seed
+        noise = keyed_noise(seed, batch.step, slots, latents.shape[1:], self.device, purpose=f"{purpose}noise")
+        noise_levels = keyed_noise_levels(
+            seed, batch.step, slots, self.config.objective, self.device, purpose=f"{purpose}noise_level"
+        )
+        text = self.encode_text(batch.captions)
+        return SampleLosses(rectified_flow_loss(model, latents, text, noise, noise_levels))
+
+    def export(self, folder: Path, weights: dict[str, Tensor], clips: Iterator[VideoBatch]) -> Path:
+        prefix = "transformer."
+        transformer = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        save_model(folder / "transformer", self.config.model.to_diffusers(), transformer)
+        return folder / "transformer"
+
+
+class VideoVAETask(Task):
+    """Reconstruction of clips through a narrow Gaussian latent."""
+
+    def build_model(self) -> nn.Module:
+        with self.device:
+            return VideoVAE(self.config.vae.resolved())
+
+    def losses(self, model: Callable[..., Any], batch: VideoBatch, *, purpose: str = "") -> SampleLosses:
+        assert batch.pixels is not None
+        noise = keyed_noise(
+            self.config.seed,
+            batch.step,
+            batch.slots.tolist(),
+            self.config.latent_shape(),
+            self.device,
+            purpose=f"{purpose}noise",
+        )
+        reconstruction, distribution = model(batch.pixels, noise)
+        loss = vae_loss(reconstruction, batch.pixels, distribution, self.config.vae_loss)
+        squared = (reconstruction.detach().float().clamp(-1, 1) - batch.pixels).square().flatten(1).mean(1)
+        terms = {"l1": loss.l1, "gradient": loss.gradient, "temporal": loss.temporal, "kl": loss.kl}
+        # Pixels span 2, so the peak's square is 4.
+        terms["psnr_db"] = 10 * torch.log10(4 / squared.clamp_min(1e-10))
+        return SampleLosses(loss.total, {name: value.detach() for name, value in terms.items()})
+
+    @torch.no_grad()
+    def export(self, folder: Path, weights: dict[str, Tensor], clips: Iterator[VideoBatch]) -> Path:
+        """Also measures the latent statistics, by which a diffusion model's latents are scaled, and stores them."""
+        vae = self.build_model().eval()
+        vae.load_state_dict(weights)
+        statistics, seen = LatentStatistics(), 0
+        for batch in clips:
+            assert batch.pixels is not None and isinstance(vae, VideoVAE)
+            statistics.update(vae.encode(batch.pixels.to(self.device)).mode())
+            seen += len(batch)
+            if seen >= STATISTICS_CLIPS:
+                break
+        measured = replace(self.config.vae.resolved(), latents_mean=statistics.mean, latents_std=statistics.std)
+        save_model(folder / "vae", measured.to_diffusers(), weights)
+        return folder / "vae"
+
+
+def build_task(config: TrainConfig, device: torch.device) -> Task:
+    """The task that `config.task` names."""
+    return {TaskKind.text_to_video: TextToVideoTask, TaskKind.video_vae: VideoVAETask}[config.task](config, device)

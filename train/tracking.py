@@ -1,0 +1,191 @@
+"""What a run reports: metrics.jsonl (the record), W&B (the view) and the progress bar. Only rank 0 makes one."""
+
+import json
+import math
+import os
+import secrets
+import sys
+import time
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_LINE_SECONDS = 10
+
+
+class WandbMode(Enum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    off = "off"
+
+
+@dataclass
+class TrackingConfig:
+    """Metrics and their view in W&B."""
+
+    # auto is online where the user is logged in to W&B and offline (files under run_dir/wandb) elsewhere.
+    wandb: WandbMode = WandbMode.auto
+    project: str = "muybridge"
+    # Name shown in W&B; null takes the run directory's name.
+    name: str | None = None
+    # Steps between two rows of metrics; each row waits for the device once.
+    log_every_steps: int = 10
+
+    def faults(self, field: str) -> list[str]:
+        if self.log_every_steps < 1:
+            return [f"{field}.log_every_steps={self.log_every_steps} must be at least 1"]
+        return []
+
+
+class Tracker:
+    """Writes rows of metrics and media; a failure of W&B never reaches the training loop."""
+
+    def __init__(
+        self, run_dir: Path, config: TrackingConfig, *, run_config: dict[str, Any], total_steps: int, start_step: int
+    ) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        _drop_rows_after(self._path, start_step)
+        self._file = open(self._path, "a")  # noqa: SIM115 (open for the run's life)
+        self.run_id = _run_id(run_dir)
+        self._wandb = _start_wandb(run_dir, config, run_id=self.run_id, run_config=run_config)
+        self._bar = _ProgressBar(run_dir.name, total_steps, start_step)
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """Record a row of metrics after `step` steps."""
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({**row, "step": step})
+        if "loss" in row:
+            self._bar.show(step, row)
+
+    def log_videos(self, step: int, videos: list[tuple[Path, str]]) -> None:
+        """Record sample videos: mp4 files and their captions."""
+        if self._wandb is not None and videos:
+            import wandb
+
+            self._wandb.log(
+                {
+                    "samples": [wandb.Video(str(path), caption=caption, format="mp4") for path, caption in videos],
+                    "step": step,
+                }
+            )
+
+    def note(self, text: str) -> None:
+        """Say something to the person who watches."""
+        self._bar.note(text)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class _ProgressBar:
+    """A bar with ETA on a terminal; on a log file one line now and then."""
+
+    def __init__(self, name: str, total: int, start: int) -> None:
+        self._name, self._total, self._start = name, total, start
+        self._began = time.monotonic()
+        self._last_line = -math.inf
+        self._progress: Progress | None = None
+        if sys.stderr.isatty():
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[facts]}"),
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(name, total=total, completed=start, facts="")
+
+    def show(self, step: int, row: dict[str, float]) -> None:
+        facts = (
+            f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3g}  lr {row['lr']:.3g}  "
+            f"{row['seconds_per_step']:.3g} s/step  {row['samples_per_second']:.3g} samples/s"
+        )
+        now = time.monotonic()
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, facts=facts)
+        elif now - self._last_line > PLAIN_LINE_SECONDS or step == self._total:
+            self._last_line = now
+            rate = (now - self._began) / max(1, step - self._start)
+            eta = time.strftime("%H:%M:%S", time.gmtime(rate * (self._total - step)))
+            print(f"{self._name}  step {step}/{self._total}  {facts}  eta {eta}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _run_id(run_dir: Path) -> str:
+    """The W&B id of this run directory, the same after every resume."""
+    path = run_dir / "wandb_run_id.txt"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4))
+    return path.read_text().strip()
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Forget rows of steps that a resume will run again, so that every step has one row."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # a kill can cut the last line
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    staging = path.with_suffix(".tmp")
+    staging.write_text("".join(kept))
+    staging.replace(path)
+
+
+def _start_wandb(run_dir: Path, config: TrackingConfig, *, run_id: str, run_config: dict[str, Any]) -> Any:
+    if config.wandb is WandbMode.off:
+        return None
+    import wandb
+
+    mode = config.wandb.value
+    if config.wandb is WandbMode.auto:
+        mode = os.environ.get("WANDB_MODE") or ("online" if _is_logged_in() else "offline")
+    try:
+        run = wandb.init(
+            project=config.project,
+            name=config.name or run_dir.name,
+            id=run_id,
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+            dir=str(run_dir),
+            config=run_config,
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )
+        # W&B drops rows whose own step counter goes back, as after a resume from an older step; ours is an ordinary metric.
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+    except wandb.errors.Error as error:
+        print(f"muybridge: W&B is off for this run ({error}); metrics.jsonl has everything", file=sys.stderr)
+        return None
+
+
+def _is_logged_in() -> bool:
+    import wandb
+
+    return bool(wandb.Api.__module__) and wandb.api.api_key is not None

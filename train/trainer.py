@@ -1,0 +1,361 @@
+"""The training loop: set-up in its one right order, steps, and what happens every so many of them.
+
+Progress is counted in optimizer steps. Data, noise and learning rate are functions of the step, so a resumed run needs the
+weights, the optimizer and one number.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from ..data.loader import VideoLoader
+from .checkpoint import (
+    committed_checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    read_weights,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from .config import TaskKind, TrainConfig, plain
+from .ema import EMA
+from .engine import (
+    EXIT_CONFIG,
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_REQUEUE,
+    Engine,
+    StepResult,
+    exit_process,
+    initialise_distributed,
+)
+from .optimizer import build_optimizer, learning_rate
+from .preemption import StopRequest
+from .tasks import build_task
+from .tracking import Tracker
+from .validate import sample_videos, validation_losses
+
+# Settings that decide what a step computes: a resumed run must not change them.
+FIXED_ON_RESUME = ("seed", "global_batch", "task")
+MAX_SKIPPED_STEPS = 20
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient stopped being finite."""
+
+
+def train(config: TrainConfig) -> NoReturn:
+    """Run or resume training and end the process with the run's exit code."""
+    device = initialise_distributed(config.deepspeed)
+    try:
+        code = Trainer(config, device).run()
+    except ValueError as error:  # the same mistake on every rank: say it once
+        if dist.get_rank() == 0:
+            print(f"muybridge: {error}", file=sys.stderr)
+            if os.environ.get("MUYBRIDGE_TRACEBACK") == "1":
+                traceback.print_exc()
+        code = EXIT_CONFIG
+    except Diverged as error:
+        if dist.get_rank() == 0:
+            print(f"muybridge: {error}", file=sys.stderr)
+        code = EXIT_DIVERGED
+    except torch.OutOfMemoryError as error:
+        print(
+            f"muybridge: out of memory with micro_batch={config.micro_batch}, frames={config.data.frames}, "
+            f"height={config.data.height}, width={config.data.width} ({error})",
+            file=sys.stderr,
+        )
+        code = EXIT_OUT_OF_MEMORY
+    except BaseException:
+        # One rank's failure must end the others too, and a rank that waits for nobody lets the launcher do that.
+        traceback.print_exc()
+        code = 1
+    exit_process(code)
+
+
+class Trainer:
+    """One run: its parts, and the loop over them."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.config = config
+        self.rank, world = dist.get_rank(), dist.get_world_size()
+        self.run_dir = Path(config.run_dir)
+        self.checkpoints = self.run_dir / "checkpoints"
+        if config.threads:
+            torch.set_num_threads(config.threads)
+
+        # Data first: its mistakes are the commonest, and it needs no model to find them.
+        self.loader = VideoLoader(
+            config.data,
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            rank=self.rank,
+            world_size=world,
+            seed=config.seed,
+        )
+        self.validation_loader = self._build_validation_loader(world)
+
+        self.task = build_task(config, device)
+        torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
+        model = self.task.build_model()
+        resume_from = find_checkpoint(self.checkpoints)
+        if config.init_from and resume_from is None:
+            self._load_initial_weights(model)
+        # DeepSpeed casts and shards the model, so weights must be final; the EMA copies what DeepSpeed made.
+        self.engine = Engine(
+            model,
+            build_optimizer(model, config.optimizer),
+            config=config.deepspeed,
+            micro_batch=config.micro_batch,
+            accumulation=config.accumulation(world),
+            gradient_clipping=config.optimizer.gradient_clipping,
+        )
+        self.ema = EMA(self.engine, config.ema)
+        self.start_step = 0
+        if resume_from is not None:
+            facts = load_checkpoint(resume_from, engine=self.engine, ema=self.ema)
+            self._check_unchanged(resume_from, facts)
+            self.start_step = facts["step"]
+
+        self.tracker: Tracker | None = None
+        if self.rank == 0:
+            self._write_provenance()
+            self.tracker = Tracker(
+                self.run_dir,
+                config.tracking,
+                run_config=plain(config),
+                total_steps=config.steps,
+                start_step=self.start_step,
+            )
+            if resume_from is not None:
+                self.tracker.note(f"resumed from {resume_from}")
+        # Last, so that Ctrl-C during set-up still ends at once.
+        self.stop_request = StopRequest(self.run_dir / "STOP")
+
+    def run(self) -> int:
+        """Train to the last step, or to an agreed stop; returns the exit code."""
+        step, saved_step, stopped = self.start_step, self.start_step, False
+        window = _Window(self.config, self.task.device)
+        batches = self.loader.steps(self.start_step)
+        while step < self.config.steps and not stopped:
+            lr = learning_rate(self.config.optimizer, step, self.config.steps)
+            window.wait_for_data()
+            micro_batches = next(batches)
+            window.data_arrived()
+            result = self._optimizer_step(micro_batches, lr, window)
+            if result.applied:
+                self.ema.update(step + 1)
+            step += 1
+            window.steps += 1
+            window.skipped += not result.applied
+            if step % self.config.tracking.log_every_steps == 0 or step == self.config.steps:
+                row = window.close(result, lr)
+                if self.tracker is not None:
+                    self.tracker.log(step, {**row, "samples_seen": step * self.config.global_batch})
+                self._check_convergence(step, row)
+            if self._is_due(step, self.config.checkpoint.every_steps) and step < self.config.steps:
+                saved_step = self._save(step, saved_step)
+            if self._is_due(step, self.config.validation.every_steps) or (
+                step == self.config.steps and self.config.validation.every_steps
+            ):
+                began = time.perf_counter()
+                self._validate(step)
+                window.leave_out(time.perf_counter() - began)
+            stopped = self.stop_request.agreed()
+        if step > saved_step or not committed_checkpoints(self.checkpoints):
+            self._save(step, saved_step, must_succeed=True)
+        self.loader.close()
+        done = step >= self.config.steps
+        if done:
+            self._export()
+        self._say_goodbye(step, done=done)
+        return EXIT_DONE if done else EXIT_REQUEUE
+
+    def _optimizer_step(self, micro_batches: list[Any], lr: float, window: "_Window") -> StepResult:
+        result = None
+        for batch in micro_batches:
+            losses = self.task.losses(self.engine, batch.to(self.task.device))
+            self.engine.backward(losses.total.mean())
+            result = self.engine.step(lr)
+            window.add(losses.total, losses.terms)
+        assert result is not None, "the last micro-batch of a step updates the weights"
+        return result
+
+    def _check_convergence(self, step: int, row: dict[str, float]) -> None:
+        # Every rank holds the same reduced row, so all of them stop together.
+        if not math.isfinite(row["loss"]):
+            raise Diverged(
+                f"the loss is {row['loss']} at step {step}: nothing newer than the last checkpoint was kept; "
+                "lower optimizer.lr or optimizer.gradient_clipping and run again to resume from there"
+            )
+        if row["skipped_steps"] > MAX_SKIPPED_STEPS:
+            raise Diverged(f"{row['skipped_steps']:.0f} steps before step {step} had gradients that are not finite")
+
+    def _save(self, step: int, saved_step: int, *, must_succeed: bool = False) -> int:
+        """Save and return the step now safe on disk; a failed save is reported, and training goes on."""
+        state = {
+            **{name: str(plain(self.config)[name]) for name in FIXED_ON_RESUME},
+            "data_fingerprint": self.loader.fingerprint,
+            "versions": {"torch": torch.__version__},
+        }
+        try:
+            save_checkpoint(self.checkpoints, step=step, engine=self.engine, ema=self.ema, run_state=state)
+        except OSError as error:
+            if must_succeed:
+                raise
+            if self.tracker is not None:
+                self.tracker.note(f"muybridge: {error}; training goes on")
+            return saved_step
+        if self.rank == 0:
+            remove_old_checkpoints(self.checkpoints, self.config.checkpoint.keep_last)
+        return step
+
+    def _validate(self, step: int) -> None:
+        with self.ema.swapped_in():
+            row: dict[str, float] = {}
+            if self.validation_loader is not None:
+                row = validation_losses(
+                    self.engine, self.task, self.validation_loader, clips=self.config.validation.clips
+                )
+            videos = []
+            if self.config.task is TaskKind.text_to_video and self.config.validation.prompts:
+                folder = self.run_dir / "validation" / f"step-{step:08d}"
+                videos = sample_videos(self.engine, self.task, self.config, folder)
+        if self.tracker is not None:
+            if row:
+                self.tracker.log(step, row)
+            self.tracker.log_videos(step, videos)
+
+    def _export(self) -> None:
+        """Write the EMA weights for use elsewhere, from the checkpoint: no rank has to hold what the others own."""
+        if self.rank == 0:
+            newest = committed_checkpoints(self.checkpoints)[-1]
+            clips = (batch for batches in self.loader.steps(0) for batch in batches)
+            self.exported = self.task.export(self.run_dir / "model", read_weights(newest), clips)
+        dist.barrier()
+
+    def _say_goodbye(self, step: int, *, done: bool) -> None:
+        if self.tracker is None:
+            return
+        if done:
+            self.tracker.note(f"muybridge: {step} steps done; wrote {self.run_dir}/metrics.jsonl, checkpoints/ and {self.exported}")
+            if self.config.task is TaskKind.text_to_video:
+                self.tracker.note(f"next: muybridge sample run={self.run_dir} prompts=prompts.txt")
+        else:
+            self.tracker.note(f"muybridge: stopped on request at step {step}; the same command goes on from there")
+        self.tracker.close()
+
+    def _build_validation_loader(self, world: int) -> VideoLoader | None:
+        if self.config.validation.path is None or not self.config.validation.every_steps:
+            return None
+        batch = self.config.micro_batch * world
+        return VideoLoader(
+            replace(self.config.data, path=self.config.validation.path, caption_dropout=0.0, workers=0),
+            global_batch=batch,
+            micro_batch=self.config.micro_batch,
+            rank=self.rank,
+            world_size=world,
+            seed=self.config.seed,
+        )
+
+    def _load_initial_weights(self, model: torch.nn.Module) -> None:
+        source = Path(self.config.init_from or "")
+        found = committed_checkpoints(source / "checkpoints")
+        if not found:
+            raise ValueError(f"init_from={source} must be the directory of a run with a checkpoint")
+        weights = read_weights(found[-1])
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        if missing or unexpected:
+            raise ValueError(
+                f"init_from={source} does not fit the configured model: missing {missing[:3]}, unexpected {unexpected[:3]}"
+            )
+
+    def _check_unchanged(self, folder: Path, facts: dict[str, Any]) -> None:
+        now = {name: str(plain(self.config)[name]) for name in FIXED_ON_RESUME}
+        now["data_fingerprint"] = self.loader.fingerprint
+        changed = [f"{name}: {facts[name]} saved, {value} now" for name, value in now.items() if facts[name] != value]
+        if changed:
+            raise ValueError(
+                f"{folder} cannot be continued, these changed: {'; '.join(changed)} (undo it, or choose another run_dir)"
+            )
+
+    def _write_provenance(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(plain(self.config), sort_keys=False))
+        facts = {"git_commit": _git_commit(), "data_fingerprint": self.loader.fingerprint, "torch": torch.__version__}
+        (self.run_dir / "provenance.json").write_text(json.dumps(facts, indent=1))
+
+    @staticmethod
+    def _is_due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+
+class _Window:
+    """What is summed between two rows of metrics; read from the device only when the row is written."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self._global_batch, self._device = config.global_batch, device
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._samples = 0
+        self.steps = self.skipped = 0
+        self._data_seconds = 0.0
+        self._began = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count what just happened (a validation) in the seconds per step."""
+        self._began += seconds
+
+    def wait_for_data(self) -> None:
+        self._asked = time.perf_counter()
+
+    def data_arrived(self) -> None:
+        self._data_seconds += time.perf_counter() - self._asked
+
+    def add(self, losses: Tensor, terms: dict[str, Tensor]) -> None:
+        self._samples += losses.numel()
+        for name, values in {"loss": losses.detach(), **terms}.items():
+            total = values.float().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def close(self, result: StepResult, lr: float) -> dict[str, float]:
+        """Means over the window and over all ranks, and the speed. Collective."""
+        names = list(self._sums)
+        totals = torch.stack([self._sums[name] for name in names])
+        dist.all_reduce(totals)
+        samples = self._samples * dist.get_world_size()
+        row = {name: total / samples for name, total in zip(names, totals.tolist(), strict=True)}
+        seconds = (time.perf_counter() - self._began) / self.steps
+        row |= {
+            "grad_norm": float(result.grad_norm),
+            "lr": lr,
+            "seconds_per_step": seconds,
+            "samples_per_second": self._global_batch / seconds,
+            "data_seconds_per_step": self._data_seconds / self.steps,
+            "skipped_steps": float(self.skipped),
+        }
+        self._reset()
+        return row
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, or None outside a git checkout."""
+    answer = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() or None

@@ -1,0 +1,80 @@
+"""Validation during training: the loss on held-out clips with fixed noise, and sample videos, both with the EMA weights."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from ..data.loader import VideoLoader
+    from .config import TrainConfig
+    from .engine import Engine
+    from .tasks import Task
+
+
+@dataclass
+class ValidationConfig:
+    """What is looked at while a run goes on."""
+
+    # Steps between validations; 0 is off.
+    every_steps: int = 0
+    # Prepared dataset of held-out clips for the validation loss; null leaves the loss out.
+    path: str | None = None
+    # Clips for the loss, the same ones each time; rounded up to whole batches.
+    clips: int = 64
+    # Prompts of the sample videos; none leaves them out (diffusion runs only).
+    prompts: list[str] = field(default_factory=list)
+
+    def faults(self, field: str) -> list[str]:
+        found = []
+        if self.every_steps < 0:
+            found.append(f"{field}.every_steps={self.every_steps} must be 0 (off) or more")
+        if self.clips < 1:
+            found.append(f"{field}.clips={self.clips} must be at least 1")
+        if self.every_steps and self.path is None and not self.prompts:
+            found.append(f"{field}.every_steps={self.every_steps} must be 0 where neither path nor prompts is set")
+        return found
+
+
+@torch.no_grad()
+def validation_losses(engine: "Engine", task: "Task", loader: "VideoLoader", *, clips: int) -> dict[str, float]:
+    """Mean loss and terms over the first `clips` of the validation set, with the same noise each time. Collective."""
+    sums: dict[str, torch.Tensor] = {}
+    seen = 0
+    engine.eval()
+    for batches in loader.steps(0):
+        for batch in batches:
+            losses = task.losses(engine, batch.to(task.device), purpose="validation/")
+            for name, values in {"loss": losses.total, **losses.terms}.items():
+                sums[name] = sums.get(name, torch.zeros((), device=task.device)) + values.float().sum()
+            seen += len(batch)
+        if seen * dist.get_world_size() >= clips:
+            break
+    engine.train()
+    names = sorted(sums)
+    totals = torch.stack([sums[name] for name in names] + [torch.tensor(float(seen), device=task.device)])
+    dist.all_reduce(totals)
+    return {f"validation_{name}": (total / totals[-1]).item() for name, total in zip(names, totals, strict=False)}
+
+
+def sample_videos(engine: "Engine", task: "Task", config: "TrainConfig", folder: Path) -> list[tuple[Path, str]]:
+    """Sample `config.validation.prompts` into `folder`, spread over the ranks; rank 0 gets all paths. Collective."""
+    from .generate import generate_frames, write_clips
+    from .tasks import TextToVideoTask
+
+    assert isinstance(task, TextToVideoTask)
+    prompts, world, rank = config.validation.prompts, dist.get_world_size(), dist.get_rank()
+    # Under ZeRO-3 every forward is collective, so all ranks make the same number of calls; the surplus is thrown away.
+    per_rank = -(-len(prompts) // world)
+    numbers = [(rank * per_rank + i) % len(prompts) for i in range(per_rank)]
+    mine = [prompts[number] for number in numbers]
+    engine.eval()
+    frames = generate_frames(engine, task, mine, numbers, sampler=config.sampler, seed=config.seed)
+    engine.train()
+    paths = write_clips(folder, frames, mine, numbers, config)
+    found: list[list[tuple[int, str]]] = [[] for _ in range(world)]
+    dist.all_gather_object(found, list(zip(numbers, map(str, paths), strict=True)))
+    by_number = {number: path for part in found for number, path in part}
+    return [(Path(by_number[number]), prompts[number]) for number in range(len(prompts))]
