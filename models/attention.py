@@ -1,5 +1,6 @@
 """The attention layer of a block: q, k, v projections, RMSNorm over all heads together, rotary positions, the kernel."""
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels import attention
@@ -29,9 +30,12 @@ class Attention(nn.Module):
         key = self._split_heads(self.norm_k(self.to_k(context)))
         if rope is not None:
             query, key = apply_rope(query, rope), apply_rope(key, rope)
-        # Norm and rotation are float32; the product runs in the dtype the matmuls gave the values.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        out = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))  # [B, N, L, K]
+        # Norm and rotation gave float32; the product runs in the dtype of the matmuls, save on the CPU, where the backward
+        # of bf16 attention takes five times as long as that of float32.
+        matmul_dtype = value.dtype
+        product_dtype = torch.float32 if value.device.type == "cpu" else matmul_dtype
+        heads = (states.to(product_dtype).transpose(1, 2) for states in (query, key, value))
+        out = attention(*heads).to(matmul_dtype)  # [B, N, L, K]
         return self.to_out[0](out.transpose(1, 2).flatten(2))  # [B, L, D]
 
     def _split_heads(self, x: Tensor) -> Tensor:

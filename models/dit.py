@@ -24,7 +24,7 @@ class DiTConfig:
     out_channels: int = 16  # latent channels of the velocity
     num_layers: int = 30  # transformer blocks
     num_attention_heads: int = 12  # heads N; the model width D is N * K
-    attention_head_dim: int = 128  # head width K, a multiple of 16
+    attention_head_dim: int = 128  # head width K, a multiple of 16 up to 256
     ffn_dim: int = 8960  # hidden width of the feed-forward
     text_dim: int = 4096  # width of the text encoder's output
     freq_dim: int = 256  # width of the timestep sinusoid
@@ -45,10 +45,10 @@ class DiTConfig:
         for name in (*positive, "text_dim", "freq_dim", "rope_max_seq_len"):
             if getattr(self, name) < 1:
                 found.append(f"{field}.{name}={getattr(self, name)} must be at least 1")
-        if self.attention_head_dim >= 1 and self.attention_head_dim % 16:
+        if self.attention_head_dim >= 1 and (self.attention_head_dim % 16 or self.attention_head_dim > 256):
             found.append(
-                f"{field}.attention_head_dim={self.attention_head_dim} must be a multiple of 16 (the attention kernel's "
-                "tile; it also splits over the three axes of the rotary embedding)"
+                f"{field}.attention_head_dim={self.attention_head_dim} must be a multiple of 16 up to 256 (the attention "
+                "kernel's tile; the rotary embedding splits such a width over its three axes)"
             )
         if self.freq_dim % 2:
             found.append(f"{field}.freq_dim={self.freq_dim} must be even (one half is cosines, one half sines)")

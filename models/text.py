@@ -1,7 +1,10 @@
 """Text encoders: a small one of our own that reads bytes and trains along with the DiT, and frozen umT5 from a local folder."""
 
+import html
+import re
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +136,61 @@ class MaskedSelfAttention(nn.Module):
         mask = is_word[:, None, None, :]  # [B, 1, 1, S]
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return x + self.out(out.transpose(1, 2).flatten(2))
+
+
+class Umt5TextEncoder(nn.Module):
+    """The umT5 encoder of public Wan models, frozen, read from a local folder with the `text` extra installed."""
+
+    def __init__(self, config: TextEncoderConfig, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Raises ValueError when the folder, the extra or the expected width is missing."""
+        super().__init__()
+        try:
+            import ftfy  # noqa: F401  (needed to clean captions; asked for here rather than at the first caption)
+            from transformers import AutoTokenizer, UMT5EncoderModel
+        except ImportError as error:
+            raise ValueError(
+                f"text.kind=umt5 needs transformers and ftfy: pip install 'muybridge[text]' ({error})"
+            ) from error
+        root = Path(config.path or "")
+        for name in ("text_encoder", "tokenizer"):
+            if not config.path or not (root / name).is_dir():
+                raise ValueError(
+                    f"text.path={config.path} must be a folder with text_encoder/ and tokenizer/; {name}/ is missing"
+                )
+        self.config = config
+        self.tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
+        self.model = UMT5EncoderModel.from_pretrained(root / "text_encoder", local_files_only=True, dtype=dtype)
+        if self.model.config.d_model != config.dim:
+            raise ValueError(
+                f"text.dim={config.dim} must be the width of {root / 'text_encoder'}, {self.model.config.d_model}"
+            )
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "Umt5TextEncoder":
+        """Stay in evaluation mode whatever is asked: a frozen T5 would otherwise apply its dropout."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> Tensor:
+        """Features [B, max_tokens, dim] of the captions; rows after the end-of-text token are zero, as Wan was trained."""
+        batch = self.tokenizer(
+            [clean_caption(caption) for caption in captions],
+            padding="max_length",
+            max_length=self.config.max_tokens,
+            truncation=True,
+            return_tensors="pt",
+        )
+        mask = batch.attention_mask.to(self.model.device)
+        features = self.model(batch.input_ids.to(self.model.device), mask).last_hidden_state
+        return features.masked_fill(mask.unsqueeze(-1) == 0, 0)
+
+
+def clean_caption(caption: str) -> str:
+    """Mend broken Unicode, resolve HTML entities (twice: scraped captions hold `&amp;lt;`), collapse white space."""
+    import ftfy
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(caption)))).strip()
 
 
 def split_words(caption: str) -> list[bytes]:

@@ -1,0 +1,42 @@
+"""Size and arithmetic of a DiT, counted from its config: parameters, and FLOPs of a training step for MFU."""
+
+import math
+
+import torch
+
+from .dit import DiT, DiTConfig
+
+
+def count_parameters(config: DiTConfig) -> int:
+    """Parameters of the DiT of this config, without allocating them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in DiT(config).parameters())
+
+
+def count_tokens(config: DiTConfig, latent_shape: tuple[int, int, int]) -> int:
+    """Video tokens L of latents of (frames, height, width)."""
+    return math.prod(length // step for length, step in zip(latent_shape, config.patch_size, strict=True))
+
+
+def forward_flops(config: DiTConfig, latent_shape: tuple[int, int, int], text_tokens: int) -> int:
+    """FLOPs of one forward of one sample: matmuls only, a multiply-add counted as two.
+
+    Latents of (frames, height, width), one timestep for the sample, `text_tokens` rows of text (512 in Wan, padding
+    included, because it is attended).
+    """
+    dim, tokens = config.dim, count_tokens(config, latent_shape)
+    patch = math.prod(config.patch_size)
+    per_video_token = dim * patch * (config.in_channels + config.out_channels)  # patch embedding and head
+    per_text_token = config.text_dim * dim + dim * dim
+    per_sample = config.freq_dim * dim + dim * dim + 6 * dim * dim  # time embedding and modulation
+
+    # Self-attention q, k, v, out; cross-attention q, out; feed-forward up, down.
+    block = tokens * (4 * dim * dim + 2 * dim * dim + 2 * dim * config.ffn_dim)
+    block += text_tokens * 2 * dim * dim  # cross-attention k, v
+    block += 2 * dim * tokens * (tokens + text_tokens)  # scores, and values weighted by them
+    return 2 * (tokens * per_video_token + text_tokens * per_text_token + per_sample + config.num_layers * block)
+
+
+def training_flops(config: DiTConfig, latent_shape: tuple[int, int, int], text_tokens: int) -> int:
+    """FLOPs of forward and backward of one sample, three forwards; what checkpointing recomputes is not counted (MFU)."""
+    return 3 * forward_flops(config, latent_shape, text_tokens)
