@@ -1,0 +1,125 @@
+"""Writing a dataset folder: WebDataset tars, then the index over them. The one file that uses webdataset."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .index import INDEX_NAME, MANIFEST_NAME, Clip, ClipIndex, read_manifest, write_index, write_manifest
+
+
+class DatasetWriter:
+    """Writes clips into a folder, shard by shard. Call `close` at the end: until then the folder counts as unfinished.
+
+    `description` goes into the manifest: what the dataset was made from. The same clips give the same bytes.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, kind: str, description: dict[str, Any], shard_bytes: int = 256 * 1024 * 1024
+    ) -> None:
+        self.folder = Path(folder)
+        self._kind = kind
+        self._description = description
+        self._shard_bytes = shard_bytes
+        self._clips: list[Clip] = []
+        self._shards: list[dict[str, Any]] = []
+        self._file: io.BufferedWriter | None = None
+        self._tar: Any = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_manifest(complete=False)
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def add(self, clip: Clip, media: bytes, *, extension: str) -> None:
+        """Appends a clip; its shard, offset, size and checksum are filled in here."""
+        if self._file is not None and self._file.tell() + len(media) > self._shard_bytes:
+            self._close_shard()
+        if self._file is None:
+            self._open_shard()
+        members: dict[str, Any] = {"__key__": clip.key, extension: media, "txt": clip.caption.encode()}
+        if clip.labels:
+            members["json"] = clip.labels.encode()
+        self._tar.write(members)
+        shard = self._shards[-1]
+        shard["clips"] += 1
+        member = f"{clip.key}.{extension}"
+        place = replace(clip, shard=len(self._shards) - 1, offset=-1, size=len(media), checksum=zlib.crc32(media))
+        self._clips.append(place)
+        self._members.append(member)
+
+    def close(self) -> ClipIndex:
+        """Finishes the shards, writes index and manifest, and opens the result."""
+        self._close_shard()
+        count, fingerprint = write_index(self.folder, self._clips)
+        self._write_manifest(complete=True, clips=count, fingerprint=fingerprint)
+        return ClipIndex.open(self.folder)
+
+    def abandon(self) -> None:
+        """Removes what was written, and the folder if nothing else is in it."""
+        self._close_shard()
+        remove_dataset(self.folder)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _open_shard(self) -> None:
+        from webdataset import TarWriter  # pulls in much of torch: only where shards are written
+
+        name = f"shard-{len(self._shards):06d}.tar"
+        self._shards.append({"name": name, "bytes": 0, "clips": 0})
+        self._file = open(self.folder / name, "wb")  # noqa: SIM115 (closed with the shard)
+        # An open file and no encoder: nothing is guessed from names or types. No time stamps, so that bytes repeat.
+        self._tar = TarWriter(self._file, encoder=False, mtime=0)
+        self._members: list[str] = []
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            return
+        self._tar.close()
+        self._file.close()
+        self._file = None
+        shard = self._shards[-1]
+        path = self.folder / shard["name"]
+        shard["bytes"] = path.stat().st_size
+        # Offsets come from the finished file: what a reader will find, not what we believe to have written.
+        with tarfile.open(path, "r:") as tar:
+            offsets = {member.name: member.offset_data for member in tar}
+        first = len(self._clips) - shard["clips"]
+        for row, name in enumerate(self._members, start=first):
+            self._clips[row] = replace(self._clips[row], offset=offsets[name])
+
+    def _write_manifest(self, *, complete: bool, **content: Any) -> None:
+        write_manifest(
+            self.folder,
+            {
+                "complete": complete,
+                "kind": self._kind,
+                "description": self._description,
+                "shards": self._shards,
+                **content,
+            },
+        )
+
+
+def shard_key(number: int, name: str) -> str:
+    """A WebDataset key: unique by its number, readable by its name. Keys end at the first dot, so the name has none."""
+    return f"{number:06d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:80]}"
+
+
+def remove_dataset(folder: Path) -> None:
+    """Removes the files a `DatasetWriter` wrote into a folder, and nothing else."""
+    if read_manifest(folder) is None:
+        return
+    for path in [*folder.glob("shard-*.tar"), folder / INDEX_NAME, folder / MANIFEST_NAME]:
+        path.unlink(missing_ok=True)
+
+
+def json_labels(labels: dict[str, Any]) -> str:
+    """Labels as the text that the index and the tar keep."""
+    return json.dumps(labels, sort_keys=True, ensure_ascii=False) if labels else ""

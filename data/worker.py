@@ -1,0 +1,122 @@
+"""The program of a decoding process: `python -m muybridge.data.worker`, driven by `workers.py` over its pipes.
+
+It reads requests from stdin and answers on stdout; a message is a JSON header and raw bytes behind it. It holds no state, so it
+can be killed and replaced at any time. It does not import torch, which would take longer to load than most clips to decode.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .decode import DecodeError, Decoder, probe, read_frames_with_fallback
+from .mp4 import write_mp4
+from .resize import cover_crop
+from .synthetic import FPS, draw_clip, render_clip
+
+LENGTHS = struct.Struct("<IQ")  # of the header and of the payload, in bytes
+
+
+def probe_file(path: str) -> tuple[dict[str, Any], bytes]:
+    """Decodes a whole file; answers with its `VideoInfo`."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DecodeError(f"cannot be read: {error.strerror}") from error
+    return asdict(probe(data)), b""
+
+
+def synthesize(seed: int, split: str, number: int) -> tuple[dict[str, Any], bytes]:
+    """Renders a synthetic clip; answers with its `VideoInfo`, caption and labels, and the mp4."""
+    clip = draw_clip(seed, split, number)
+    file = io.BytesIO()
+    write_mp4(file, render_clip(clip), fps=FPS)
+    info = asdict(probe(file.getvalue()))
+    return {**info, "caption": clip.caption, "labels": asdict(clip.combination)}, file.getvalue()
+
+
+def read_clip(
+    shard: str,
+    offset: int,
+    size: int,
+    checksum: int,
+    times_seconds: list[float],
+    seekable: bool,
+    decoder: str,
+    height: int,
+    width: int,
+    crop_x: float,
+    crop_y: float,
+) -> tuple[dict[str, Any], bytes | memoryview]:
+    """Reads a clip out of a shard; answers with the decoder used and frames uint8 [T, height, width, 3]."""
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        data = file.read(size)
+    if zlib.crc32(data) != checksum:
+        raise DecodeError("checksum differs from the index: the shard was changed or is damaged")
+    frames, used = read_frames_with_fallback(data, times_seconds, decoder=Decoder(decoder), seekable=seekable)
+    frames = cover_crop(frames, height=height, width=width, crop_x=crop_x, crop_y=crop_y)
+    return {"decoder": used.value}, memoryview(np.ascontiguousarray(frames)).cast("B")
+
+
+OPERATIONS: dict[str, Callable[..., tuple[dict[str, Any], bytes | memoryview]]] = {
+    "probe_file": probe_file,
+    "synthesize": synthesize,
+    "read_clip": read_clip,
+}
+
+
+def read_message(file: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
+    """The next message, or None at the end of the stream."""
+    lengths = file.read(LENGTHS.size)
+    if len(lengths) < LENGTHS.size:
+        return None
+    header_bytes, payload_bytes = LENGTHS.unpack(lengths)
+    return json.loads(file.read(header_bytes)), file.read(payload_bytes)
+
+
+def write_message(file: BinaryIO, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+    """Writes one message and flushes."""
+    text = json.dumps(header).encode()
+    file.write(LENGTHS.pack(len(text), len(payload)) + text)
+    file.write(payload)
+    file.flush()
+
+
+def main() -> None:
+    """Answers requests until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes our stdin
+    requests = os.fdopen(os.dup(0), "rb")
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a native library prints must not land between the answers
+    while (message := read_message(requests)) is not None:
+        header, _ = message
+        # The parent kills a worker that hangs; should the parent be gone, the alarm ends even a hang in native code.
+        signal.alarm(int(header["timeout_seconds"]) + 5)
+        try:
+            result, payload = OPERATIONS[header["operation"]](**header["arguments"])
+            answer: dict[str, Any] = {"result": result}
+        except DecodeError as error:
+            answer, payload = {"unreadable": str(error)}, b""
+        except Exception as error:
+            answer, payload = {"error": f"{type(error).__name__}: {error}"}, b""
+        signal.alarm(0)
+        write_message(answers, answer, payload)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:
+        sys.exit(0)  # the parent is gone
