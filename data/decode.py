@@ -176,7 +176,7 @@ def _open_with_pyav(data: bytes) -> tuple[Any, Any]:
         container = av.open(io.BytesIO(data))
     except Exception as error:
         raise DecodeError(f"not a readable video file: {_reason(error)}") from error
-    stream = container.streams.best("video")  # the stream FFmpeg, and so decord, would choose among several
+    stream: Any = container.streams.best("video")  # the stream FFmpeg, and so decord, would choose among several
     if stream is None or stream.codec_context is None:
         container.close()
         raise DecodeError("no video stream")

@@ -18,8 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from .decode import DecodeError, Decoder, probe, read_frames_with_fallback
 from .mp4 import write_mp4
 from .resize import cover_crop
@@ -58,7 +56,7 @@ def read_clip(
     width: int,
     crop_x: float,
     crop_y: float,
-) -> tuple[dict[str, Any], bytes | memoryview]:
+) -> tuple[dict[str, Any], bytes]:
     """Reads a clip out of a shard; answers with the decoder used and frames uint8 [T, height, width, 3]."""
     with open(shard, "rb") as file:
         file.seek(offset)
@@ -67,10 +65,10 @@ def read_clip(
         raise DecodeError("checksum differs from the index: the shard was changed or is damaged")
     frames, used = read_frames_with_fallback(data, times_seconds, decoder=Decoder(decoder), seekable=seekable)
     frames = cover_crop(frames, height=height, width=width, crop_x=crop_x, crop_y=crop_y)
-    return {"decoder": used.value}, memoryview(np.ascontiguousarray(frames)).cast("B")
+    return {"decoder": used.value}, frames.tobytes()
 
 
-OPERATIONS: dict[str, Callable[..., tuple[dict[str, Any], bytes | memoryview]]] = {
+OPERATIONS: dict[str, Callable[..., tuple[dict[str, Any], bytes]]] = {
     "probe_file": probe_file,
     "synthesize": synthesize,
     "read_clip": read_clip,
@@ -86,7 +84,7 @@ def read_message(file: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
     return json.loads(file.read(header_bytes)), file.read(payload_bytes)
 
 
-def write_message(file: BinaryIO, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+def write_message(file: BinaryIO, header: dict[str, Any], payload: bytes = b"") -> None:
     """Writes one message and flushes."""
     text = json.dumps(header).encode()
     file.write(LENGTHS.pack(len(text), len(payload)) + text)

@@ -1,0 +1,98 @@
+"""Encoded videos as a source of training clips: which rows are long enough, and how one is read."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import worker
+from .config import DataConfig
+from .decode import Decoder, frame_times, has_decoder
+from .index import ClipIndex
+from .pixels import to_pixels
+from .plan import keyed_uniform
+from .workers import WorkerDied, WorkerPool
+
+_log = logging.getLogger(__name__)
+_SLACK_TOLERANCE_SECONDS = 1e-3  # durations are rounded in some containers
+
+
+class RawClips:
+    """Reads clips as frames uint8 [T, H, W, 3]; every draw is keyed by (seed, row, pass)."""
+
+    def __init__(self, index: ClipIndex, config: DataConfig, *, seed: int) -> None:
+        self._index = index
+        self._config = config
+        self._seed = seed
+        self._lock = threading.Lock()
+        self.pool = WorkerPool(config.workers, timeout_seconds=config.timeout_seconds) if config.workers else None
+        self.counts = {"fallback_decodes": 0, "decoder_crashes": 0}
+        # A clip's last frame must start no later than the video's last frame.
+        span = (config.frames - 1) / config.fps
+        durations = index.column("duration_seconds")
+        last_starts = durations - index.column("fps_denominator") / index.column("fps_numerator")
+        self._slack_seconds = last_starts - span
+        fits = self._slack_seconds >= -_SLACK_TOLERANCE_SECONDS
+        self.rows = np.flatnonzero(fits)
+        self.excluded = {
+            int(row): f"{durations[row]:.2f} s is too short for {config.frames} frames at {config.fps:g} fps"
+            for row in np.flatnonzero(~fits)
+        }
+
+    def read(self, row: int, pass_number: int | None) -> np.ndarray:
+        """Frames of a row, uint8 [T, H, W, 3]; without a pass, the middle of the clip and of the picture.
+
+        Raises DecodeError.
+        """
+        start, crop_x, crop_y = (
+            (0.5, 0.5, 0.5)
+            if pass_number is None
+            else (keyed_uniform(self._seed, purpose, row, pass_number) for purpose in ("start", "crop_x", "crop_y"))
+        )
+        clip, config = self._index.clip(row), self._config
+        request = {
+            "shard": str(self._index.shards[clip.shard]),
+            "offset": clip.offset,
+            "size": clip.size,
+            "checksum": clip.checksum,
+            "times_seconds": frame_times(
+                config.frames, fps=config.fps, start_seconds=start * max(0.0, float(self._slack_seconds[row]))
+            ),
+            "seekable": clip.seekable,
+            "decoder": config.decoder.value,
+            "height": config.height,
+            "width": config.width,
+            "crop_x": crop_x,
+            "crop_y": crop_y,
+        }
+        result, payload = self._run(request)
+        if result["decoder"] != config.decoder.value:
+            with self._lock:
+                self.counts["fallback_decodes"] += 1
+        return np.frombuffer(payload, dtype=np.uint8).reshape(config.frames, config.height, config.width, 3)
+
+    def _run(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes | bytearray]:
+        if self.pool is None:
+            return worker.read_clip(**request)
+        try:
+            return self.pool.call("read_clip", **request)
+        except WorkerDied as error:
+            with self._lock:
+                self.counts["decoder_crashes"] += 1
+            # Once more in a fresh process, with the decoder that is less easily crashed.
+            _log.warning("%s; trying once more", error)
+            safer = Decoder.pyav if has_decoder(Decoder.pyav) else self._config.decoder
+            return self.pool.call("read_clip", **{**request, "decoder": safer.value})
+
+    def assemble(self, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        """The fields of a `VideoBatch` that the clips fill."""
+        return {"pixels": to_pixels(np.stack(clips))}
+
+    def close(self) -> None:
+        """Ends the decoding processes."""
+        if self.pool is not None:
+            self.pool.close()
