@@ -1,0 +1,1 @@
+"""Networks and their mathematics on one device: the DiT, the video autoencoder, text encoders, diffusion."""

@@ -1,0 +1,45 @@
+"""Counts of parameters and FLOPs against public figures and against torch's own counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from muybridge.models import attention
+from muybridge.models.dit import DiT, DiTConfig
+from muybridge.models.flops import count_parameters, count_tokens, forward_flops, training_flops
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [
+        (DiTConfig(), 1.419),
+        (DiTConfig(num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48), 5.000),
+        (DiTConfig(num_layers=40, num_attention_heads=40, ffn_dim=13824), 14.288),
+    ],
+    ids=["1.3B", "5B", "14B"],
+)
+def test_parameters_are_those_of_the_public_models(config: DiTConfig, billions: float) -> None:
+    assert count_parameters(config) / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+def test_tokens_are_latents_over_patches() -> None:
+    assert count_tokens(DiTConfig(), (21, 60, 104)) == 32760
+
+
+def test_forward_flops_are_those_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is written as two matmuls here, because torch counts those on every device."""
+    monkeypatch.setattr(attention, "attention", lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v)
+    config = DiTConfig(
+        in_channels=4,
+        out_channels=6,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        ffn_dim=80,
+        text_dim=24,
+    )
+    model = DiT(config)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 4, 3, 4, 6), torch.tensor([500.0]), torch.randn(1, 5, 24))
+    assert forward_flops(config, (3, 4, 6), 5) == counter.get_total_flops()
+    assert training_flops(config, (3, 4, 6), 5) == 3 * counter.get_total_flops()

@@ -1,0 +1,84 @@
+"""The frozen umT5 encoder against what diffusers' Wan pipeline does with the same folder."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from muybridge.models.text import TextEncoderConfig, TextEncoderKind, Umt5TextEncoder, clean_caption
+
+transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
+tokenizers = pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
+pytest.importorskip("ftfy", reason="the extra `text` is not installed")
+
+WORDS = "a red green circle square moves to the left & < quotes".split()
+MAX_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as diffusers writes it, with a tiny umT5 of random weights and a word tokenizer."""
+    root = tmp_path_factory.mktemp("wan")
+    torch.manual_seed(0)
+    config = transformers.UMT5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    transformers.UMT5EncoderModel(config).save_pretrained(root / "text_encoder")
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(root / "tokenizer")
+    return root
+
+
+def build(folder: Path, **overrides: object) -> Umt5TextEncoder:
+    settings: dict = {"kind": TextEncoderKind.umt5, "dim": 32, "max_tokens": MAX_TOKENS, "path": str(folder)}
+    return Umt5TextEncoder(TextEncoderConfig(**settings | overrides), dtype=torch.float32)
+
+
+def test_features_are_those_of_the_diffusers_pipeline(folder: Path) -> None:
+    pipelines = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan", reason="diffusers is not installed")
+    captions = ["a red circle moves", "", "  the &amp;lt; green\n square ", "left " * 40]
+    encoder = build(folder)
+    pipeline = SimpleNamespace(tokenizer=encoder.tokenizer, text_encoder=encoder.model)
+    expected = pipelines.WanPipeline._get_t5_prompt_embeds(
+        pipeline, captions, max_sequence_length=MAX_TOKENS, device=torch.device("cpu"), dtype=torch.float32
+    )
+    found = encoder.encode(captions)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    rows = (found.abs().amax(-1) > 0).sum(1)
+    assert rows.tolist() == [5, 1, 5, 12]  # words and the end token; an empty caption is the end token alone
+
+
+def test_captions_are_cleaned() -> None:
+    assert clean_caption("  a &amp;lt;b&amp;gt;\n\t circle ") == "a <b> circle"
+    assert clean_caption("cafÃ©") == "café"
+
+
+def test_it_is_frozen_and_stays_in_evaluation_mode(folder: Path) -> None:
+    encoder = build(folder)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    encoder.train()
+    assert torch.equal(encoder.encode(["a red circle"]), encoder.encode(["a red circle"]))
+    assert not encoder.model.training
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"text\.path=.*nowhere.*text_encoder/ is missing"):
+        build(tmp_path / "nowhere")
+
+
+def test_a_width_that_differs_from_the_config_is_named(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"text\.dim=64 must be the width of .*32"):
+        build(folder, dim=64)
+
+
+def test_a_missing_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"pip install 'muybridge\[text\]'"):
+        build(folder)
