@@ -57,11 +57,15 @@ $(VENV)/bin/pip:
 	  (3, 11) <= v < (3, 14) or sys.exit("muybridge needs Python 3.11 to 3.13; PYTHON=%s is %d.%d" % (sys.executable, *v))'
 	$(or $(PYTHON),python3) -m venv $(VENV)
 
-# A stamp an extra: the quickstart need not wait for the developers' tools. Both pins and extras live in REQUIREMENTS.
+# A stamp an extra: the quickstart need not wait for the developers' tools. Compiling every module ahead would cost a minute of
+# CPU time; Python compiles those that are used at their first import.
+INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
 $(VENV)/.core-installed: $(REQUIREMENTS) | $(VENV)/bin/pip
-	$(BIN)/pip install --quiet -c constraints.txt -e .
+	@echo 'Installing into $(VENV): a minute or two, longer where torch comes with CUDA.'
+	$(INSTALL) -e .
 	touch $@
 
 $(VENV)/.dev-installed: $(REQUIREMENTS) | $(VENV)/bin/pip
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo 'Installing into $(VENV): a minute or two, longer where torch comes with CUDA.'
+	$(INSTALL) -e '.[dev]'
 	touch $(VENV)/.core-installed $@
