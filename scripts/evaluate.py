@@ -126,9 +126,9 @@ def print_scores(scores: Scores, console: Console | None = None) -> None:
     chances["every"] = math.prod(chances.values())
     for name, chance in chances.items():
         cells = (
-            f"{_percent(a.share)} [{_percent(a.interval[0])}, {_percent(a.interval[1])}]" for a in _row(scores, name)
+            f"{_percent(a.share)} % [{_percent(a.interval[0])}, {_percent(a.interval[1])}]" for a in _row(scores, name)
         )
-        table.add_row("all three" if name == "every" else name, *cells, _percent(chance))
+        table.add_row("all three" if name == "every" else name, *cells, f"{_percent(chance)} %")
     (console or Console()).print(table)
 
 
@@ -137,7 +137,7 @@ def _row(scores: Scores, attribute: str) -> Iterator[Accuracy]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.0f}"
 
 
 def parse_labels(labels: dict[str, Any], name: str) -> Combination:
@@ -167,7 +167,7 @@ def _dataset_clips(folder: Path) -> Iterator[tuple[str, bytes, Combination]]:
 def _mp4_clips(folder: Path, labels_path: Path) -> Iterator[tuple[str, bytes, Combination]]:
     files = {path.stem: path for path in sorted(folder.glob("*.mp4"))}
     if not files:
-        raise ValueError(f"--clips={folder} holds no mp4 files")
+        raise ValueError(f"--clips={folder} holds no mp4 files and is no prepared dataset")
     try:
         labels = json.loads(labels_path.read_text(encoding="utf-8"))
     except FileNotFoundError:

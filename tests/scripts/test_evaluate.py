@@ -95,8 +95,8 @@ def test_the_table_shows_chance_beside_the_figures() -> None:
         print_scores(score([(TRAINED[0], judged_as(TRAINED[0]))]), console)
     lines = [line for line in captured.get().splitlines() if "colour" in line]
     assert len(lines) == 1
-    assert "100.0 %" in lines[0]
-    assert "16.7 %" in lines[0]
+    assert "100 %" in lines[0]
+    assert "17 %" in lines[0]
 
 
 def test_an_unreadable_clip_counts_as_wrong(
