@@ -1,0 +1,149 @@
+"""Attention over all keys: softmax(scale Q K^T) V, on Triton kernels of our own where there is a GPU, on PyTorch's elsewhere.
+
+`attention` is the public name. On CUDA it calls the operator `muybridge::attention`, which torch.compile, activation
+checkpointing and meta tensors see as one opaque step with a known shape and gradient.
+"""
+
+import math
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_WIDTH_MULTIPLE = 16
+HEAD_WIDTH_LIMIT = 256
+# Triton reads the same variable when it compiles the kernels' decorators; its interpreter runs them on CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def reference_forward(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """The mathematics of the forward kernel: output [B, N, L, K] and base-2 log-sum-exp of the scaled scores [B, N, L]."""
+    scores = _at_least_fp32(q) @ _at_least_fp32(k).mT * scale  # [B, N, L, S]
+    lse = torch.logsumexp(scores, -1)
+    out = torch.exp(scores - lse[..., None]) @ _at_least_fp32(v)
+    return out.to(q.dtype), (lse / math.log(2)).float()
+
+
+def reference_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mathematics of the backward kernels: gradients of q [B, N, L, K], k and v [B, N, S, K]."""
+    grad_out, q32, k32, v32, out = map(_at_least_fp32, (grad_out, q, k, v, out))
+    weights = torch.exp2(q32 @ k32.mT * (scale / math.log(2)) - lse[..., None])
+    delta = (out * grad_out).sum(-1, keepdim=True)
+    grad_scores = weights * (grad_out @ v32.mT - delta)
+    grad_q, grad_k, grad_v = scale * grad_scores @ k32, scale * grad_scores.mT @ q32, weights.mT @ grad_out
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+@torch.library.custom_op("muybridge::attention", mutates_args=())
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The operator behind `attention`: output and base-2 log-sum-exp, which the backward pass needs."""
+    if _has_kernel(q):
+        from .attention_launch import run_forward  # here, so that machines without Triton can import this module
+
+        return run_forward(q, k, v, scale=scale)
+    out, lse = reference_forward(q, k, v, scale=scale)
+    return _to_token_major(out), lse
+
+
+@attention_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return empty_token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("muybridge::attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; the same inputs give the same bits."""
+    if _has_kernel(q):
+        from .attention_launch import run_backward
+
+        return run_backward(grad_out, q, k, v, out, lse, scale=scale)
+    grad_q, grad_k, grad_v = reference_backward(grad_out, q, k, v, out, lse, scale=scale)
+    return _to_token_major(grad_q), _to_token_major(grad_k), _to_token_major(grad_v)
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_token_major(q), empty_token_major(k), empty_token_major(v)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, grad_out: Tensor | None, _grad_lse: None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    if grad_out is None:
+        return None, None, None, None
+    return *attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
+
+
+attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attends from each query to every key: q [B, N, L, K], k and v [B, N, S, K] -> [B, N, L, K].
+
+    `scale` multiplies the scores before the softmax; None is 1 / sqrt(K). Any strides are taken as they are, except that a head
+    width without unit stride is copied. The CUDA output is laid out as [B, L, N, K]. Nothing is cast, also under autocast
+    on CUDA. fp64 runs on PyTorch's own attention everywhere.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, an empty L or S, a head width that is not a multiple of 16
+            up to 256, or a scale that is not positive and finite. The rules are the same on every backend.
+    """
+    _check(q, k, v, scale)
+    if q.is_meta or _has_kernel(q):
+        return attention_forward(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def empty_token_major(like: Tensor) -> Tensor:
+    """An uninitialised [B, N, L, K] tensor laid out as [B, L, N, K], so that merging the heads afterwards copies nothing."""
+    batch, heads, length, head_width = like.shape
+    return like.new_empty(batch, length, heads, head_width).transpose(1, 2)
+
+
+def _to_token_major(tensor: Tensor) -> Tensor:
+    return empty_token_major(tensor).copy_(tensor)
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _has_kernel(q: Tensor) -> bool:
+    if INTERPRETED:  # its bf16 arithmetic gives garbage without an error
+        return q.dtype in (torch.float32, torch.float16)
+    return q.is_cuda and q.dtype in KERNEL_DTYPES
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        rule = "must be q [B, N, L, K] with k and v [B, N, S, K]"
+    elif q.shape[2] < 1 or k.shape[2] < 1:
+        rule = "must have at least one query and one key"
+    elif q.shape[3] % HEAD_WIDTH_MULTIPLE != 0 or not 0 < q.shape[3] <= HEAD_WIDTH_LIMIT:
+        rule = f"must have a head width that is a multiple of {HEAD_WIDTH_MULTIPLE} up to {HEAD_WIDTH_LIMIT}"
+    elif not q.dtype == k.dtype == v.dtype or q.dtype not in (*KERNEL_DTYPES, torch.float64):
+        rule = "must share one dtype of float32, float16, bfloat16 (or float64, without a kernel)"
+    elif not q.device == k.device == v.device:
+        rule = "must be on one device"
+    elif scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"attention: scale={scale} must be positive and finite")
+    else:
+        return
+    tensors = ", ".join(f"{n} {list(t.shape)} {t.dtype} on {t.device}" for n, t in (("q", q), ("k", k), ("v", v)))
+    raise ValueError(f"attention: {tensors}: {rule}")
