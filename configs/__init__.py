@@ -1,0 +1,1 @@
+"""Hydra's YAML files; the package only makes them findable."""

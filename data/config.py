@@ -19,8 +19,9 @@ class Access(StrEnum):
 class DataConfig:
     """Which clips to train on and how to read them."""
 
-    path: str = ""  # dataset folder, as `muybridge prepare` or `muybridge encode` writes it
-    access: Access = Access.raw  # raw videos or a latent cache
+    path: str = ""  # dataset folder, as `muybridge prepare` writes it
+    access: Access = Access.raw  # whether the clips of `path` are decoded, or their cached latents are read
+    latents: str | None = None  # folder of the latent caches, which `muybridge encode` writes; null for none
     frames: int = 9  # of a training clip; 1 + a multiple of 4
     fps: float = 8.0  # frame rate of a training clip, whatever the video's own
     height: int = 64  # pixels
@@ -36,6 +37,8 @@ class DataConfig:
         found = []
         if not self.path:
             found.append(f"{field}.path must name a dataset folder; make one with: muybridge prepare SRC OUT")
+        if self.access is Access.latents and not self.latents:
+            found.append(f"{field}.latents must name a folder with {field}.access=latents; make it with: muybridge encode")
         if self.frames < 1 or self.frames % 4 != 1:
             found.append(
                 f"{field}.frames={self.frames} must be 1 + a multiple of 4 (the autoencoder's temporal stride)"

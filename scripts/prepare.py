@@ -139,8 +139,8 @@ def prepare_synthetic(out: Path, *, clips: int, test_clips: int, seed: int, work
 
 
 def write_preview(index: ClipIndex, path: Path, *, clips: int = 24, columns: int = 4) -> None:
-    """A contact sheet: first, middle and last frame of the first clips, each above its caption."""
-    rows = range(min(clips, len(index)))
+    """A contact sheet: first, middle and last frame of some clips, each above its caption."""
+    rows = np.linspace(0, len(index) - 1, min(clips, len(index))).astype(int).tolist()
     tiles = []
     for row in rows:
         clip = index.clip(row)
@@ -154,11 +154,14 @@ def write_preview(index: ClipIndex, path: Path, *, clips: int = 24, columns: int
     label, gap = 14, 6  # pixels
     lines = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, lines * (height + label + gap) + gap), (12, 12, 12))
-    draw = ImageDraw.Draw(sheet)
     for number, (strip, caption) in enumerate(tiles):
         x, y = gap + number % columns * (width + gap), gap + number // columns * (height + label + gap)
         sheet.paste(Image.fromarray(strip), (x, y))
-        draw.text((x, y + height + 1), caption, fill=(220, 220, 220))
+        line = Image.new(
+            "RGB", (width, label), (12, 12, 12)
+        )  # on its own, so that a long caption stops at the tile's edge
+        ImageDraw.Draw(line).text((0, 1), caption, fill=(220, 220, 220))
+        sheet.paste(line, (x, y + height))
     sheet.save(path)
 
 

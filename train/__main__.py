@@ -2,10 +2,12 @@
 
 import sys
 
+import hydra
 import yaml
+from omegaconf import DictConfig
 
 from .. import __version__
-from .config import SCHEMA_NAME, TrainConfig, load_train_config, register_schema
+from .config import SCHEMA_NAME, TrainConfig, load_train_config, plain, register_schema
 
 EXIT_OUT_OF_MEMORY = 78
 
@@ -32,20 +34,44 @@ def main(argv: list[str]) -> int:
     if any(argument.startswith("-") for argument in argv):
         return _show_with_hydra(argv)
     config = load_train_config(argv)
-    from ..models.flops import parameter_count_text
-    from .memory import OutOfMemoryError, check_memory
+    # DeepSpeed takes seconds to import: a fault above is reported before that.
+    from .memory import OutOfMemoryError, check_memory, parameter_count
 
+    if config.dry_run:
+        print(yaml.safe_dump(plain(config), sort_keys=False))
+        print(
+            f"muybridge: the settings are valid ({parameter_count(config) / 1e6:.1f} M parameters); nothing was started"
+        )
+        for missing in config.missing_inputs():
+            print(f"muybridge: still needed: {missing}")
+        return 0
     try:
         check_memory(config)
-        if config.dry_run:
-            print(yaml.safe_dump(plain(config), sort_keys=False))
-            print(f"muybridge: the configuration is valid ({parameter_count_text(config.model)}); nothing was started")
-            return 0
-        # torch and DeepSpeed take seconds to import: a fault above is reported before that.
-        from .trainer import train
-
-        train(config)
     except OutOfMemoryError as error:
         print(f"muybridge: {error}", file=sys.stderr)
         return EXIT_OUT_OF_MEMORY
-    raise AssertionError("train() ends the process")
+    from .trainer import train
+
+    train(config)
+
+
+def _show_with_hydra(argv: list[str]) -> int:
+    """Hydra's own flags (--cfg, --info, --hydra-help): it prints and stops."""
+    allowed = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--resolve", "--package", "-p")
+    if unknown := [text for text in argv if text.startswith("-") and text.split("=")[0] not in allowed]:
+        raise ValueError(f"unknown option {unknown[0]} (see muybridge train --help)")
+    register_schema(SCHEMA_NAME, TrainConfig)
+
+    @hydra.main(config_path="pkg://muybridge.configs", config_name="train", version_base="1.3")
+    def show(_: DictConfig) -> None:
+        raise AssertionError("every allowed option prints and stops")
+
+    sys.argv = ["muybridge train", *argv]
+    show()
+    return 0
+
+
+if __name__ == "__main__":
+    from ..scripts.cli import main as run_command
+
+    sys.exit(run_command(["train", *sys.argv[1:]]))

@@ -5,10 +5,9 @@ Every fault of a configuration is found in one go and reported in one message, b
 
 import dataclasses
 import difflib
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..data.loader import DataAccess, DataConfig
+from ..data.config import Access, DataConfig
 from ..models.diffusion.noise_schedule import NoiseScheduleConfig
 from ..models.diffusion.samplers import SamplerConfig
 from ..models.dit import DiTConfig
-from ..models.text import TextEncoderConfig
+from ..models.text import TextEncoderConfig, TextEncoderKind
 from ..models.vae.config import VAEConfig
 from ..models.vae.loss import VAELossConfig
+from ..models.weights import load_config
 from .checkpoint import CheckpointConfig
 from .ema import EMAConfig
 from .engine import EngineConfig
@@ -48,21 +48,17 @@ class VAESettings:
 
     # Folder with config.json and diffusion_pytorch_model.safetensors (a VAE run's `model/vae`); null trains one from scratch.
     path: str | None = None
-    # Sizes of the autoencoder to train; with `path` the folder's config.json decides instead.
+    # Sizes of the autoencoder to train; where `path` exists, its config.json decides instead.
     architecture: VAEConfig = field(default_factory=VAEConfig)
 
     def faults(self, field: str) -> list[str]:
-        if self.path is None:
-            return self.architecture.faults(f"{field}.architecture")
-        if not (Path(self.path) / "config.json").is_file():
-            return [f"{field}.path={self.path} must be a folder with config.json (train a VAE first, or set {field}.path)"]
-        return []
+        return self.architecture.faults(f"{field}.architecture")
 
     def resolved(self) -> VAEConfig:
-        """The sizes in force: those of `path` where it is given."""
-        if self.path is None:
-            return self.architecture
-        return VAEConfig.from_diffusers(json.loads((Path(self.path) / "config.json").read_text()))
+        """The sizes in force: those of the folder where it exists."""
+        if self.path is not None and (Path(self.path) / "config.json").is_file():
+            return VAEConfig.from_diffusers(load_config(self.path))
+        return self.architecture
 
 
 @dataclass
@@ -105,6 +101,21 @@ class TrainConfig:
         """Micro-batches of one rank in one step."""
         return self.global_batch // (self.micro_batch * world_size)
 
+    def training_data(self) -> DataConfig:
+        """The data settings with `path` at what is read: the clips or their latents."""
+        if self.data.access is Access.raw:
+            return self.data
+        return replace(self.data, path=str(Path(self.data.latents or "") / "train"))
+
+    def validation_data(self) -> DataConfig | None:
+        """The same for the validation clips, with every caption kept; None where there are none."""
+        if self.validation.path is None:
+            return None
+        path = self.validation.path
+        if self.data.access is Access.latents:
+            path = str(Path(self.data.latents or "") / "validation")
+        return replace(self.data, path=path, caption_dropout=0.0)
+
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Channels, frames, height and width of one clip's latents."""
         vae = self.vae.resolved()
@@ -123,7 +134,9 @@ class TrainConfig:
         sizes = ("steps", "global_batch", "micro_batch")
         for name in sizes:
             if getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be at least 1 (an experiment sets it: +experiment=NAME)")
+                found.append(
+                    f"{name}={getattr(self, name)} must be at least 1 (an experiment sets it: +experiment=NAME)"
+                )
         closes = min(getattr(self, name) for name in sizes) >= 1
         if closes and self.global_batch % (self.micro_batch * world_size):
             found.append(
@@ -138,6 +151,20 @@ class TrainConfig:
                 part_faults += getattr(self, part.name).faults(part.name)
         # Rules between parts need parts that make sense on their own.
         return found + (part_faults or self._size_faults())
+
+    def missing_inputs(self) -> list[str]:
+        """Files that the settings name and this machine does not have."""
+        missing = []
+        if self.task is TaskKind.text_to_video:
+            if self.vae.path and not (Path(self.vae.path) / "config.json").is_file():
+                missing.append(
+                    f"vae.path={self.vae.path} must be a folder with config.json (train a VAE first, or set it)"
+                )
+            if self.text.kind is TextEncoderKind.umt5 and not (Path(self.text.path or "") / "text_encoder").is_dir():
+                missing.append(f"text.path={self.text.path} must be a folder with text_encoder/ and tokenizer/")
+        if self.init_from and not Path(self.init_from).is_dir():
+            missing.append(f"init_from={self.init_from} must be the directory of a run")
+        return missing
 
     def _size_faults(self) -> list[str]:
         """Clip sizes and widths that do not fit each other."""
@@ -157,7 +184,7 @@ class TrainConfig:
                     f"(the autoencoder's stride {vae.spatial_stride} x the model's patch {patch_side})"
                 )
         if not diffusion:
-            if data.access is DataAccess.latents:
+            if data.access is Access.latents:
                 found.append("data.access=latents must be raw with task=video_vae (it learns from pixels)")
             return found
         if self.vae.path is None:
@@ -168,7 +195,9 @@ class TrainConfig:
         if self.model.text_dim != self.text.dim:
             found.append(f"model.text_dim={self.model.text_dim} must be text.dim={self.text.dim}")
         if (1 + (data.frames - 1) // vae.temporal_stride) % patch[0]:
-            found.append(f"data.frames={data.frames} must give a multiple of model.patch_size[0]={patch[0]} latent frames")
+            found.append(
+                f"data.frames={data.frames} must give a multiple of model.patch_size[0]={patch[0]} latent frames"
+            )
         return found
 
 
@@ -206,13 +235,13 @@ def load_train_config(overrides: list[str]) -> TrainConfig:
     """Compose and check a training run's settings. Raises ValueError with all faults in one message."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        config = compose_config(
-            overrides, config_class=TrainConfig, config_name="train", schema_name=SCHEMA_NAME
-        )
+        config = compose_config(overrides, config_class=TrainConfig, config_name="train", schema_name=SCHEMA_NAME)
         faults: list[str] = []
     except ConfigFaults as error:
         config, faults = error.partial, error.faults
-    faults += [fault for fault in config.faults(world_size) if fault not in faults]
+    faults += config.faults(world_size)
+    if not config.dry_run:  # settings can be checked where the weights are not
+        faults += config.missing_inputs()
     if faults:
         raise ValueError(fault_message(faults))
     return config

@@ -55,12 +55,13 @@ def write_clips(
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for clip, prompt, number in zip(frames, prompts, numbers, strict=True):
-        path = folder / f"{number:04d}-{_slug(prompt)}.mp4"
+        path = folder / f"{clip_name(number, prompt)}.mp4"
         write_mp4(path, clip, fps=config.data.fps)
         paths.append(path)
     return paths
 
 
-def _slug(prompt: str) -> str:
-    """A prompt as part of a file name: letters and digits only, so that no prompt can name another folder."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "empty"
+def clip_name(number: int, prompt: str) -> str:
+    """File name without suffix: letters and digits of the prompt only, so that no prompt can name another folder."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48]
+    return f"{number:04d}-{words or 'empty'}"

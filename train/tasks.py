@@ -18,9 +18,10 @@ from ..models.dit import DiT
 from ..models.text import ByteTextEncoder, TextEncoderKind, Umt5TextEncoder
 from ..models.text_to_video import TextToVideoModel
 from ..models.vae import VideoVAE
+from ..models.vae.folder import load_vae
 from ..models.vae.loss import vae_loss
 from ..models.vae.statistics import LatentStatistics
-from ..models.weights import load_model, save_model
+from ..models.weights import save_model
 from .config import TaskKind, TrainConfig
 
 # Training clips over which the latent statistics of a new autoencoder are measured.
@@ -62,7 +63,7 @@ class TextToVideoTask(Task):
         super().__init__(config, device)
         self._reads_bytes = config.text.kind is TextEncoderKind.bytes
         self._tokenizer = ByteTextEncoder(config.text) if self._reads_bytes else None
-        self._umt5 = None if self._reads_bytes else Umt5TextEncoder(config.text, device=device)
+        self._umt5 = None if self._reads_bytes else Umt5TextEncoder(config.text).to(device)
         self._vae: VideoVAE | None = None
 
     @property
@@ -71,7 +72,7 @@ class TextToVideoTask(Task):
         if self._vae is None:
             assert self.config.vae.path is not None
             # fp32: encoding in bf16 moves latents by about 2 %.
-            self._vae = load_model(VideoVAE, Path(self.config.vae.path)).to(self.device).eval().requires_grad_(False)
+            self._vae = load_vae(self.config.vae.path).to(self.device).eval().requires_grad_(False)
         return self._vae
 
     def build_model(self) -> nn.Module:

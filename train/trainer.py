@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,7 +98,7 @@ class Trainer:
 
         # Data first: its mistakes are the commonest, and it needs no model to find them.
         self.loader = VideoLoader(
-            config.data,
+            config.training_data(),
             global_batch=config.global_batch,
             micro_batch=config.micro_batch,
             rank=self.rank,
@@ -177,10 +176,10 @@ class Trainer:
             stopped = self.stop_request.agreed()
         if step > saved_step or not committed_checkpoints(self.checkpoints):
             self._save(step, saved_step, must_succeed=True)
-        self.loader.close()
         done = step >= self.config.steps
         if done:
             self._export()
+        self.loader.close()
         self._say_goodbye(step, done=done)
         return EXIT_DONE if done else EXIT_REQUEUE
 
@@ -243,7 +242,7 @@ class Trainer:
         """Write the EMA weights for use elsewhere, from the checkpoint: no rank has to hold what the others own."""
         if self.rank == 0:
             newest = committed_checkpoints(self.checkpoints)[-1]
-            clips = (batch for batches in self.loader.steps(0) for batch in batches)
+            clips = self.loader.every_row(self.config.micro_batch)
             self.exported = self.task.export(self.run_dir / "model", read_weights(newest), clips)
         dist.barrier()
 
@@ -251,7 +250,9 @@ class Trainer:
         if self.tracker is None:
             return
         if done:
-            self.tracker.note(f"muybridge: {step} steps done; wrote {self.run_dir}/metrics.jsonl, checkpoints/ and {self.exported}")
+            self.tracker.note(
+                f"muybridge: {step} steps done; wrote {self.run_dir}/metrics.jsonl, checkpoints/ and {self.exported}"
+            )
             if self.config.task is TaskKind.text_to_video:
                 self.tracker.note(f"next: muybridge sample run={self.run_dir} prompts=prompts.txt")
         else:
@@ -259,12 +260,12 @@ class Trainer:
         self.tracker.close()
 
     def _build_validation_loader(self, world: int) -> VideoLoader | None:
-        if self.config.validation.path is None or not self.config.validation.every_steps:
+        data = self.config.validation_data()
+        if data is None or not self.config.validation.every_steps:
             return None
-        batch = self.config.micro_batch * world
         return VideoLoader(
-            replace(self.config.data, path=self.config.validation.path, caption_dropout=0.0, workers=0),
-            global_batch=batch,
+            data,
+            global_batch=self.config.micro_batch * world,
             micro_batch=self.config.micro_batch,
             rank=self.rank,
             world_size=world,

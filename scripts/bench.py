@@ -1,0 +1,202 @@
+"""`muybridge bench`: what the trainer costs beyond a bare loop, and how fast a model's steps are on this machine."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+# Dense bf16 peak in FLOP/s from the makers' data sheets, by a part of the device's name.
+BF16_PEAKS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
+
+
+def main(argv: list[str]) -> int:
+    """Run a benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="muybridge bench", description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    overhead = kinds.add_parser(
+        "overhead", help="CPU seconds a step of the trainer against a bare torch loop, in paired runs"
+    )
+    overhead.add_argument("--pairs", type=int, default=3, help="pairs of runs (%(default)s)")
+    overhead.add_argument("--steps", type=int, default=60, help="steps that are measured (%(default)s)")
+    step = kinds.add_parser(
+        "step", help="seconds, tokens/s, FLOP/s and peak memory of training steps on random latents"
+    )
+    step.add_argument("--steps", type=int, default=10, help="steps that are measured, after 3 others (%(default)s)")
+    step.add_argument(
+        "overrides", nargs="*", help="settings of `muybridge train`, as +experiment=wan_1_3b_480p data.frames=17"
+    )
+    bare = kinds.add_parser("bare")  # the other side of `overhead`, in a process of its own
+    bare.add_argument("overrides", nargs="*")
+    for sub in (overhead, step):
+        sub.add_argument("--json", type=Path, help="write the figures to this file, too")
+    options = parser.parse_args(argv)
+    if options.kind == "bare":
+        run_bare_loop(options.overrides)
+        return 0
+    result = measure_overhead(options.pairs, options.steps) if options.kind == "overhead" else measure_step(options)
+    table = Table(title=f"muybridge bench {options.kind}")
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"muybridge: wrote {options.json}")
+    return 0
+
+
+def measure_overhead(pairs: int, steps: int) -> dict[str, Any]:
+    """CPU seconds a step of the same model, data, loss and optimizer in the trainer and in a bare torch loop.
+
+    Each figure is the difference between a long and a short run of whole processes, so that start-up cancels out.
+    """
+    from .toy_inputs import make_toy_inputs
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with contextlib.redirect_stdout(io.StringIO()):
+            inputs = make_toy_inputs(folder)
+        common = ["+experiment=quickstart", *inputs, "deepspeed=zero0", "threads=1", "tracking.wandb=off"]
+        common += ["validation.every_steps=0", "checkpoint.every_steps=0"]
+
+        def cpu_seconds(kind: list[str], number: int, count: int) -> float:
+            run = [f"run_dir={folder}/run-{kind[0]}-{number}-{count}", f"steps={count}"]
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(
+                [sys.executable, "-m", "muybridge.scripts.cli", *kind, *common, *run],
+                check=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+        short, bare, ours = 10, [], []
+        for number in track(range(pairs), description="paired runs", console=Console(stderr=True)):
+            for kind, found in ((["bench", "bare"], bare), (["train"], ours)):
+                long_run = cpu_seconds(kind, number, short + steps)
+                found.append((long_run - cpu_seconds(kind, number, short)) / steps)
+    ratios = [mine / theirs for mine, theirs in zip(ours, bare, strict=True)]
+    return {
+        "bare_loop_cpu_seconds_per_step": statistics.median(bare),
+        "trainer_cpu_seconds_per_step": statistics.median(ours),
+        "overhead_percent": 100 * (statistics.median(ratios) - 1),
+        "overhead_percent_of_each_pair": [round(100 * (ratio - 1), 1) for ratio in ratios],
+        "pairs": pairs,
+        "steps": steps,
+    }
+
+
+def run_bare_loop(overrides: list[str]) -> None:
+    """The least code that trains the same model on the same batches: no engine, EMA, metrics, checkpoint or plan at run time."""
+    import torch
+
+    from ..data.loader import VideoLoader
+    from ..train.config import load_train_config
+    from ..train.optimizer import build_optimizer
+    from ..train.tasks import build_task
+
+    config = load_train_config(overrides)
+    torch.set_num_threads(config.threads or 1)
+    loader = VideoLoader(
+        config.training_data(),
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        rank=0,
+        world_size=1,
+        seed=config.seed,
+    )
+    batches = loader.steps(0)
+    in_memory = [next(batches)[0] for _ in range(4)]
+    task = build_task(config, torch.device("cpu"))
+    torch.manual_seed(config.seed)
+    model = task.build_model()
+    optimizer = build_optimizer(model, config.optimizer)
+    for step in range(config.steps):
+        batch = replace(in_memory[step % len(in_memory)], step=step)
+        task.losses(model, batch).total.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def measure_step(options: argparse.Namespace) -> dict[str, Any]:
+    """Median step of a configured diffusion model on random latents and text features, in one process."""
+    import torch
+
+    from ..models.diffusion.objective import rectified_flow_loss
+    from ..models.dit import DiT
+    from ..models.flops import count_parameters, count_tokens, training_flops
+    from ..train.config import load_train_config
+    from ..train.ema import EMA
+    from ..train.engine import Engine, initialise_distributed
+    from ..train.optimizer import build_optimizer
+
+    config = load_train_config([*options.overrides, "dry_run=true"])
+    batch, shape = config.micro_batch, config.latent_shape()
+    device = initialise_distributed(config.deepspeed)
+    torch.manual_seed(config.seed)
+    with device:
+        model = DiT(config.model)
+        latents = torch.randn(batch, *shape)
+        noise = torch.randn(batch, *shape)
+        text = torch.randn(batch, config.text.max_tokens, config.model.text_dim)
+        noise_levels = torch.rand(batch)
+    engine = Engine(
+        model,
+        build_optimizer(model, config.optimizer),
+        config=config.deepspeed,
+        micro_batch=batch,
+        accumulation=1,
+        gradient_clipping=config.optimizer.gradient_clipping,
+    )
+    ema = EMA(engine, config.ema)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for step in track(range(3 + options.steps), description="steps", console=Console(stderr=True)):
+        began = time.perf_counter()
+        engine.backward(rectified_flow_loss(engine, latents, text, noise, noise_levels).mean())
+        engine.step(config.optimizer.lr)
+        ema.update(step + 1)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    median = statistics.median(seconds[3:])
+    flops = batch * training_flops(config.model, shape[1:], config.text.max_tokens)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    peak = next((value for part, value in BF16_PEAKS.items() if part in name), None)
+    return {
+        "device": name,
+        "parameters": count_parameters(config.model),
+        "clip": f"{config.data.frames}x{config.data.height}x{config.data.width}",
+        "micro_batch": batch,
+        "tokens_per_step": batch * count_tokens(config.model, shape[1:]),
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "zero": config.deepspeed.zero,
+        "precision": config.deepspeed.precision.value,
+        "seconds_per_step": median,
+        "seconds_of_each_step": [round(value, 4) for value in seconds[3:]],
+        "tokens_per_second": batch * count_tokens(config.model, shape[1:]) / median,
+        "tflops_per_second": flops / median / 1e12,
+        "mfu": flops / median / peak if peak else None,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,189 @@
+"""`muybridge quickstart`: the whole life of a model on one CPU, by the commands a user would type, one after the other.
+
+A stage that ended well is not run again, so a stopped quickstart goes on where it was.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..data.synthetic import Combination, captions_of, draw_clip
+from ..train.config import read_config
+from ..train.generate import clip_name
+
+DEFAULT_RUN_DIR = Path("runs/quickstart")  # as in configs/experiment/quickstart*.yaml
+PROMPTS = 48
+PROMPT_SEED = 1  # prompts are worded as unseen test clips are
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the quickstart: what a user would say of it, and the command that does it."""
+
+    name: str
+    summary: str
+    arguments: list[str]
+
+
+def main(argv: list[str]) -> int:
+    """Run what is left to do and write report.json; returns the first failing command's exit code."""
+    parser = argparse.ArgumentParser(
+        prog="muybridge quickstart",
+        description="Prepare data, train a video VAE and a diffusion transformer, and generate videos, in minutes on a CPU.",
+    )
+    parser.add_argument("--run-dir", type=Path, default=DEFAULT_RUN_DIR, help="where everything goes (%(default)s)")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few steps of everything: checks an installation, learns nothing"
+    )
+    options = parser.parse_args(argv)
+    run_dir: Path = options.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_prompts(run_dir, PROMPTS if not options.smoke else 8)
+    seconds_path = run_dir / "stage_seconds.json"
+    seconds = json.loads(seconds_path.read_text()) if seconds_path.exists() else {}
+    stages = build_stages(run_dir, smoke=options.smoke)
+    console = Console(highlight=False)
+    for number, stage in enumerate(stages, start=1):
+        console.rule(f"[bold]{number}/{len(stages)} {stage.summary}")
+        if stage.name in seconds:
+            console.print(f"done before, in {seconds[stage.name]:.0f} s")
+            continue
+        console.print(f"$ muybridge {' '.join(stage.arguments)}", style="cyan")
+        began = time.monotonic()
+        code = subprocess.run([sys.executable, "-m", "muybridge.scripts.cli", *stage.arguments], check=False).returncode
+        if code != 0:
+            print(
+                f"muybridge: {stage.name} ended with code {code}; the same command goes on from here", file=sys.stderr
+            )
+            return code
+        seconds[stage.name] = round(time.monotonic() - began, 1)
+        seconds_path.write_text(json.dumps(seconds, indent=1))
+    report = write_report(run_dir, seconds)
+    print_report(report, console)
+    console.print(f"muybridge: wrote {run_dir}/report.json, loss.png, vae_reconstruction.mp4 and samples/")
+    console.print(f"next: open {run_dir}/samples/contact_sheet.png, or write your own prompts.txt and run")
+    console.print(f"      muybridge sample run={run_dir} prompts=prompts.txt out={run_dir}/mine")
+    return 0
+
+
+def build_stages(run_dir: Path, *, smoke: bool) -> list[Stage]:
+    """The commands in order; `smoke` shortens each to a few steps."""
+    shards, samples = run_dir / "shards", run_dir / "samples"
+    clips, test_clips = ("48", "16") if smoke else ("2400", "120")
+    short = ["steps=4", "validation.clips=16"] if smoke else []
+    image, vae, dit = _places(run_dir)
+    return [
+        Stage(
+            "prepare",
+            "Render captioned clips as H.264 and pack them into WebDataset shards",
+            ["prepare", "synthetic", str(shards), "--clips", clips, "--test-clips", test_clips],
+        ),
+        Stage(
+            "train_vae_image",
+            "Train the VAE on single frames",
+            ["train", "+experiment=quickstart_vae_image", *image, *short],
+        ),
+        Stage("train_vae", "Train the VAE on clips", ["train", "+experiment=quickstart_vae", *vae, *short]),
+        Stage("encode", "Encode every clip once into cached latents", ["encode", "+experiment=quickstart", *dit]),
+        Stage(
+            "train",
+            "Train the diffusion transformer under DeepSpeed",
+            ["train", "+experiment=quickstart", *dit, *short],
+        ),
+        Stage(
+            "sample",
+            "Generate videos from prompts",
+            ["sample", f"run={run_dir}", f"prompts={run_dir / 'prompts.txt'}", *(["steps=2"] if smoke else [])],
+        ),
+        Stage(
+            "evaluate",
+            "Judge from the mp4s whether they show what was asked for",
+            [
+                "evaluate",
+                *("--clips", str(samples), "--labels", str(run_dir / "prompt_labels.json")),
+                *("--json", str(run_dir / "prompt_following.json")),
+            ],
+        ),
+    ]
+
+
+def _places(run_dir: Path) -> tuple[list[str], list[str], list[str]]:
+    """Overrides that move the three experiments to another run directory than the one written in them."""
+    if run_dir == DEFAULT_RUN_DIR:
+        return [], [], []
+    data = [f"data.path={run_dir}/shards/train", f"validation.path={run_dir}/shards/test"]
+    return (
+        [f"run_dir={run_dir}/vae_image", *data],
+        [f"run_dir={run_dir}/vae", f"init_from={run_dir}/vae_image", *data],
+        [f"run_dir={run_dir}", f"vae.path={run_dir}/vae/model/vae", f"data.latents={run_dir}/latents", *data],
+    )
+
+
+def write_prompts(run_dir: Path, count: int) -> None:
+    """prompts.txt, half of it held-out combinations, and prompt_labels.json: what each generated file should show."""
+    combinations = prompt_combinations(count)
+    prompts, labels = [], {}
+    for number, combination in enumerate(combinations):
+        phrasings = captions_of(combination)
+        prompts.append(phrasings[number % len(phrasings)])
+        labels[clip_name(number, prompts[-1])] = vars(combination)
+    (run_dir / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    (run_dir / "prompt_labels.json").write_text(json.dumps(labels, indent=1))
+
+
+def prompt_combinations(count: int) -> list[Combination]:
+    """The combinations of the first test clips, which alternate between held-out and trained ones."""
+    return [draw_clip(PROMPT_SEED, "test", number).combination for number in range(count)]
+
+
+def write_report(run_dir: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    """report.json, loss.png and vae_reconstruction.mp4 from what the stages left."""
+    from .pictures import loss_plot
+    from .reconstruction import measure_reconstruction
+
+    config = read_config(run_dir / "vae")
+    held_out = replace(config.data, path=str(run_dir / "shards" / "test"), caption_dropout=0.0, workers=0)
+    vae = measure_reconstruction(run_dir / "vae/model/vae", held_out, video=run_dir / "vae_reconstruction.mp4")
+    followed = json.loads((run_dir / "prompt_following.json").read_text())
+    loss_plot(
+        {
+            "VAE, images": run_dir / "vae_image/metrics.jsonl",
+            "VAE, clips": run_dir / "vae/metrics.jsonl",
+            "DiT": run_dir / "metrics.jsonl",
+        },
+        run_dir / "loss.png",
+    )
+    report = {
+        **vae,
+        "prompt_following": {
+            **{name: followed["all"][name]["accuracy"] for name in ("colour", "direction", "shape")},
+            "n": followed["all"]["n"],
+            "splits": followed,
+        },
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+    }
+    (run_dir / "report.json").write_text(json.dumps(report, indent=1))
+    return report
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The figures as a table."""
+    table = Table(title="Quickstart")
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    table.add_row("VAE PSNR, held-out clips", f"{report['vae_psnr_db']:.1f} dB")
+    table.add_row("best constant colour", f"{report['constant_colour_psnr_db']:.1f} dB")
+    followed = report["prompt_following"]
+    for name in ("colour", "direction", "shape"):
+        table.add_row(f"right {name}, of {followed['n']} prompts", f"{100 * followed[name]:.0f} %")
+    for stage, spent in report["seconds"].items():
+        table.add_row(f"{stage.replace('_', ' ')}", f"{spent:.0f} s")
+    console.print(table)
