@@ -38,7 +38,9 @@ class DataConfig:
         if not self.path:
             found.append(f"{field}.path must name a dataset folder; make one with: muybridge prepare SRC OUT")
         if self.access is Access.latents and not self.latents:
-            found.append(f"{field}.latents must name a folder with {field}.access=latents; make it with: muybridge encode")
+            found.append(
+                f"{field}.latents must name a folder with {field}.access=latents; make it with: muybridge encode"
+            )
         if self.frames < 1 or self.frames % 4 != 1:
             found.append(
                 f"{field}.frames={self.frames} must be 1 + a multiple of 4 (the autoencoder's temporal stride)"

@@ -23,8 +23,8 @@ class DiTConfig:
     in_channels: int = 16  # latent channels of the autoencoder
     out_channels: int = 16  # latent channels of the velocity
     num_layers: int = 30  # transformer blocks
-    num_attention_heads: int = 12  # heads N; the model width D is N * K
-    attention_head_dim: int = 128  # head width K, a multiple of 16 up to 256
+    dim: int = 1536  # model width D
+    num_attention_heads: int = 12  # heads N, which divide the width into heads of K = D / N
     ffn_dim: int = 8960  # hidden width of the feed-forward
     text_dim: int = 4096  # width of the text encoder's output
     freq_dim: int = 256  # width of the timestep sinusoid
@@ -34,22 +34,28 @@ class DiTConfig:
     gradient_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
 
     @property
-    def dim(self) -> int:
-        """Model width D."""
-        return self.num_attention_heads * self.attention_head_dim
+    def attention_head_dim(self) -> int:
+        """Head width K."""
+        return self.dim // self.num_attention_heads
 
     def faults(self, field: str) -> list[str]:
         """All breaches of this config's own rules, as messages that name the field, the value and the rule."""
         found = []
-        positive = ("in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim")
+        positive = ("in_channels", "out_channels", "num_layers", "dim", "num_attention_heads", "ffn_dim")
         for name in (*positive, "text_dim", "freq_dim", "rope_max_seq_len"):
             if getattr(self, name) < 1:
                 found.append(f"{field}.{name}={getattr(self, name)} must be at least 1")
-        if self.attention_head_dim >= 1 and (self.attention_head_dim % 16 or self.attention_head_dim > 256):
-            found.append(
-                f"{field}.attention_head_dim={self.attention_head_dim} must be a multiple of 16 up to 256 (the attention "
-                "kernel's tile; the rotary embedding splits such a width over its three axes)"
-            )
+        if self.dim >= 1 and self.num_attention_heads >= 1:
+            head_dim, rest = divmod(self.dim, self.num_attention_heads)
+            if rest:
+                found.append(
+                    f"{field}.num_attention_heads={self.num_attention_heads} must divide {field}.dim={self.dim}"
+                )
+            elif head_dim % 16 or head_dim > 256:
+                found.append(
+                    f"{field}.dim={self.dim} over {field}.num_attention_heads={self.num_attention_heads} gives heads of "
+                    f"{head_dim}, which must be a multiple of 16 up to 256 (the attention kernel's tile)"
+                )
         if self.freq_dim % 2:
             found.append(f"{field}.freq_dim={self.freq_dim} must be even (one half is cosines, one half sines)")
         if len(self.patch_size) != 3 or min(self.patch_size, default=0) < 1:
@@ -99,13 +105,13 @@ class DiTConfig:
                     f"config.json: {name}={config[name]!r} must be {value!r} (a Wan text-to-video transformer)"
                 )
         sizes = (
-            "in_channels out_channels num_layers num_attention_heads attention_head_dim ffn_dim text_dim freq_dim "
-            "patch_size eps rope_max_seq_len"
+            "in_channels out_channels num_layers num_attention_heads ffn_dim text_dim freq_dim patch_size eps rope_max_seq_len"
         ).split()
-        missing = [name for name in sizes if name not in config]
+        missing = [name for name in (*sizes, "attention_head_dim") if name not in config]
         if missing:
             raise ValueError(f"config.json: {', '.join(missing)} missing; they are needed to build the transformer")
-        return cls(**{name: config[name] for name in sizes} | {"patch_size": list(config["patch_size"])})
+        dim = config["num_attention_heads"] * config["attention_head_dim"]
+        return cls(dim=dim, **{name: config[name] for name in sizes} | {"patch_size": list(config["patch_size"])})
 
 
 class DiT(nn.Module):

@@ -2,9 +2,18 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ..train.config import TaskKind, compose_config, read_config
 
@@ -109,13 +118,18 @@ def main(argv: list[str]) -> int:
                 numbers,
                 sampler=run.sampler,
                 seed=config.seed,
-                progress=lambda done, steps, size=len(chunk): progress.advance(bar, size),  # type: ignore[misc]
+                progress=partial(_show, progress, bar, start, len(chunk)),
             )
             paths += write_clips(out, frames, chunk, numbers, run)
             clips += list(frames)
     contact_sheet(clips, prompts, out / "contact_sheet.png")
     print(f"muybridge: wrote {len(paths)} mp4s and contact_sheet.png to {out}")
     return 0
+
+
+def _show(progress: Progress, bar: TaskID, start: int, size: int, done: int, steps: int) -> None:
+    """After `done` of `steps` sampler steps of the `size` prompts from `start` on."""
+    progress.update(bar, completed=start * steps + size * done)
 
 
 def read_prompts(config: SampleConfig) -> list[str]:

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         return EXIT_OUT_OF_MEMORY
     from .trainer import train
 
-    train(config)
+    return train(config)
 
 
 def _show_with_hydra(argv: list[str]) -> int:

@@ -136,11 +136,11 @@ class VideoVAETask(Task):
     @torch.no_grad()
     def export(self, folder: Path, weights: dict[str, Tensor], clips: Iterator[VideoBatch]) -> Path:
         """Also measures the latent statistics, by which a diffusion model's latents are scaled, and stores them."""
-        vae = self.build_model().eval()
+        vae = VideoVAE(self.config.vae.resolved()).to(self.device).eval()
         vae.load_state_dict(weights)
         statistics, seen = LatentStatistics(), 0
         for batch in clips:
-            assert batch.pixels is not None and isinstance(vae, VideoVAE)
+            assert batch.pixels is not None
             statistics.update(vae.encode(batch.pixels.to(self.device)).mode())
             seen += len(batch)
             if seen >= STATISTICS_CLIPS:

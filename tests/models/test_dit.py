@@ -16,7 +16,7 @@ def tiny_config(**overrides: object) -> DiTConfig:
         "out_channels": 4,
         "num_layers": 2,
         "num_attention_heads": 2,
-        "attention_head_dim": 32,
+        "dim": 64,
         "ffn_dim": 128,
         "text_dim": 24,
         "freq_dim": 32,
@@ -52,12 +52,12 @@ def test_a_sound_config_has_no_faults() -> None:
 
 
 def test_every_fault_of_a_config_is_named_with_field_value_and_rule() -> None:
-    broken = tiny_config(num_layers=0, attention_head_dim=24, freq_dim=31, patch_size=[1, 2], eps=0.0)
+    broken = tiny_config(num_layers=0, dim=65, freq_dim=31, patch_size=[1, 2], eps=0.0)
     messages = broken.faults("model.dit")
     assert len(messages) == 5
     for name, value in [
         ("num_layers", "0"),
-        ("attention_head_dim", "24"),
+        ("num_attention_heads", "2"),
         ("freq_dim", "31"),
         ("patch_size", "[1, 2]"),
         ("eps", "0.0"),
@@ -79,7 +79,7 @@ def test_from_diffusers_names_what_is_missing() -> None:
 
 def test_a_fresh_model_follows_the_initialisation_of_wan() -> None:
     torch.manual_seed(0)
-    model = DiT(tiny_config(num_attention_heads=8))
+    model = DiT(tiny_config(dim=256, num_attention_heads=8))
     dim = 256
     assert model.proj_out.weight.abs().max() == 0
     assert model(*draw_inputs()).abs().max() == 0
@@ -223,3 +223,9 @@ def test_a_half_precision_timestep_is_refused() -> None:
     latents, timestep, text = draw_inputs()
     with pytest.raises(ValueError, match="must be float32"):
         DiT(tiny_config())(latents, timestep.bfloat16(), text)
+
+
+def test_heads_must_divide_the_width_into_widths_the_kernel_takes() -> None:
+    assert tiny_config(dim=64, num_attention_heads=4).faults("model") == []
+    (odd,) = tiny_config(dim=48, num_attention_heads=2).faults("model")
+    assert "heads of 24" in odd

@@ -17,7 +17,7 @@ CONFIG = DiTConfig(
     out_channels=12,
     num_layers=3,
     num_attention_heads=4,
-    attention_head_dim=32,
+    dim=128,
     ffn_dim=160,
     text_dim=64,
 )

@@ -13,8 +13,8 @@ from muybridge.models.flops import count_parameters, count_tokens, forward_flops
     ("config", "billions"),
     [
         (DiTConfig(), 1.419),
-        (DiTConfig(num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48), 5.000),
-        (DiTConfig(num_layers=40, num_attention_heads=40, ffn_dim=13824), 14.288),
+        (DiTConfig(dim=3072, num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48), 5.000),
+        (DiTConfig(num_layers=40, dim=5120, num_attention_heads=40, ffn_dim=13824), 14.288),
     ],
     ids=["1.3B", "5B", "14B"],
 )
@@ -34,7 +34,7 @@ def test_forward_flops_are_those_torch_counts(monkeypatch: pytest.MonkeyPatch) -
         out_channels=6,
         num_layers=2,
         num_attention_heads=2,
-        attention_head_dim=16,
+        dim=32,
         ffn_dim=80,
         text_dim=24,
     )

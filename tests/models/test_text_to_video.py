@@ -7,9 +7,7 @@ from muybridge.models.dit import DiT, DiTConfig
 from muybridge.models.text import ByteTextEncoder, TextEncoderConfig
 from muybridge.models.text_to_video import TextToVideoModel
 
-CONFIG = DiTConfig(
-    in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=16, ffn_dim=64, text_dim=16
-)
+CONFIG = DiTConfig(in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, dim=32, ffn_dim=64, text_dim=16)
 
 
 def build(text_encoder: ByteTextEncoder | None) -> TextToVideoModel:
