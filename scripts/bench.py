@@ -88,7 +88,9 @@ def measure_overhead(pairs: int, steps: int) -> dict[str, Any]:
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-        short, bare, ours = 10, [], []
+        short = 10  # steps of the runs that are subtracted
+        bare: list[float] = []
+        ours: list[float] = []
         for number in track(range(pairs), description="paired runs", console=Console(stderr=True)):
             for kind, found in ((["bench", "bare"], bare), (["train"], ours)):
                 long_run = cpu_seconds(kind, number, short + steps)

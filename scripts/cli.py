@@ -94,7 +94,8 @@ def unknown_verb_message(name: str) -> str:
 
 def complain(message: str) -> int:
     """Print the user's mistake to stderr and return the exit code for it."""
-    print(f"muybridge: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks find the same mistake
+        print(f"muybridge: {message}", file=sys.stderr)
     return EXIT_CONFIG
 
 

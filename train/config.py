@@ -309,7 +309,7 @@ def _config_groups() -> set[str]:
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key in node:
+    for key in map(str, node):
         path = f"{prefix}{key}"
         value = node._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_interpolation():

@@ -171,7 +171,7 @@ def _start_wandb(run_dir: Path, config: TrackingConfig, *, run_id: str, run_conf
             name=config.name or run_dir.name,
             id=run_id,
             resume="allow",
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             dir=str(run_dir),
             config=run_config,
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
