@@ -188,4 +188,4 @@ def _start_wandb(run_dir: Path, config: TrackingConfig, *, run_id: str, run_conf
 def _is_logged_in() -> bool:
     import wandb
 
-    return bool(wandb.Api.__module__) and wandb.api.api_key is not None
+    return wandb.api.api_key is not None
