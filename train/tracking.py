@@ -188,4 +188,4 @@ def _start_wandb(run_dir: Path, config: TrackingConfig, *, run_id: str, run_conf
 def _is_logged_in() -> bool:
     import wandb
 
-    return wandb.api.api_key is not None
+    return bool(wandb.login(prompt=False, verify=False))
