@@ -79,24 +79,24 @@ class ClipIndex:
         self.shards = [folder / shard["name"] for shard in manifest["shards"]]
 
     @classmethod
-    def open(cls, folder: str | Path, *, field: str = "data.path") -> ClipIndex:
-        """Opens a dataset folder; `field` is how an error names it.
+    def open(
+        cls, folder: str | Path, *, field: str = "data.path", made_by: str = "muybridge prepare SRC OUT"
+    ) -> ClipIndex:
+        """Opens a dataset folder; `field` is how an error names it, `made_by` the command that makes it.
 
         Raises ValueError if the folder, its index or one of its shards is missing, unfinished or changed since.
         """
         folder = Path(folder)
-        remedy = f"make it with: muybridge prepare SRC {folder}"
+        remedy = f"make it with: {made_by}"
         if not folder.is_dir():
             raise ValueError(f"{field}={folder} does not exist; {remedy}")
         manifest = read_manifest(folder)
-        if manifest is None or not (folder / INDEX_NAME).is_file():
-            parts = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
-            hint = f"did you mean {' or '.join(str(folder / part) for part in parts)}?" if parts else remedy
-            unfinished = manifest is not None and not manifest["complete"]
-            what = "is unfinished" if unfinished else f"has no {MANIFEST_NAME} and {INDEX_NAME}"
-            raise ValueError(f"{field}={folder} {what}; {hint}")
-        if not manifest["complete"]:
-            raise ValueError(f"{field}={folder} is unfinished; run the command that makes it again")
+        if manifest is None:
+            parts = sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST_NAME}"))
+            hint = f"did you mean {' or '.join(parts)}?" if parts else remedy
+            raise ValueError(f"{field}={folder} is no dataset (it has no {MANIFEST_NAME} of ours); {hint}")
+        if not manifest["complete"] or not (folder / INDEX_NAME).is_file():
+            raise ValueError(f"{field}={folder} is unfinished; {remedy}")
         table = pa.ipc.open_file(pa.memory_map(str(folder / INDEX_NAME))).read_all()
         if table.schema != _SCHEMA or len(table) != manifest["clips"]:
             raise ValueError(f"{field}={folder}: {INDEX_NAME} does not belong to its {MANIFEST_NAME}; {remedy}")
@@ -108,9 +108,7 @@ class ClipIndex:
             elif path.stat().st_size != shard["bytes"]:
                 changed.append(f"{shard['name']} has {path.stat().st_size} bytes, not {shard['bytes']}")
         if changed:
-            raise ValueError(
-                f"{field}={folder} changed since it was indexed: {', '.join(changed)}; {remedy} --overwrite"
-            )
+            raise ValueError(f"{field}={folder} changed since it was indexed: {', '.join(changed)}; {remedy}")
         return cls(folder, manifest, table)
 
     def __len__(self) -> int:

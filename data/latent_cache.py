@@ -43,7 +43,10 @@ def has_latents(folder: str | Path, source: ClipIndex, config: DataConfig, *, va
 
 
 class LatentWriter:
-    """Writes a latent cache row by row. Raises ValueError if the folder holds anything but an earlier cache."""
+    """Writes a latent cache row by row; use it as a context, and call `close` at the end.
+
+    Raises ValueError if the folder holds anything but an earlier cache.
+    """
 
     def __init__(
         self,
@@ -62,6 +65,12 @@ class LatentWriter:
         self._source = source
         description = cache_description(source, config, vae_fingerprint=vae_fingerprint)
         self._writer = DatasetWriter(folder, kind="latents", description=description, shard_bytes=shard_bytes)
+
+    def __enter__(self) -> LatentWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.__exit__(*error)
 
     def add(self, row: int, latents: torch.Tensor) -> None:
         """Appends the latents [z, T', H', W'] (float32 or float16) of a row of the source."""

@@ -65,7 +65,8 @@ class VideoLoader:
         """`vae_fingerprint`, where given, must be that of the autoencoder that made the latents."""
         if faults := config.faults("data"):
             raise ValueError("; ".join(faults))
-        self.index = ClipIndex.open(config.path)
+        made_by = "muybridge encode" if config.access is Access.latents else "muybridge prepare SRC OUT"
+        self.index = ClipIndex.open(config.path, made_by=made_by)
         self._config = config
         self._micro_batch, self._rank, self._world_size, self._seed = micro_batch, rank, world_size, seed
         if config.access is Access.latents:

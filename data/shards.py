@@ -17,7 +17,9 @@ from .index import INDEX_NAME, MANIFEST_NAME, Clip, ClipIndex, read_manifest, wr
 class DatasetWriter:
     """Writes clips into a folder, shard by shard. Call `close` at the end: until then the folder counts as unfinished.
 
-    `description` goes into the manifest: what the dataset was made from. The same clips give the same bytes.
+    As a context it closes its files whatever happens; an exception leaves an unfinished folder.
+    `description` goes into the manifest: what the dataset was made from. A shard holds up to `shard_bytes` of media.
+    The same clips give the same bytes.
     """
 
     def __init__(
@@ -34,12 +36,18 @@ class DatasetWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_manifest(complete=False)
 
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_shard()
+
     def __len__(self) -> int:
         return len(self._clips)
 
     def add(self, clip: Clip, media: bytes, *, extension: str) -> None:
         """Appends a clip; its shard, offset, size and checksum are filled in here."""
-        if self._file is not None and self._file.tell() + len(media) > self._shard_bytes:
+        if self._file is not None and self._shards[-1]["bytes"] + len(media) > self._shard_bytes:
             self._close_shard()
         if self._file is None:
             self._open_shard()
@@ -49,6 +57,7 @@ class DatasetWriter:
         self._tar.write(members)
         shard = self._shards[-1]
         shard["clips"] += 1
+        shard["bytes"] += len(media)  # the file's own size once it is closed
         member = f"{clip.key}.{extension}"
         place = replace(clip, shard=len(self._shards) - 1, offset=-1, size=len(media), checksum=zlib.crc32(media))
         self._clips.append(place)

@@ -75,8 +75,10 @@ def prepare_videos(
         return ClipIndex.open(out)
     rejected = [(s.name, s.fault) for s in sources if s.fault]
     numbered = [(number, s) for number, s in enumerate(sources) if not s.fault]
-    writer = DatasetWriter(out, kind="raw", description=description, shard_bytes=shard_bytes)
-    with WorkerPool(workers, timeout_seconds=timeout_seconds) as pool:
+    with (
+        DatasetWriter(out, kind="raw", description=description, shard_bytes=shard_bytes) as writer,
+        WorkerPool(workers, timeout_seconds=timeout_seconds) as pool,
+    ):
         requests = ((item, pool.submit("probe_file", path=str(item[1].path.absolute()))) for item in numbered)
         for (number, item), reply in _in_order("checking videos", requests, len(numbered), ahead=4 * workers):
             try:
@@ -119,14 +121,14 @@ def prepare_synthetic(out: Path, *, clips: int, test_clips: int, seed: int, work
     indices = {}
     with WorkerPool(workers, timeout_seconds=60.0) as pool:
         for split, count in counts.items():
-            writer = DatasetWriter(out / split, kind="raw", description=descriptions[split])
             requests = ((n, pool.submit("synthesize", seed=seed, split=split, number=n)) for n in range(count))
-            for number, reply in _in_order(f"rendering {split} clips", requests, count, ahead=8 * workers):
-                info, mp4 = reply.result()
-                labels = info.pop("labels")
-                key = shard_key(number, "_".join(labels.values()))
-                writer.add(Clip(key=key, labels=json_labels(labels), **info), bytes(mp4), extension="mp4")
-            indices[split] = writer.close()
+            with DatasetWriter(out / split, kind="raw", description=descriptions[split]) as writer:
+                for number, reply in _in_order(f"rendering {split} clips", requests, count, ahead=8 * workers):
+                    info, mp4 = reply.result()
+                    labels = info.pop("labels")
+                    key = shard_key(number, "_".join(labels.values()))
+                    writer.add(Clip(key=key, labels=json_labels(labels), **info), bytes(mp4), extension="mp4")
+                indices[split] = writer.close()
     held_out = [asdict(combination) for combination in HELD_OUT]
     (out / HELD_OUT_NAME).write_text(json.dumps(held_out, indent=1) + "\n", encoding="utf-8")
     write_preview(indices["train"], out / PREVIEW_NAME)
@@ -157,9 +159,8 @@ def write_preview(index: ClipIndex, path: Path, *, clips: int = 24, columns: int
     for number, (strip, caption) in enumerate(tiles):
         x, y = gap + number % columns * (width + gap), gap + number // columns * (height + label + gap)
         sheet.paste(Image.fromarray(strip), (x, y))
-        line = Image.new(
-            "RGB", (width, label), (12, 12, 12)
-        )  # on its own, so that a long caption stops at the tile's edge
+        # The text on an image of its own, so that a long caption stops at the tile's edge.
+        line = Image.new("RGB", (width, label), (12, 12, 12))
         ImageDraw.Draw(line).text((0, 1), caption, fill=(220, 220, 220))
         sheet.paste(line, (x, y + height))
     sheet.save(path)
