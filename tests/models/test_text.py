@@ -57,6 +57,14 @@ def test_features_depend_on_the_caption_and_not_on_its_neighbours(encoder: ByteT
     torch.testing.assert_close(together[:1], alone)
 
 
+def test_padding_is_not_attended(encoder: ByteTextEncoder) -> None:
+    wider = ByteTextEncoder(TextEncoderConfig(dim=32, max_tokens=20, num_heads=2))
+    state = encoder.state_dict()
+    state["word_positions"] = torch.cat((state["word_positions"], torch.randn(12, 32)))
+    wider.load_state_dict(state)
+    torch.testing.assert_close(encode(wider, "a red circle")[:, :8], encode(encoder, "a red circle"))
+
+
 def test_words_see_each_other_in_both_directions(encoder: ByteTextEncoder) -> None:
     first, second = encode(encoder, "red circle left", "red circle right")
     assert (first[1] - second[1]).abs().max() > 1e-4  # "red" has seen the last word

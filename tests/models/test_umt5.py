@@ -57,6 +57,7 @@ def test_features_are_those_of_the_diffusers_pipeline(folder: Path) -> None:
 
 def test_captions_are_cleaned() -> None:
     assert clean_caption("  a &amp;lt;b&amp;gt;\n\t circle ") == "a <b> circle"
+    assert clean_caption("<b> &amp;lt;") == "<b> <"  # ftfy leaves entities alone beside a bracket
     assert clean_caption("cafÃ©") == "café"
 
 
