@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -238,7 +238,10 @@ def _write_shard(stem: Path, engine: Engine, ema: EMA) -> None:
                 tensors[f"{kind}/{fragment.name}"] = piece.detach().to("cpu", copy=True)
     _check_finite(tensors)
     path = stem.with_suffix(".safetensors")
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # how safetensors says that the disk is full
+        raise OSError(f"{path}: {error}") from error
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     _write_json(stem.with_suffix(".json"), table)
