@@ -164,6 +164,7 @@ class Engine:
             norm = torch.nn.utils.get_total_norm(gradients)
             if not torch.isfinite(norm):
                 self._engine.zero_grad()
+                self._engine.micro_steps += 1  # DeepSpeed counts them in its own `step`, which would apply the update
                 return StepResult(grad_norm=norm, applied=False)
             if self._clipping > 0:
                 torch.nn.utils.clip_grads_with_norm_(list(self._names), self._clipping, norm)
@@ -178,13 +179,11 @@ class Engine:
         if self.config.zero in (1, 2):
             optimizer.update_lp_params()
         elif self.config.zero == 3:
-            # Persistent parameters keep a gathered copy, which must be thrown away before and rebuilt after.
-            persistent = optimizer.persistent_parameters
-            if persistent:
-                persistent[0].partition(persistent)
+            # Gathered copies must go: persistent parameters keep one, and so does any other after a forward without backward.
+            optimizer.empty_partition_cache()
             for index in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
-            if persistent:
+            if persistent := optimizer.persistent_parameters:
                 persistent[0].all_gather(persistent)
 
     def optimizer_step_count(self) -> float:
