@@ -116,6 +116,17 @@ def test_strided_and_expanded_inputs_match_fp64():
     check([q, k[:, :, ::2], v[:, :, ::2]], normal(2, 2, 19, 16), torch.float32)
 
 
+def test_every_tensor_has_strides_of_its_own():
+    """Four memory orders of [B, N, L, K], so that no tensor can be read with another's strides."""
+    q, k, v, grad_out = (
+        normal(2, 3, 20, 16),
+        normal(2, 37, 3, 16).transpose(1, 2),
+        normal(37, 3, 2, 16).permute(2, 1, 0, 3),
+        normal(3, 2, 20, 16).transpose(0, 1),
+    )
+    check([q, k, v], grad_out, torch.float16)
+
+
 def test_strides_reach_the_kernel_uncopied():
     fused = normal(2, 19, 3, 2, 16).float()
     strided = [fused[:, :, i].transpose(1, 2) for i in range(3)]

@@ -78,10 +78,9 @@ def test_half_precision_runs_on_tensor_cores_without_spills(capability, dtype, h
     assert MATRIX_INSTRUCTION[capability] in compiled.asm["ptx"]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_padded_head_width_costs_at_most_two_spilled_registers(kernel, tmp_path):
-    launch = getattr(HOPPER_LAUNCHES[128], kernel)
-    compiled = compile_kernel(KERNELS[kernel], launch, capability=90, dtype="bf16", head_width=96)
+def test_padded_head_width_costs_at_most_two_spilled_registers(tmp_path):
+    launch = HOPPER_LAUNCHES[128].grad_key_value  # the kernel with the fewest registers to spare
+    compiled = compile_kernel(grad_key_value_kernel, launch, capability=90, dtype="bf16", head_width=96)
     assert spilled_bytes(compiled, tmp_path) <= 8
     assert compiled.metadata.shared <= SHARED_LIMIT[90]
 
