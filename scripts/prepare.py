@@ -286,4 +286,5 @@ def _positive(text: str) -> int:
 
 def default_workers() -> int:
     """As many decoding processes as there are processors for us, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+    return min(8, usable)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import shutil
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -39,11 +40,13 @@ class NumberedVideos:
         codec: str = "libx264",
         container: str = "mp4",
         options: dict[str, str] | None = None,
+        header_first: bool = False,
     ) -> bytes:
-        """A video with frame i shown from times_ms[i] on."""
+        """A video with frame i shown from times_ms[i] on; `header_first` as mp4 files for the web have it."""
         av = pytest.importorskip("av", reason="PyAV writes the test videos")
-        file = io.BytesIO()
-        with av.open(file, mode="w", format=container) as out:
+        path = Path(tempfile.mkdtemp()) / "video"  # FFmpeg moves the header to the front of named files only
+        layout = {"movflags": "faststart"} if header_first else {}
+        with av.open(str(path), mode="w", format=container, options=layout) as out:
             stream = out.add_stream(codec, rate=25, options=options or {})
             stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
             stream.codec_context.time_base = Fraction(1, 1000)
@@ -53,7 +56,9 @@ class NumberedVideos:
                 frame.pts, frame.time_base = time, Fraction(1, 1000)
                 out.mux(stream.encode(frame))
             out.mux(stream.encode())
-        return file.getvalue()
+        data = path.read_bytes()
+        shutil.rmtree(path.parent)
+        return data
 
 
 @pytest.fixture(scope="session")

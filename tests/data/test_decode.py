@@ -108,6 +108,20 @@ def rotate_mp4_clockwise(data: bytes) -> bytes:
     return data[:matrix] + turn + data[matrix + 36 :]
 
 
+@pytest.mark.skipif(not has_decoder(Decoder.decord), reason="decord is not installed")
+def test_decord_alone_is_enough(numbered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_gop = {"x265-params": "keyint=8:min-keyint=8:bframes=3:open-gop=1:log-level=none"}
+    data = numbered.encode(CONSTANT, codec="libx265", options=open_gop)
+    monkeypatch.setattr(decode, "has_decoder", lambda decoder: decoder is Decoder.decord)
+    info = probe(data)
+    assert (info.frames, info.fps_numerator, info.width, info.height) == (50, 25, 96, 64)
+    assert not info.seekable  # decord does not tell, so the reader has to go front to back
+    frames = read_frames(data, frame_times(5, fps=25.0, start_seconds=1.12), seekable=info.seekable)
+    assert numbered.read(frames) == [28, 29, 30, 31, 32]
+    with pytest.raises(DecodeError, match="decord cannot open it"):
+        probe(data[: len(data) // 2])
+
+
 def test_av1_is_read_by_the_other_decoder(numbered: Any) -> None:
     data = numbered.encode(CONSTANT[:20], codec="libsvtav1", options={"preset": "12", "svtav1-params": "lp=1"})
     frames, used = read_frames_with_fallback(data, frame_times(5, fps=12.5), decoder=Decoder.decord)
@@ -121,7 +135,7 @@ def test_av1_is_read_by_the_other_decoder(numbered: Any) -> None:
 def damaged_files(numbered: Any) -> dict[str, bytes]:
     good = numbered.encode(CONSTANT)
     noise = np.random.default_rng(0).integers(0, 256, 4000, dtype=np.uint8).tobytes()
-    fast = numbered.encode(CONSTANT, options={"movflags": "faststart"})
+    fast = numbered.encode(CONSTANT, header_first=True)
     return {
         "empty": b"",
         "text": b"<html><body>404 not found</body></html>" * 20,
