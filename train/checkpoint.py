@@ -117,7 +117,7 @@ def find_checkpoint(folder: Path) -> Path | None:
             print(f"muybridge: {fault}; trying an older checkpoint", flush=True)
         if candidates and not answer:
             answer = "!" + f"no checkpoint under {folder} is valid: " + "; ".join(reasons)
-        for leftover in folder.glob("step-*.tmp-*"):
+        for leftover in [*folder.glob("step-*.tmp-*"), *folder.glob(".trash-*")]:
             shutil.rmtree(leftover, ignore_errors=True)
     answer = _from_rank_0(answer)
     if answer.startswith("!"):
@@ -136,6 +136,8 @@ def check_checkpoint(folder: Path) -> str:
         manifest = json.loads((folder / "MANIFEST.json").read_text())
     except (OSError, ValueError) as error:
         return f"{folder}/MANIFEST.json cannot be read ({error})"
+    if not isinstance(manifest, dict) or "run.json" not in manifest:
+        return f"{folder}/MANIFEST.json does not list the files of a checkpoint"
     for name, expected in manifest.items():
         path = folder / name
         if not path.is_file():
