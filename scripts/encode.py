@@ -1,6 +1,5 @@
 """`muybridge encode`: the latents of every clip of a run's datasets, computed once and cached as shards."""
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ..data.config import Access, DataConfig
 from ..data.latent_cache import LatentWriter, has_latents
 from ..data.loader import VideoLoader
 from ..models.vae import VideoVAE
-from ..models.vae.folder import load_vae
+from ..models.vae.folder import load_vae, vae_fingerprint
 from ..train.config import TaskKind, load_train_config
 
 USAGE = """\
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
     assert config.vae.path is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = load_vae(config.vae.path).to(device).eval()
-    fingerprint = vae_fingerprint(Path(config.vae.path))
+    fingerprint = vae_fingerprint(config.vae.path)
     for split, source in sources.items():
         if source is None:
             continue
@@ -72,14 +71,3 @@ def encode_dataset(data: DataConfig, folder: Path, vae: VideoVAE, *, fingerprint
     index = writer.close()
     loader.close()
     print(f"muybridge: wrote the latents of {len(index)} clips to {folder}")
-
-
-def vae_fingerprint(folder: Path) -> str:
-    """Changes with the autoencoder's weights, sizes and latent statistics."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.iterdir()):
-        digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()

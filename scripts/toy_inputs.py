@@ -10,9 +10,10 @@ import torch
 
 from ..data.config import Access
 from ..models.vae import VideoVAE
+from ..models.vae.folder import vae_fingerprint
 from ..models.weights import save_model
 from ..train.config import TrainConfig, load_train_config
-from .encode import encode_dataset, vae_fingerprint
+from .encode import encode_dataset
 from .prepare import prepare_synthetic
 
 

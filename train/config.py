@@ -79,7 +79,7 @@ class TrainConfig:
     micro_batch: int = 0
     # CPU threads of one rank's matrix work; 0 leaves it to torch.
     threads: int = 0
-    # Run directory or model folder whose EMA weights a fresh run starts from; null starts from random weights.
+    # Run directory whose EMA weights a fresh run starts from; null starts from random weights.
     init_from: str | None = None
     # Compose and check everything, print it, and stop.
     dry_run: bool = False

@@ -58,8 +58,7 @@ class Tracker:
         """Record a row of metrics after `step` steps."""
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log({**row, "step": step})
+        self._log_to_wandb({**row, "step": step})
         if "loss" in row:
             self._bar.show(step, row)
 
@@ -68,12 +67,8 @@ class Tracker:
         if self._wandb is not None and videos:
             import wandb
 
-            self._wandb.log(
-                {
-                    "samples": [wandb.Video(str(path), caption=caption, format="mp4") for path, caption in videos],
-                    "step": step,
-                }
-            )
+            clips = [wandb.Video(str(path), caption=caption, format="mp4") for path, caption in videos]
+            self._log_to_wandb({"samples": clips, "step": step})
 
     def note(self, text: str) -> None:
         """Say something to the person who watches."""
@@ -84,6 +79,15 @@ class Tracker:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _log_to_wandb(self, row: dict[str, Any]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log(row)
+        except Exception as error:  # whatever goes wrong in W&B, its service process or the disk
+            self.note(f"muybridge: W&B is off from here on ({error}); metrics.jsonl has everything")
+            self._wandb = None
 
 
 class _ProgressBar:

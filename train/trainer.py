@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import yaml
-from torch import Tensor
 
+from ..data.config import Access, DataConfig
 from ..data.loader import VideoLoader
+from ..models.vae.folder import vae_fingerprint
 from .checkpoint import (
     committed_checkpoints,
     find_checkpoint,
@@ -44,12 +45,17 @@ from .engine import (
 from .optimizer import build_optimizer, learning_rate
 from .preemption import StopRequest
 from .tasks import build_task
+from .throughput import MetricsWindow
 from .tracking import Tracker
 from .validate import sample_videos, validation_losses
 
 # Settings that decide what a step computes: a resumed run must not change them.
 FIXED_ON_RESUME = ("seed", "global_batch", "task")
-MAX_SKIPPED_STEPS = 20
+MAX_SKIPPED_IN_A_ROW = 20
+CURE_FOR_DIVERGENCE = (
+    "nothing newer than the last checkpoint was kept: lower optimizer.lr or optimizer.gradient_clipping and run again to "
+    "resume from there"
+)
 
 
 class Diverged(RuntimeError):
@@ -97,15 +103,10 @@ class Trainer:
             torch.set_num_threads(config.threads)
 
         # Data first: its mistakes are the commonest, and it needs no model to find them.
-        self.loader = VideoLoader(
-            config.training_data(),
-            global_batch=config.global_batch,
-            micro_batch=config.micro_batch,
-            rank=self.rank,
-            world_size=world,
-            seed=config.seed,
-        )
-        self.validation_loader = self._build_validation_loader(world)
+        self.loader = self._build_loader(config.training_data(), config.global_batch)
+        self.validation_loader = None
+        if (validation_data := config.validation_data()) is not None and config.validation.every_steps:
+            self.validation_loader = self._build_loader(validation_data, config.micro_batch * world)
 
         self.task = build_task(config, device)
         torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
@@ -124,10 +125,12 @@ class Trainer:
         )
         self.ema = EMA(self.engine, config.ema)
         self.start_step = 0
+        self.window = MetricsWindow(config.global_batch)
         if resume_from is not None:
             facts = load_checkpoint(resume_from, engine=self.engine, ema=self.ema)
             self._check_unchanged(resume_from, facts)
             self.start_step = facts["step"]
+            self.window.restore(facts["metrics_window"])
 
         self.tracker: Tracker | None = None
         if self.rank == 0:
@@ -146,20 +149,40 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the last step, or to an agreed stop; returns the exit code."""
-        step, saved_step, stopped = self.start_step, self.start_step, False
-        window = _Window(self.config, self.task.device)
+        try:
+            step = self._train_steps()
+            done = step >= self.config.steps
+            if done:
+                self._export()
+            self.loader.close()
+            self._say_goodbye(step, done=done)
+        finally:  # the terminal gets its cursor back and W&B its last rows however a run ends
+            if self.tracker is not None:
+                self.tracker.close()
+        return EXIT_DONE if done else EXIT_REQUEUE
+
+    def _train_steps(self) -> int:
+        """The loop; returns the step that is reached and saved."""
+        step, saved_step, stopped, skipped_in_a_row = self.start_step, self.start_step, False, 0
+        window = self.window
+        window.begin()
         batches = self.loader.steps(self.start_step)
         while step < self.config.steps and not stopped:
             lr = learning_rate(self.config.optimizer, step, self.config.steps)
             window.wait_for_data()
             micro_batches = next(batches)
             window.data_arrived()
-            result = self._optimizer_step(micro_batches, lr, window)
+            result = self._optimizer_step(micro_batches, lr)
             if result.applied:
                 self.ema.update(step + 1)
             step += 1
-            window.steps += 1
-            window.skipped += not result.applied
+            window.end_step(applied=result.applied)
+            skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
+            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise Diverged(
+                    f"{skipped_in_a_row} steps in a row up to step {step} had gradients that are not finite; "
+                    f"{CURE_FOR_DIVERGENCE}"
+                )
             if step % self.config.tracking.log_every_steps == 0 or step == self.config.steps:
                 row = window.close(result, lr)
                 if self.tracker is not None:
@@ -176,38 +199,29 @@ class Trainer:
             stopped = self.stop_request.agreed()
         if step > saved_step or not committed_checkpoints(self.checkpoints):
             self._save(step, saved_step, must_succeed=True)
-        done = step >= self.config.steps
-        if done:
-            self._export()
-        self.loader.close()
-        self._say_goodbye(step, done=done)
-        return EXIT_DONE if done else EXIT_REQUEUE
+        return step
 
-    def _optimizer_step(self, micro_batches: list[Any], lr: float, window: "_Window") -> StepResult:
+    def _optimizer_step(self, micro_batches: list[Any], lr: float) -> StepResult:
         result = None
         for batch in micro_batches:
             losses = self.task.losses(self.engine, batch.to(self.task.device))
             self.engine.backward(losses.total.mean())
             result = self.engine.step(lr)
-            window.add(losses.total, losses.terms)
+            self.window.add(losses.total, losses.terms)
         assert result is not None, "the last micro-batch of a step updates the weights"
         return result
 
     def _check_convergence(self, step: int, row: dict[str, float]) -> None:
         # Every rank holds the same reduced row, so all of them stop together.
         if not math.isfinite(row["loss"]):
-            raise Diverged(
-                f"the loss is {row['loss']} at step {step}: nothing newer than the last checkpoint was kept; "
-                "lower optimizer.lr or optimizer.gradient_clipping and run again to resume from there"
-            )
-        if row["skipped_steps"] > MAX_SKIPPED_STEPS:
-            raise Diverged(f"{row['skipped_steps']:.0f} steps before step {step} had gradients that are not finite")
+            raise Diverged(f"the loss is {row['loss']} at step {step}; {CURE_FOR_DIVERGENCE}")
 
     def _save(self, step: int, saved_step: int, *, must_succeed: bool = False) -> int:
         """Save and return the step now safe on disk; a failed save is reported, and training goes on."""
         state = {
             **{name: str(plain(self.config)[name]) for name in FIXED_ON_RESUME},
             "data_fingerprint": self.loader.fingerprint,
+            "metrics_window": self.window.state(),
             "versions": {"torch": torch.__version__},
         }
         try:
@@ -256,20 +270,20 @@ class Trainer:
             if self.config.task is TaskKind.text_to_video:
                 self.tracker.note(f"next: muybridge sample run={self.run_dir} prompts=prompts.txt")
         else:
+            self.stop_request.clear()
             self.tracker.note(f"muybridge: stopped on request at step {step}; the same command goes on from there")
-        self.tracker.close()
 
-    def _build_validation_loader(self, world: int) -> VideoLoader | None:
-        data = self.config.validation_data()
-        if data is None or not self.config.validation.every_steps:
-            return None
+    def _build_loader(self, data: DataConfig, global_batch: int) -> VideoLoader:
+        cached_with = self.config.vae.path if data.access is Access.latents else None
         return VideoLoader(
             data,
-            global_batch=self.config.micro_batch * world,
+            global_batch=global_batch,
             micro_batch=self.config.micro_batch,
             rank=self.rank,
-            world_size=world,
+            world_size=dist.get_world_size(),
             seed=self.config.seed,
+            # Latents of another autoencoder have the same shape and would train without a complaint.
+            vae_fingerprint=vae_fingerprint(cached_with) if cached_with else None,
         )
 
     def _load_initial_weights(self, model: torch.nn.Module) -> None:
@@ -302,56 +316,6 @@ class Trainer:
     @staticmethod
     def _is_due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
-
-
-class _Window:
-    """What is summed between two rows of metrics; read from the device only when the row is written."""
-
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self._global_batch, self._device = config.global_batch, device
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._samples = 0
-        self.steps = self.skipped = 0
-        self._data_seconds = 0.0
-        self._began = time.perf_counter()
-
-    def leave_out(self, seconds: float) -> None:
-        """Do not count what just happened (a validation) in the seconds per step."""
-        self._began += seconds
-
-    def wait_for_data(self) -> None:
-        self._asked = time.perf_counter()
-
-    def data_arrived(self) -> None:
-        self._data_seconds += time.perf_counter() - self._asked
-
-    def add(self, losses: Tensor, terms: dict[str, Tensor]) -> None:
-        self._samples += losses.numel()
-        for name, values in {"loss": losses.detach(), **terms}.items():
-            total = values.float().sum()
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
-
-    def close(self, result: StepResult, lr: float) -> dict[str, float]:
-        """Means over the window and over all ranks, and the speed. Collective."""
-        names = list(self._sums)
-        totals = torch.stack([self._sums[name] for name in names])
-        dist.all_reduce(totals)
-        samples = self._samples * dist.get_world_size()
-        row = {name: total / samples for name, total in zip(names, totals.tolist(), strict=True)}
-        seconds = (time.perf_counter() - self._began) / self.steps
-        row |= {
-            "grad_norm": float(result.grad_norm),
-            "lr": lr,
-            "seconds_per_step": seconds,
-            "samples_per_second": self._global_batch / seconds,
-            "data_seconds_per_step": self._data_seconds / self.steps,
-            "skipped_steps": float(self.skipped),
-        }
-        self._reset()
-        return row
 
 
 def _git_commit() -> str | None:

@@ -1,5 +1,6 @@
 """Reading a trained video autoencoder from a folder in the diffusers form."""
 
+import hashlib
 from pathlib import Path
 
 from ..weights import load_config, load_state_dict, load_weights
@@ -15,3 +16,14 @@ def load_vae(folder: Path | str) -> VideoVAE:
     vae = VideoVAE(VAEConfig.from_diffusers(load_config(folder)))
     load_weights(vae, load_state_dict(folder), where=str(folder))
     return vae
+
+
+def vae_fingerprint(folder: Path | str) -> str:
+    """Changes with the autoencoder's weights, sizes and latent statistics."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(folder).iterdir()):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""What is summed between two rows of metrics: losses over all samples, and time."""
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .engine import StepResult
+
+
+class MetricsWindow:
+    """Sums since the last row of metrics, read from the device only when a row is due or a checkpoint is written.
+
+    The sums travel with the checkpoints: the row after a resume is the same as without the interruption.
+    """
+
+    def __init__(self, global_batch: int) -> None:
+        self._global_batch = global_batch
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._samples = self._skipped = self._steps = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self._data_seconds = 0.0
+        self._began = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count what just happened (a validation) in the seconds per step."""
+        self._began += seconds
+
+    def wait_for_data(self) -> None:
+        self._asked = time.perf_counter()
+
+    def data_arrived(self) -> None:
+        self._data_seconds += time.perf_counter() - self._asked
+
+    def add(self, losses: Tensor, terms: dict[str, Tensor]) -> None:
+        """The losses of a micro-batch and their terms, each [B]."""
+        self._samples += losses.numel()
+        for name, values in {"loss": losses.detach(), **terms}.items():
+            total = values.float().sum()
+            self._sums[name] = self._sums[name].to(total.device) + total if name in self._sums else total
+
+    def end_step(self, *, applied: bool) -> None:
+        """Count a step; `applied` is false where its gradient was not finite."""
+        self._steps += 1
+        self._skipped += not applied
+
+    def close(self, result: StepResult, lr: float) -> dict[str, float]:
+        """Means over the window and over all ranks, and the speed since the run or the last row began. Collective."""
+        names = list(self._sums)
+        totals = torch.stack([*self._sums.values(), torch.full_like(self._sums["loss"], self._samples)])
+        dist.all_reduce(totals)
+        *sums, samples = totals.tolist()
+        row = {name: total / samples for name, total in zip(names, sums, strict=True)}
+        seconds = (time.perf_counter() - self._began) / self._steps
+        row |= {
+            "grad_norm": float(result.grad_norm),
+            "lr": lr,
+            "seconds_per_step": seconds,
+            "samples_per_second": self._global_batch / seconds,
+            "data_seconds_per_step": self._data_seconds / self._steps,
+            "skipped_steps": float(self._skipped),
+        }
+        self._reset()
+        return row
+
+    def state(self) -> list[dict[str, Any]]:
+        """The sums of every rank, for a checkpoint. Collective."""
+        own = {
+            "sums": {name: total.item() for name, total in self._sums.items()},
+            "samples": self._samples,
+            "skipped": self._skipped,
+        }
+        everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        return everyone
+
+    def restore(self, everyone: list[dict[str, Any]]) -> None:
+        """Take up the sums of a checkpoint: one's own, or those of all ranks on rank 0 if there were more or fewer."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        parts = [everyone[rank]] if len(everyone) == world else everyone if rank == 0 else []
+        for part in parts:
+            for name, total in part["sums"].items():
+                self._sums[name] = self._sums.get(name, torch.zeros(())) + total
+            self._samples += part["samples"]
+            self._skipped = part["skipped"]
