@@ -21,6 +21,7 @@ import yaml
 from ..data.config import Access, DataConfig
 from ..data.loader import VideoLoader
 from ..models.vae.folder import vae_fingerprint
+from ..models.weights import load_weights
 from .checkpoint import (
     committed_checkpoints,
     find_checkpoint,
@@ -291,12 +292,7 @@ class Trainer:
         found = committed_checkpoints(source / "checkpoints")
         if not found:
             raise ValueError(f"init_from={source} must be the directory of a run with a checkpoint")
-        weights = read_weights(found[-1])
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        if missing or unexpected:
-            raise ValueError(
-                f"init_from={source} does not fit the configured model: missing {missing[:3]}, unexpected {unexpected[:3]}"
-            )
+        load_weights(model, read_weights(found[-1]), where=f"init_from={source}")
 
     def _check_unchanged(self, folder: Path, facts: dict[str, Any]) -> None:
         now = {name: str(plain(self.config)[name]) for name in FIXED_ON_RESUME}
