@@ -38,9 +38,8 @@ def bytes_per_process(config: TrainConfig, world_size: int) -> dict[str, int]:
     count, stage = parameter_count(config), config.deepspeed.zero
     width = 2 if config.deepspeed.precision is Precision.bf16 else 4
     sharded = count / world_size
-    # Stage 0 updates the fp32 weights in place; the other stages update an fp32 copy, which stage 3 in fp32 shares with them.
-    has_copy = stage in (1, 2) or (stage == 3 and width == 2)
-    optimizer = (8 + (4 if has_copy else 0)) * (count if stage == 0 else sharded)
+    # Stage 0 updates the fp32 weights in place; the others update an fp32 copy, also where the weights are fp32 themselves.
+    optimizer = 8 * count if stage == 0 else 12 * sharded
     return {
         "weights": int(width * (sharded if stage == 3 else count)),
         "gradients": int(width * (sharded if stage >= 2 else count)),
