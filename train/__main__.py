@@ -1,5 +1,6 @@
 """`muybridge train` and `python -m muybridge.train` (also under torchrun): settings in, exit code out."""
 
+import os
 import sys
 
 import hydra
@@ -9,7 +10,8 @@ from omegaconf import DictConfig
 from .. import __version__
 from .config import SCHEMA_NAME, TrainConfig, load_train_config, plain, register_schema
 
-EXIT_OUT_OF_MEMORY = 78
+# As in engine.py, which is not imported here: DeepSpeed would make every help text wait for seconds.
+EXIT_CONFIG, EXIT_OUT_OF_MEMORY = 64, 78
 
 USAGE = f"""\
 usage: muybridge train +experiment=NAME [KEY=VALUE ...]
@@ -71,7 +73,10 @@ def _show_with_hydra(argv: list[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    from ..scripts.cli import main as run_command
-
-    sys.exit(run_command(["train", *sys.argv[1:]]))
+if __name__ == "__main__":  # torchrun starts this file, not the `muybridge` command
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":  # all ranks find the same mistake
+            print(f"muybridge: {error}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)

@@ -152,8 +152,8 @@ def test_unreadable_clips_are_replaced_the_same_way_every_time(
         assert not torch.isin(found.rows, torch.tensor([2, 7])).any()
         assert torch.equal(found.slots, undamaged.slots)
     for start in (0, 3):  # the same substitutes after a resume, and from processes
-        for found, expected in zip(steps(settings(index, workers=2), start, 2), run[start : start + 2]):
-            assert_same(found, expected)
+        for again, before in zip(steps(settings(index, workers=2), start, 2), run[start : start + 2]):
+            assert_same(again, before)
     assert [row for batch in loader.every_row(4) for row in batch.rows.tolist()] == [0, 1, 3, 4, 5, 6, 8, 9, 10]
 
 

@@ -87,7 +87,7 @@ def test_errors_keep_the_process(pool: WorkerPool) -> None:
         pool.submit("unreadable").result()
     with pytest.raises(RuntimeError, match="decoding process, bug: KeyError: 'oops'"):
         pool.submit("bug").result()
-    assert pool.submit("chatter").result() == ({}, b"")  # what it prints does not reach the answers
+    assert pool.submit("chatter").result() == ({}, bytearray())  # what it prints does not reach the answers
     assert pool.submit("echo", value=0).result()[0]["pid"] == pid
 
 

@@ -1,5 +1,7 @@
 """Attention on a real GPU: accuracy, repeatability, long and large tensors, compile and checkpointing."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,13 +16,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def tensors(query_length: int, key_length: int, head_width: int, dtype: torch.dtype, *, batch: int = 2, heads: int = 3):
+def tensors(
+    query_length: int, key_length: int, head_width: int, dtype: torch.dtype, *, batch: int = 2, heads: int = 3
+) -> list[Tensor]:
     generator = torch.Generator("cuda").manual_seed(query_length + key_length + head_width)
     lengths = (query_length, key_length, key_length, query_length)
     return [torch.randn(batch, heads, n, head_width, device="cuda", dtype=dtype, generator=generator) for n in lengths]
 
 
-def run(function, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> list[Tensor]:
+def run(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
@@ -49,7 +53,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> None:
 
 
 @pytest.fixture(autouse=True)
-def exact_matmuls_and_poisoned_buffers(monkeypatch):
+def exact_matmuls_and_poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
@@ -61,12 +65,14 @@ def exact_matmuls_and_poisoned_buffers(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_width", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize(("query_length", "key_length"), [(1, 1), (17, 129), (129, 17), (512, 512), (1000, 777)])
-def test_output_and_gradients_match_mathematics(query_length, key_length, head_width, dtype):
+def test_output_and_gradients_match_mathematics(
+    query_length: int, key_length: int, head_width: int, dtype: torch.dtype
+) -> None:
     check(*tensors(query_length, key_length, head_width, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_inputs(dtype):
+def test_strided_inputs(dtype: torch.dtype) -> None:
     fused = torch.randn(2, 200, 3, 3, 128, device="cuda", dtype=dtype)  # [B, L, (q, k, v), N, K]
     q, k, v = (fused[:, :, i].transpose(1, 2) for i in range(3))
     check(q, k, v, torch.ones(1, 1, 1, 1, device="cuda", dtype=dtype).expand(2, 3, 200, 128))
@@ -75,7 +81,7 @@ def test_strided_inputs(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_width", [64, 128])
 @pytest.mark.parametrize("key_length", [512, 32_760])
-def test_long_videos_match_torch_attention(key_length, head_width, dtype):
+def test_long_videos_match_torch_attention(key_length: int, head_width: int, dtype: torch.dtype) -> None:
     """480p, 81 frames: 32 760 tokens. The peer is memory-efficient attention in fp32, since plain scores would not fit."""
     q, k, v, grad_out = tensors(32_760, key_length, head_width, dtype, batch=1, heads=2)
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
@@ -86,14 +92,14 @@ def test_long_videos_match_torch_attention(key_length, head_width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_backward_repeat_bit_for_bit(dtype):
+def test_forward_and_backward_repeat_bit_for_bit(dtype: torch.dtype) -> None:
     q, k, v, grad_out = tensors(1000, 777, 128, dtype)
     first = run(attention, q, k, v, grad_out)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, run(attention, q, k, v, grad_out), strict=True))
 
 
-def test_offsets_beyond_two_to_the_31():
+def test_offsets_beyond_two_to_the_31() -> None:
     """Rows 2^31 elements into the tensor: the last batch entry, and rows of one head far apart."""
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
@@ -106,7 +112,7 @@ def test_offsets_beyond_two_to_the_31():
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
-def test_compile_and_checkpoint_change_nothing():
+def test_compile_and_checkpoint_change_nothing() -> None:
     q, k, v, grad_out = tensors(300, 200, 64, torch.bfloat16)
     plain = run(attention, q, k, v, grad_out)
     compiled = run(torch.compile(attention, backend="aot_eager", fullgraph=True), q, k, v, grad_out)

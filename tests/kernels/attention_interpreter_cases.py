@@ -5,7 +5,7 @@ program writes, or a read before the write, shows.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.softmax(q @ k.mT * scale, -1) @ v
 
 
-def run(function, inputs: list[Tensor], grad_out: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def run(function: Callable[..., Tensor], inputs: list[Tensor], grad_out: Tensor, dtype: torch.dtype) -> list[Tensor]:
     leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]  # keeps strides
     out = function(*leaves)
     assert out.dtype == dtype
@@ -74,40 +74,40 @@ def normals(
 
 
 @pytest.mark.parametrize(("query_length", "key_length"), list(itertools.product(LENGTHS, LENGTHS)))
-def test_odd_lengths_match_fp64(query_length, key_length):
+def test_odd_lengths_match_fp64(query_length: int, key_length: int) -> None:
     check(*normals(1, query_length, key_length, 32), torch.float16)
 
 
 @pytest.mark.parametrize(("query_length", "key_length"), [(1, 1), (1, 129), (17, 63), (63, 17), (63, 63), (129, 1)])
-def test_odd_lengths_match_fp64_in_full_precision(query_length, key_length):
+def test_odd_lengths_match_fp64_in_full_precision(query_length: int, key_length: int) -> None:
     check(*normals(1, query_length, key_length, 32), torch.float32)
 
 
 @pytest.mark.parametrize("head_width", [16, 48, 64, 80, 128, 208, 256])
-def test_every_kind_of_head_width_matches_fp64(head_width):
+def test_every_kind_of_head_width_matches_fp64(head_width: int) -> None:
     check(*normals(1, 33, 70, head_width), torch.float16)
     check(*normals(1, 17, 33, head_width), torch.float32)
 
 
-def test_batch_and_heads_are_told_apart():
+def test_batch_and_heads_are_told_apart() -> None:
     check(*normals(3, 20, 70, 16, batch=2), torch.float16)
 
 
-def test_scale_is_used():
+def test_scale_is_used() -> None:
     check(*normals(1, 20, 40, 16), torch.float32, scale=0.7)
 
 
-def test_long_keys_pass_the_main_loop_many_times():
+def test_long_keys_pass_the_main_loop_many_times() -> None:
     check(*normals(1, 65, 400, 16), torch.float16)
 
 
-def test_large_scores_neither_overflow_nor_vanish():
+def test_large_scores_neither_overflow_nor_vanish() -> None:
     (q, k, v), grad_out = normals(1, 33, 70, 16)
     for sign in (1, -1):  # all scores far above 0, then far below: a padded key would win the softmax
         check([q.abs() * 20 * sign, k.abs() * 20, v], grad_out, torch.float32)
 
 
-def test_strided_and_expanded_inputs_match_fp64():
+def test_strided_and_expanded_inputs_match_fp64() -> None:
     fused = normal(2, 19, 3, 2, 16)  # [B, L, (q, k, v), N, K], as one projection writes it
     q, k, v = (fused[:, :, i].transpose(1, 2) for i in range(3))
     check([q, k, v], normal(1, 2, 19, 16).expand(2, 2, 19, 16), torch.float32)
@@ -116,7 +116,7 @@ def test_strided_and_expanded_inputs_match_fp64():
     check([q, k[:, :, ::2], v[:, :, ::2]], normal(2, 2, 19, 16), torch.float32)
 
 
-def test_every_tensor_has_strides_of_its_own():
+def test_every_tensor_has_strides_of_its_own() -> None:
     """Four memory orders of [B, N, L, K], so that no tensor can be read with another's strides."""
     q, k, v, grad_out = (
         normal(2, 3, 20, 16),
@@ -127,7 +127,7 @@ def test_every_tensor_has_strides_of_its_own():
     check([q, k, v], grad_out, torch.float16)
 
 
-def test_strides_reach_the_kernel_uncopied():
+def test_strides_reach_the_kernel_uncopied() -> None:
     fused = normal(2, 19, 3, 2, 16).float()
     strided = [fused[:, :, i].transpose(1, 2) for i in range(3)]
     assert not any(x.is_contiguous() for x in strided)
@@ -136,19 +136,19 @@ def test_strides_reach_the_kernel_uncopied():
     assert out.transpose(1, 2).is_contiguous()
 
 
-def test_empty_batch_gives_empty_results():
+def test_empty_batch_gives_empty_results() -> None:
     q, k, v = (torch.empty(0, 2, n, 16, requires_grad=True) for n in (5, 7, 7))
     grads = torch.autograd.grad(attention(q, k, v).sum(), [q, k, v])
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 
 
-def test_bf16_goes_around_the_interpreter():
+def test_bf16_goes_around_the_interpreter() -> None:
     q, k, v = (torch.randn(1, 1, 20, 16, dtype=torch.bfloat16) for _ in range(3))
     exact = plain_attention(q.double(), k.double(), v.double(), 0.25)
     assert (attention(q, k, v) - exact).abs().max() < 0.02
 
 
-def test_backward_repeats_bit_for_bit():
+def test_backward_repeats_bit_for_bit() -> None:
     inputs, grad_out = normals(2, 129, 100, 32)
     first, second = (run(attention, inputs, grad_out, torch.float16) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

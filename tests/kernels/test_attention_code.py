@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ SHARED_LIMIT = {80: 101_376, 90: 232_448}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async"}
 
 
-def compile_kernel(kernel, launch: Launch, *, capability: int, dtype: str, head_width: int) -> CompiledKernel:
+def compile_kernel(kernel: Any, launch: Launch, *, capability: int, dtype: str, head_width: int) -> CompiledKernel:
     """Compiles as a launch with aligned tensors would."""
     block_k = next(width for width in (64, 128, 256) if width >= head_width)
     constants = {"HEAD_WIDTH": head_width, "BLOCK_K": block_k, "BLOCK_L": launch.queries, "BLOCK_S": launch.keys}
@@ -70,7 +71,9 @@ def spilled_bytes(compiled: CompiledKernel, folder: Path) -> int:
 @pytest.mark.parametrize("head_width", [64, 128, 256])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_half_precision_runs_on_tensor_cores_without_spills(capability, dtype, head_width, kernel, tmp_path):
+def test_half_precision_runs_on_tensor_cores_without_spills(
+    capability: int, dtype: str, head_width: int, kernel: str, tmp_path: Path
+) -> None:
     launch = getattr({80: AMPERE_LAUNCHES, 90: HOPPER_LAUNCHES}[capability][head_width], kernel)
     compiled = compile_kernel(KERNELS[kernel], launch, capability=capability, dtype=dtype, head_width=head_width)
     assert spilled_bytes(compiled, tmp_path) == 0
@@ -78,7 +81,7 @@ def test_half_precision_runs_on_tensor_cores_without_spills(capability, dtype, h
     assert MATRIX_INSTRUCTION[capability] in compiled.asm["ptx"]
 
 
-def test_padded_head_width_costs_at_most_two_spilled_registers(tmp_path):
+def test_padded_head_width_costs_at_most_two_spilled_registers(tmp_path: Path) -> None:
     launch = HOPPER_LAUNCHES[128].grad_key_value  # the kernel with the fewest registers to spare
     compiled = compile_kernel(grad_key_value_kernel, launch, capability=90, dtype="bf16", head_width=96)
     assert spilled_bytes(compiled, tmp_path) <= 8
@@ -87,7 +90,9 @@ def test_padded_head_width_costs_at_most_two_spilled_registers(tmp_path):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("head_width", [64, 128, 256])
-def test_full_precision_keeps_the_limits_and_is_not_rounded_to_tf32(head_width, kernel, tmp_path):
+def test_full_precision_keeps_the_limits_and_is_not_rounded_to_tf32(
+    head_width: int, kernel: str, tmp_path: Path
+) -> None:
     launch = getattr(FP32_LAUNCHES[head_width], kernel)
     compiled = compile_kernel(KERNELS[kernel], launch, capability=90, dtype="fp32", head_width=head_width)
     assert spilled_bytes(compiled, tmp_path) == 0
@@ -96,6 +101,6 @@ def test_full_precision_keeps_the_limits_and_is_not_rounded_to_tf32(head_width, 
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_delta_kernel_does_not_spill(capability, tmp_path):
+def test_delta_kernel_does_not_spill(capability: int, tmp_path: Path) -> None:
     compiled = compile_kernel(delta_kernel, DELTA_LAUNCH, capability=capability, dtype="bf16", head_width=256)
     assert spilled_bytes(compiled, tmp_path) == 0

@@ -20,7 +20,7 @@ def version(text: str) -> tuple[int, ...]:
     version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4),
     reason="the interpreter of Triton before 3.7 cannot run loops with numpy from 2.4 on",
 )
-def test_kernels_match_fp64_in_the_interpreter():
+def test_kernels_match_fp64_in_the_interpreter() -> None:
     """A process of its own, since the interpreter is chosen when the kernels are first imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]

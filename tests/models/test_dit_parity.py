@@ -1,5 +1,7 @@
 """Our DiT against diffusers' WanTransformer3DModel, with random weights everywhere: zero gates or a zero head would hide errors."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -115,7 +117,7 @@ def test_timestep_sinusoid_agrees() -> None:
     torch.testing.assert_close(timestep_sinusoid(timestep, 256), theirs, atol=1e-4, rtol=0)
 
 
-def test_a_saved_folder_opens_in_diffusers_and_theirs_opens_here(tmp_path, pair: tuple[DiT, nn.Module]) -> None:
+def test_a_saved_folder_opens_in_diffusers_and_theirs_opens_here(tmp_path: Path, pair: tuple[DiT, nn.Module]) -> None:
     ours, theirs = pair
     save_model(tmp_path / "ours", CONFIG.to_diffusers(), ours.state_dict())
     reopened, info = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
