@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 replaces
 def inputs(query_length: int = 5, key_length: int = 7, head_width: int = 16, **options: Any) -> list[Tensor]:
     torch.manual_seed(0)
     lengths = (query_length, key_length, key_length)
-    return [torch.randn(2, 3, n, head_width, requires_grad=True, **options: Any) for n in lengths]
+    return [torch.randn(2, 3, n, head_width, requires_grad=True, **options) for n in lengths]
 
 
 def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def test_empty_batch_is_allowed() -> None:
 
 
 def zeros(*shape: int, **options: Any) -> Tensor:
-    return torch.zeros(*shape, **options: Any)
+    return torch.zeros(*shape, **options)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
