@@ -152,7 +152,7 @@ def run_case(name: str, zero: int, precision: Precision, root: Path, world: int)
     """Train, save in the middle and at the end, then resume: from its own checkpoint and from those of other worlds."""
     folder = root / f"{name}-w{world}"
     engine, ema = build_engine(zero, precision)
-    found = run(engine, ema, range(SAVED_AT))
+    found: dict[str, Any] = run(engine, ema, range(SAVED_AT))
     save_checkpoint(folder / "middle", step=SAVED_AT, engine=engine, ema=ema, run_state={"extra": "kept"})
     for key, values in run(engine, ema, range(SAVED_AT, STEPS)).items():
         found[key] += values

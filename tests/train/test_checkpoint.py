@@ -151,7 +151,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "a flipped bit": flip_a_bit,
     "a cut end": lambda path: path.write_bytes(path.read_bytes()[:-7]),
     "an empty file": lambda path: path.write_bytes(b""),

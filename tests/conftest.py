@@ -1,0 +1,97 @@
+"""What tests of several folders share: commands in processes of their own, and inputs that are made once for the whole suite."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+# A diffusion transformer of one small layer, whose start takes longer than a hundred of its steps.
+TINY = [
+    *("data=shapes", "data.access=latents", "objective=uniform"),
+    *("model.num_layers=1", "model.dim=32", "model.num_attention_heads=2", "model.ffn_dim=64", "model.freq_dim=32"),
+    *("model.patch_size=[1,2,2]", "model.text_dim=32", "text.dim=32", "text.num_heads=2"),
+    *("steps=20", "global_batch=8", "micro_batch=4", "threads=1", "tracking.wandb=off", "tracking.log_every_steps=1"),
+    *("optimizer.lr=1e-3", "optimizer.schedule=constant", "optimizer.warmup_steps=5"),
+]
+
+
+@pytest.fixture(scope="session")
+def command_env() -> dict[str, str]:
+    """The environment of a command: nothing of the test runner's, one thread, no network."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "MUYBRIDGE_"))}
+    quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+    return {**kept, **quiet, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Callable[[int], list[str]]:
+    """The start of a command line that runs a program in N processes."""
+
+    def start(processes: int) -> list[str]:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def muybridge(command_env: dict[str, str]) -> Command:
+    """Runs `muybridge ARGUMENTS` to its end; a non-zero exit is an answer, not an error."""
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "muybridge.scripts.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=command_env)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Calls a maker with an empty folder, once in the whole suite however many workers ask, and returns the folder."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own below the common one
+        shared = shared.parent
+
+    def make(name: str, maker: Callable[[Path], object]) -> Path:
+        folder, finished = shared / f"once_{name}", shared / f"once_{name}.done"
+        with open(shared / f"once_{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not finished.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                maker(folder)
+                finished.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_folder(make_once: Once) -> Path:
+    """24 synthetic clips (`shards`), an autoencoder with random weights (`vae`) and its latents (`latents`)."""
+    from muybridge.scripts.toy_inputs import make_toy_inputs
+
+    def make(folder: Path) -> None:
+        with contextlib.redirect_stdout(None):
+            make_toy_inputs(folder, clips=24)
+
+    return make_once("toy_inputs", make)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(toy_folder: Path) -> list[str]:
+    """Settings of a run that takes seconds, all but its run_dir."""
+    return [
+        *TINY,
+        f"vae.path={toy_folder / 'vae'}",
+        f"data.path={toy_folder / 'shards' / 'train'}",
+        f"data.latents={toy_folder / 'latents'}",
+    ]
