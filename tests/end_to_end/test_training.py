@@ -79,7 +79,7 @@ def runs(
         "zero3-w1": ["deepspeed=zero3", fp32],
         "elastic": ["deepspeed=zero3", fp32, "steps=20"],
     }
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for world, plan in ((2, two), (1, one)):
         (root / "plan.json").write_text(
             json.dumps({name: [*tiny_run, f"run_dir={root / name}", *own] for name, own in plan.items()})
@@ -314,7 +314,7 @@ def test_nothing_of_an_interruption_is_left(story: dict[str, Any]) -> None:
 
 def wandb_records(path: Path) -> Iterator[Any]:
     """The records of a W&B offline file: blocks of 32 KiB, each record in chunks of checksum, length and kind."""
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto import wandb_internal_pb2  # its classes are made at import
 
     data = path.read_bytes()
     position, buffer = 7, b""
@@ -330,7 +330,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
         buffer += data[position : position + length]
         position += length
         if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(buffer)
             yield record
             buffer = b""
@@ -358,7 +358,7 @@ def test_wandb_sees_one_run_with_all_its_rows_and_videos(story: dict[str, Any]) 
     assert {step for step in everything if step > story["step at the kill"]} <= set(steps) <= everything
     assert {video["caption"] for video in videos} == {"a red circle", "a blue square"}
     for video in videos:
-        (written,) = (run_dir / "wandb").glob(f"*/files/{video['path']}")
+        (written,) = (run_dir / "wandb").glob(f"offline-run-*/files/{video['path']}")
         assert written.stat().st_size == video["size"] > 100
 
 
