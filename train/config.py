@@ -137,8 +137,7 @@ class TrainConfig:
                 found.append(
                     f"{name}={getattr(self, name)} must be at least 1 (an experiment sets it: +experiment=NAME)"
                 )
-        closes = min(getattr(self, name) for name in sizes) >= 1
-        if closes and self.global_batch % (self.micro_batch * world_size):
+        if min(self.global_batch, self.micro_batch) >= 1 and self.global_batch % (self.micro_batch * world_size):
             found.append(
                 f"global_batch={self.global_batch} must be a multiple of micro_batch x processes = "
                 f"{self.micro_batch} x {world_size}"
@@ -239,7 +238,12 @@ def load_train_config(overrides: list[str]) -> TrainConfig:
         faults: list[str] = []
     except ConfigFaults as error:
         config, faults = error.partial, error.faults
-    faults += config.faults(world_size)
+    in_doubt = [fault.split("=")[0].split(" ")[0] for fault in faults]
+    for fault in config.faults(world_size):
+        field_name = fault.split("=")[0].split(" ")[0]
+        # A field that could not be set has its default: what a rule says of it would mislead.
+        if not any(path == field_name or path.startswith(f"{field_name}.") for path in in_doubt):
+            faults.append(fault)
     if not config.dry_run:  # settings can be checked where the weights are not
         faults += config.missing_inputs()
     if faults:
