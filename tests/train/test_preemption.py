@@ -1,0 +1,64 @@
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from muybridge.train import preemption
+from muybridge.train.preemption import ONE_REQUEST_SECONDS, SIGNALS, StopRequest
+
+
+@pytest.fixture
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts the process's own signal handlers back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    monkeypatch.setattr(preemption.dist, "get_world_size", lambda: 1)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_for_a_stop(tmp_path: Path, number: signal.Signals) -> None:
+    request = StopRequest(tmp_path / "STOP")
+    assert not request.agreed()
+    signal.raise_signal(number)
+    assert request.agreed()
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_stop_file_asks_until_it_is_cleared(tmp_path: Path) -> None:
+    request = StopRequest(tmp_path / "STOP")
+    (tmp_path / "STOP").touch()
+    assert request.agreed()
+    request.clear()
+    assert not (tmp_path / "STOP").exists()
+    request.clear()  # a stop by signal left none
+
+
+@pytest.mark.usefixtures("handlers")
+def test_copies_of_a_signal_are_one_request_and_a_later_one_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(preemption, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    request = StopRequest(tmp_path / "STOP")
+    deadly: list[Any] = []
+    fake: Callable[[int, Any], None] = lambda number, handler: deadly.append((number, handler))  # noqa: E731
+    for seconds in (0.0, 0.1, ONE_REQUEST_SECONDS - 0.1):
+        now[0] = 100.0 + seconds
+        signal.raise_signal(signal.SIGTERM)
+    assert request.agreed()
+    monkeypatch.setattr(
+        preemption,
+        "signal",
+        SimpleNamespace(
+            signal=fake, SIG_DFL=signal.SIG_DFL, raise_signal=lambda number: deadly.append((number, "raised"))
+        ),
+    )
+    now[0] = 100.0 + ONE_REQUEST_SECONDS + 0.1
+    signal.raise_signal(signal.SIGTERM)
+    assert deadly == [(signal.SIGTERM, signal.SIG_DFL), (signal.SIGTERM, "raised")]

@@ -1,0 +1,95 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from muybridge.train import throughput
+from muybridge.train.engine import StepResult
+from muybridge.train.throughput import MetricsWindow
+
+
+class FakeGroup:
+    """The ranks of a process group, whose collectives work on a list of what each rank would send."""
+
+    def __init__(self, others: list[Any]) -> None:
+        self.others = others
+
+    def as_dist(self, rank: int = 0) -> SimpleNamespace:
+        def all_reduce(totals: torch.Tensor) -> None:
+            for other in self.others:
+                totals += other
+
+        def all_gather_object(box: list[Any], own: Any) -> None:
+            box[:] = [own, *self.others]
+
+        return SimpleNamespace(
+            get_rank=lambda: rank,
+            get_world_size=lambda: 1 + len(self.others),
+            all_reduce=all_reduce,
+            all_gather_object=all_gather_object,
+        )
+
+
+RESULT = StepResult(grad_norm=2.0, applied=True)
+
+
+def test_a_row_is_the_mean_over_all_samples_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The other rank had losses 1 and 2 and terms 5 and 5.
+    monkeypatch.setattr(throughput, "dist", FakeGroup([torch.tensor([3.0, 10.0, 2.0])]).as_dist())
+    window = MetricsWindow(global_batch=4)
+    window.add(torch.tensor([4.0, 5.0]), {"kl": torch.tensor([1.0, 1.0])})
+    window.end_step(applied=True)
+    row = window.close(RESULT, lr=0.1)
+    assert (row["loss"], row["kl"]) == (3.0, 3.0)
+    assert (row["grad_norm"], row["lr"], row["skipped_steps"]) == (2.0, 0.1, 0.0)
+    assert row["samples_per_second"] == pytest.approx(4 / row["seconds_per_step"])
+
+
+def test_a_window_taken_up_from_a_checkpoint_gives_the_same_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.rand(3, generator=generator) for _ in range(7)]
+    whole, first, second = (MetricsWindow(global_batch=3) for _ in range(3))
+    for number, batch in enumerate(batches):
+        for window in (whole, first if number < 4 else second):
+            if number == 4 and window is second:
+                second.restore(first.state())
+            window.add(batch, {})
+            window.end_step(applied=number != 2)
+    expected, got = whole.close(RESULT, lr=0.1), second.close(RESULT, lr=0.1)
+    for name in ("loss", "skipped_steps"):
+        assert got[name] == expected[name], name
+    assert got["skipped_steps"] == 1
+
+
+def test_the_sums_of_more_ranks_all_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = [{"sums": {"loss": float(rank)}, "samples": 2, "skipped": 1} for rank in (1, 2, 3)]
+    monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
+    window = MetricsWindow(global_batch=2)
+    window.restore(saved)
+    window.add(torch.tensor([4.0, 0.0]), {})
+    window.end_step(applied=True)
+    assert window.close(RESULT, lr=0.1)["loss"] == pytest.approx(10 / 8)
+
+
+def test_the_sums_of_fewer_ranks_are_taken_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = [{"sums": {"loss": 6.0}, "samples": 2, "skipped": 1}]
+    sums = []
+    for rank in range(2):
+        monkeypatch.setattr(throughput, "dist", FakeGroup([None]).as_dist(rank))
+        window = MetricsWindow(global_batch=2)
+        window.restore(saved)
+        sums.append(window.state()[0])
+    assert [entry["samples"] for entry in sums] == [2, 0]
+    assert [entry["sums"] for entry in sums] == [{"loss": 6.0}, {}]
+
+
+def test_a_row_closes_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
+    window = MetricsWindow(global_batch=1)
+    for loss in (1.0, 7.0):
+        window.add(torch.tensor([loss]), {})
+        window.end_step(applied=True)
+        assert window.close(RESULT, lr=0.1)["loss"] == loss
+    assert window.state() == [{"sums": {}, "samples": 0, "skipped": 0}]

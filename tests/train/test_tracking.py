@@ -1,0 +1,110 @@
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from muybridge.train.tracking import Tracker, TrackingConfig, WandbMode
+
+ROW = {"loss": 0.5, "grad_norm": 1.0, "lr": 1e-3, "seconds_per_step": 0.1, "samples_per_second": 80.0}
+
+
+def make_tracker(run_dir: Path, *, start_step: int = 0, wandb: WandbMode = WandbMode.off) -> Tracker:
+    """A tracker of a run of 100 steps."""
+    run_dir.mkdir(exist_ok=True)
+    return Tracker(run_dir, TrackingConfig(wandb=wandb), run_config={}, total_steps=100, start_step=start_step)
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_after_the_checkpoint_and_a_cut_row_are_forgotten_on_resume(tmp_path: Path) -> None:
+    tracker = make_tracker(tmp_path)
+    for step in (10, 20, 30):
+        tracker.log(step, ROW)
+    tracker.log(20, {"validation_loss": 0.25})
+    tracker.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 15, "lo')  # as a kill leaves it
+    tracker = make_tracker(tmp_path, start_step=20)
+    tracker.log(30, {**ROW, "loss": 0.75})
+    tracker.close()
+    rows = read_rows(tmp_path)
+    assert [(row["step"], row.get("loss")) for row in rows] == [(10, 0.5), (20, 0.5), (20, None), (30, 0.75)]
+
+
+def test_a_fresh_run_in_a_used_folder_has_its_own_rows_only(tmp_path: Path) -> None:
+    tracker = make_tracker(tmp_path)
+    tracker.log(10, ROW)
+    tracker.close()
+    make_tracker(tmp_path).close()
+    assert read_rows(tmp_path) == []
+
+
+def test_a_log_file_gets_a_line_with_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = make_tracker(tmp_path / "shapes")
+    tracker.log(10, ROW)
+    tracker.log(11, ROW)  # too soon after the first
+    tracker.log(100, ROW)
+    tracker.close()
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("shapes  step 10/100  loss 0.5000  grad norm 1  lr 0.001  0.1 s/step  80 samples/s  eta ")
+    assert last.startswith("shapes  step 100/100")
+
+
+class FakeRun:
+    """A W&B run whose `log` fails after a while."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self.rows:
+            raise ConnectionError("the service went away")
+        self.rows.append(row)
+
+
+def test_an_error_of_wandb_is_said_once_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = FakeRun()
+    errors = SimpleNamespace(Error=RuntimeError)
+    fake = SimpleNamespace(init=lambda **_: run, Settings=dict, errors=errors, Video=lambda *_, **__: "video")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    tracker = make_tracker(tmp_path, wandb=WandbMode.offline)
+    for step in (1, 2, 3):
+        tracker.log(step, ROW)
+    tracker.log_videos(3, [(tmp_path / "a.mp4", "a circle")])
+    tracker.close()
+    assert [row["step"] for row in run.rows] == [1]
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
+    assert capsys.readouterr().err.count("the service went away") == 1
+
+
+def test_wandb_that_does_not_start_leaves_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("no key")
+
+    fake = SimpleNamespace(init=init, Settings=dict, errors=SimpleNamespace(Error=RuntimeError))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    tracker = make_tracker(tmp_path, wandb=WandbMode.online)
+    tracker.log(1, ROW)
+    tracker.close()
+    assert "W&B is off for this run (no key)" in capsys.readouterr().err
+    assert len(read_rows(tmp_path)) == 1
+
+
+def test_the_run_id_stays(tmp_path: Path) -> None:
+    first, second = make_tracker(tmp_path), make_tracker(tmp_path)
+    assert first.run_id == second.run_id
+    assert len(first.run_id) == 8
+    other = make_tracker(tmp_path / "other")
+    assert other.run_id != first.run_id
