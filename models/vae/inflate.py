@@ -19,7 +19,8 @@ def inflate(vae: nn.Module) -> None:
         if isinstance(module, CausalConv3d):
             module.weight[:, :, :-1] = 0.0
         if isinstance(module, Downsample | Upsample) and module.time_conv is not None:
-            nn.init.zeros_(module.time_conv.bias)
+            if module.time_conv.bias is not None:
+                nn.init.zeros_(module.time_conv.bias)
             nn.init.zeros_(module.time_conv.weight)
             # [C, C, 3, 1, 1] down; up has 2C outputs, for the earlier and the later frame of each pair.
             last_tap = module.time_conv.weight[:, :, -1, 0, 0]

@@ -1,4 +1,4 @@
-"""Training loss of the video autoencoder: L1, L1 of gradients in space and time at several scales, and KL.
+"""Training loss of the video autoencoder: L1, squared error, L1 of gradients in space and time, and KL.
 
 All terms are means over elements, so weights do not depend on clip or latent size. Public recipes sum instead: their KL
 weight w on sums is w * (latent elements / pixel elements) here.
@@ -17,17 +17,19 @@ class VAELossConfig:
     """Weights of the terms of the loss, whose pixels lie in [-1, 1]."""
 
     l1: float = 1.0  # absolute error of pixels; 0: off
-    gradient: float = 1.0  # absolute error of differences between neighbours in space, summed over scales; 0: off
-    temporal: float = 1.0  # absolute error of differences between successive frames, summed over scales; 0: off
+    # Squared error of pixels; 0: off. L1 alone holds fresh weights at the median, a constant image, where shapes are small.
+    l2: float = 15.0
+    gradient: float = 0.2  # absolute error of differences between neighbours in space, summed over scales; 0: off
+    temporal: float = 0.2  # absolute error of differences between successive frames, summed over scales; 0: off
     scales: int = 3  # resolutions the differences are taken at, each half the one before
     kl: float = 1e-6  # divergence from the standard normal, per latent element; 0: off
 
     def faults(self, field: str) -> list[str]:
         """Every broken rule, as messages that name the field under its dotted path."""
-        weights = {"l1": self.l1, "gradient": self.gradient, "temporal": self.temporal, "kl": self.kl}
+        weights = {"l1": self.l1, "l2": self.l2, "gradient": self.gradient, "temporal": self.temporal, "kl": self.kl}
         found = [f"{field}.{name}={value} must not be negative" for name, value in weights.items() if value < 0]
-        if self.l1 <= 0:
-            found.append(f"{field}.l1={self.l1} must be positive: the other terms do not fix the brightness")
+        if self.l1 <= 0 and self.l2 <= 0:
+            found.append(f"{field}.l1 or l2 must be positive: the other terms do not fix the brightness")
         if self.scales < 1:
             found.append(f"{field}.scales={self.scales} must be at least 1")
         return found
@@ -39,6 +41,7 @@ class VAELoss:
 
     total: Tensor
     l1: Tensor
+    l2: Tensor
     gradient: Tensor
     temporal: Tensor
     kl: Tensor
@@ -50,6 +53,7 @@ def vae_loss(
     """Loss per clip of a reconstruction [B, 3, T, H, W] of pixels in [-1, 1]; computed in fp32."""
     error = reconstruction.float() - pixels.float()
     l1 = error.abs().mean(dim=(1, 2, 3, 4))
+    l2 = error.square().mean(dim=(1, 2, 3, 4))
     gradient = temporal = error.new_zeros(error.shape[0])
     for scale in range(config.scales):
         if scale > 0:
@@ -59,8 +63,9 @@ def vae_loss(
         if error.shape[2] > 1:
             temporal = temporal + _mean_absolute_difference(error, 2)
     kl = kl_divergence(distribution)
-    total = config.l1 * l1 + config.gradient * gradient + config.temporal * temporal + config.kl * kl
-    return VAELoss(total, l1, gradient, temporal, kl)
+    total = config.l1 * l1 + config.l2 * l2 + config.gradient * gradient
+    total = total + config.temporal * temporal + config.kl * kl
+    return VAELoss(total, l1, l2, gradient, temporal, kl)
 
 
 def kl_divergence(distribution: LatentDistribution) -> Tensor:

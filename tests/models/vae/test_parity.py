@@ -1,8 +1,10 @@
 """The parallel autoencoder equals diffusers' chunked AutoencoderKLWan, which is the oracle throughout."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from muybridge.models.vae import VAEConfig, VideoVAE
 
@@ -15,7 +17,7 @@ FORMS = {
 
 
 @pytest.fixture(scope="module", params=FORMS)
-def pair(request: pytest.FixtureRequest) -> tuple[VideoVAE, nn.Module]:
+def pair(request: pytest.FixtureRequest) -> tuple[VideoVAE, Any]:
     """Ours and the oracle with the same random weights, none of them zero."""
     ours = VideoVAE(FORMS[request.param])
     generator = torch.Generator().manual_seed(0)
@@ -37,7 +39,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[VideoVAE, nn.Module]:
 
 @pytest.mark.parametrize("frames", [1, 5, 9, 13, 17])
 @torch.no_grad()
-def test_encode_and_decode_equal_the_chunked_oracle(pair: tuple[VideoVAE, nn.Module], frames: int) -> None:
+def test_encode_and_decode_equal_the_chunked_oracle(pair: tuple[VideoVAE, Any], frames: int) -> None:
     ours, oracle = pair
     pixels = _clips(ours.config, frames=frames)
     theirs = oracle.encode(pixels).latent_dist
@@ -52,9 +54,9 @@ def test_encode_and_decode_equal_the_chunked_oracle(pair: tuple[VideoVAE, nn.Mod
 
 
 @torch.no_grad()
-def test_any_memory_format_and_frame_size_gives_the_oracles_result(pair: tuple[VideoVAE, nn.Module]) -> None:
+def test_any_memory_format_and_frame_size_gives_the_oracles_result(pair: tuple[VideoVAE, Any]) -> None:
     ours, oracle = pair
-    pixels = _clips(ours.config, frames=5, height=48, width=32)
+    pixels = _clips(ours.config, frames=5, height=32, width=48)
     theirs = oracle.encode(pixels).latent_dist.mean
     torch.testing.assert_close(
         ours.encode(pixels.to(memory_format=torch.channels_last_3d)).mean, theirs, atol=1e-5, rtol=1e-5
@@ -62,7 +64,7 @@ def test_any_memory_format_and_frame_size_gives_the_oracles_result(pair: tuple[V
 
 
 @torch.no_grad()
-def test_pixels_of_one_clip_do_not_reach_another(pair: tuple[VideoVAE, nn.Module]) -> None:
+def test_pixels_of_one_clip_do_not_reach_another(pair: tuple[VideoVAE, Any]) -> None:
     ours, _ = pair
     pixels = _clips(ours.config, frames=5)
     together = ours.encode(pixels).mean
@@ -70,7 +72,7 @@ def test_pixels_of_one_clip_do_not_reach_another(pair: tuple[VideoVAE, nn.Module
 
 
 @torch.no_grad()
-def test_double_precision_is_exact_against_the_encoder_of_the_oracle(pair: tuple[VideoVAE, nn.Module]) -> None:
+def test_double_precision_is_exact_against_the_encoder_of_the_oracle(pair: tuple[VideoVAE, Any]) -> None:
     # Encoding only: the oracle's upsampler rounds to single precision on its way.
     ours, oracle = (model.double() for model in pair)
     pixels = _clips(ours.config, frames=9).double()
@@ -105,7 +107,7 @@ def test_released_sizes_have_the_released_number_of_weights(config: VAEConfig, t
     assert sum(weight.numel() for weight in weights.values()) == pytest.approx(parameters, rel=1e-3)
 
 
-def _clips(config: VAEConfig, *, frames: int, height: int = 32, width: int = 32) -> Tensor:
+def _clips(config: VAEConfig, *, frames: int, height: int = 16, width: int = 16) -> Tensor:
     generator = torch.Generator().manual_seed(frames)
     return torch.rand((2, config.in_channels, frames, height, width), generator=generator) * 2 - 1
 
