@@ -45,16 +45,22 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     run_dir: Path = options.run_dir
+    stages = build_stages(run_dir, smoke=options.smoke)
+    done_path = run_dir / "stages.json"
+    done = json.loads(done_path.read_text()) if done_path.exists() else {}
+    for stage in stages:
+        if stage.name in done and done[stage.name]["arguments"] != stage.arguments:
+            raise ValueError(
+                f"--run-dir={run_dir} holds a quickstart with other settings ({stage.name} ran as: "
+                f"{' '.join(done[stage.name]['arguments'])}); remove it or choose another folder"
+            )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_prompts(run_dir, PROMPTS if not options.smoke else 8)
-    seconds_path = run_dir / "stage_seconds.json"
-    seconds = json.loads(seconds_path.read_text()) if seconds_path.exists() else {}
-    stages = build_stages(run_dir, smoke=options.smoke)
     console = Console(highlight=False)
     for number, stage in enumerate(stages, start=1):
         console.rule(f"[bold]{number}/{len(stages)} {stage.summary}")
-        if stage.name in seconds:
-            console.print(f"done before, in {seconds[stage.name]:.0f} s")
+        if stage.name in done:
+            console.print(f"done before, in {done[stage.name]['seconds']:.0f} s")
             continue
         console.print(f"$ muybridge {' '.join(stage.arguments)}", style="cyan")
         began = time.monotonic()
@@ -64,9 +70,9 @@ def main(argv: list[str]) -> int:
                 f"muybridge: {stage.name} ended with code {code}; the same command goes on from here", file=sys.stderr
             )
             return code
-        seconds[stage.name] = round(time.monotonic() - began, 1)
-        seconds_path.write_text(json.dumps(seconds, indent=1))
-    report = write_report(run_dir, seconds)
+        done[stage.name] = {"seconds": round(time.monotonic() - began, 1), "arguments": stage.arguments}
+        done_path.write_text(json.dumps(done, indent=1))
+    report = write_report(run_dir, {stage.name: done[stage.name]["seconds"] for stage in stages})
     print_report(report, console)
     console.print(f"muybridge: wrote {run_dir}/report.json, loss.png, vae_reconstruction.mp4 and samples/")
     console.print(f"next: open {run_dir}/samples/contact_sheet.png, or write your own prompts.txt and run")
