@@ -94,7 +94,9 @@ def write_message(file: BinaryIO, header: dict[str, Any], payload: bytes = b"") 
 
 def main() -> None:
     """Answers requests until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes our stdin
+    # Ctrl-C and a scheduler's signal to the whole job are for the parent, which saves and then closes our stdin.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a native library prints must not land between the answers

@@ -5,6 +5,7 @@ A stage that ended well is not run again, so a stopped quickstart goes on where 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -30,7 +31,21 @@ class Stage:
 
     name: str
     summary: str
+    # Of `muybridge`, the verb first.
     arguments: list[str]
+
+    def command(self, processes: int) -> tuple[list[str], str]:
+        """The command for this machine, as a program's arguments and as a user types it."""
+        verb, *rest = self.arguments
+        if verb != "train" or processes == 1:
+            return [
+                sys.executable,
+                "-m",
+                "muybridge.scripts.cli",
+                *self.arguments,
+            ], f"muybridge {' '.join(self.arguments)}"
+        launch = ["--standalone", "--nproc-per-node", str(processes), "-m", "muybridge.train", *rest]
+        return [sys.executable, "-m", "torch.distributed.run", *launch], f"torchrun {' '.join(launch)}"
 
 
 def main(argv: list[str]) -> int:
@@ -56,15 +71,20 @@ def main(argv: list[str]) -> int:
             )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_prompts(run_dir, PROMPTS if not options.smoke else 8)
+    processes = training_processes()
+    # One thread a process: two processes of one thread share two cores far better than one of two, above all where other
+    # programs run, since threads meet after every operation and processes once a step.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     console = Console(highlight=False)
     for number, stage in enumerate(stages, start=1):
         console.rule(f"[bold]{number}/{len(stages)} {stage.summary}")
         if stage.name in done:
             console.print(f"done before, in {done[stage.name]['seconds']:.0f} s")
             continue
-        console.print(f"$ muybridge {' '.join(stage.arguments)}", style="cyan")
+        command, shown = stage.command(processes)
+        console.print(f"$ {shown}", style="cyan")
         began = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "muybridge.scripts.cli", *stage.arguments], check=False).returncode
+        code = subprocess.run(command, check=False, env=environment).returncode
         if code != 0:
             print(
                 f"muybridge: {stage.name} ended with code {code}; the same command goes on from here", file=sys.stderr
@@ -78,6 +98,15 @@ def main(argv: list[str]) -> int:
     console.print(f"next: open {run_dir}/samples/contact_sheet.png, or write your own prompts.txt and run")
     console.print(f"      muybridge sample run={run_dir} prompts=prompts.txt out={run_dir}/mine")
     return 0
+
+
+def training_processes() -> int:
+    """Processes that train: one for each GPU, or two on a CPU with two cores or more."""
+    import torch
+
+    if torch.cuda.is_available():
+        return min(2, torch.cuda.device_count())
+    return min(2, os.cpu_count() or 1)
 
 
 def build_stages(run_dir: Path, *, smoke: bool) -> list[Stage]:
