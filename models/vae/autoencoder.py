@@ -48,7 +48,8 @@ class VideoVAE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh weights from which short training runs get away (tried at 64x64: 28 dB instead of 21 after 300 steps).
+        """Fresh weights from which short training runs get away (300 image steps at 64x64: 24.5 to 28.1 dB
+        in three runs; one from torch's defaults: 21.3 dB).
 
         Every convolution keeps the variance of its input on the last time tap, all that images use; residual branches
         start small and attention at zero, so that a fresh model is nearly linear; and the latent noise starts small.
