@@ -128,7 +128,7 @@ class VideoVAETask(Task):
         reconstruction, distribution = model(batch.pixels, noise)
         loss = vae_loss(reconstruction, batch.pixels, distribution, self.config.vae_loss)
         squared = (reconstruction.detach().float().clamp(-1, 1) - batch.pixels).square().flatten(1).mean(1)
-        terms = {"l1": loss.l1, "gradient": loss.gradient, "temporal": loss.temporal, "kl": loss.kl}
+        terms = {"l1": loss.l1, "l2": loss.l2, "gradient": loss.gradient, "temporal": loss.temporal, "kl": loss.kl}
         # Pixels span 2, so the peak's square is 4.
         terms["psnr_db"] = 10 * torch.log10(4 / squared.clamp_min(1e-10))
         return SampleLosses(loss.total, {name: value.detach() for name, value in terms.items()})
