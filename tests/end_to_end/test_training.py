@@ -73,6 +73,8 @@ def runs(
         "other data": [f"run_dir={root / 'zero0-w1'}", "deepspeed=zero0", "data.caption_dropout=0.5"],
         "other model": [f"run_dir={root / 'zero0-w1'}", "deepspeed=zero0", "model.ffn_dim=96"],
         "other VAE": ["vae.path=" + str(make_other_vae(toy_folder / "vae", root / "other_vae"))],
+        "no latents": [f"data.latents={root / 'nowhere'}"],
+        "no clips": [f"data.path={root / 'nowhere'}", "data.access=raw"],
         "no such start": [f"init_from={root / 'other_vae'}"],
         "start of another size": [f"init_from={root / 'zero0-w1'}", "model.ffn_dim=96"],
         "start": [f"init_from={root / 'zero0-w1'}", "deepspeed=zero0", "steps=1", "optimizer.lr=1e-12"],
@@ -162,6 +164,8 @@ def test_a_finished_run_leaves_its_settings_and_weights(runs: tuple[Path, dict[s
         ("other data", "data_fingerprint: "),
         ("other model", "does not fit the configured model"),
         ("other VAE", "stale: its vae_fingerprint is"),
+        ("no latents", "muybridge encode"),
+        ("no clips", "muybridge prepare"),
         ("no such start", "must be the directory of a run with a checkpoint"),
         ("start of another size", "tensors of another shape"),
     ],
@@ -243,7 +247,7 @@ def story(
     found["step at the kill"] = read_rows(run_dir)[-1]["step"]
 
     process = start(command, command_env)
-    wait_for_step(process, run_dir, 27)
+    wait_for_step(process, run_dir, 24)
     process.send_signal(signal.SIGTERM)
     found["signalled"] = process.communicate(timeout=TIMEOUT_SECONDS)[0]
     found["signalled code"] = process.returncode
@@ -251,7 +255,7 @@ def story(
     found["signalled at"] = max(row["step"] for row in read_rows(run_dir))
 
     process = start(command, command_env)
-    wait_for_step(process, run_dir, 45)
+    wait_for_step(process, run_dir, 36)
     (run_dir / "STOP").touch()
     found["stopped"] = process.communicate(timeout=TIMEOUT_SECONDS)[0]
     found["stopped code"] = process.returncode

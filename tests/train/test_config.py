@@ -9,7 +9,12 @@ import pytest
 from muybridge.scripts import cli
 from muybridge.train.config import load_train_config
 
-QUICK = ["+experiment=quickstart", "dry_run=true"]
+# The figures that the messages below name are set here: the recipe may change.
+QUICK = [
+    *("+experiment=quickstart", "dry_run=true", "steps=100", "global_batch=32", "micro_batch=32"),
+    *("model.dim=192", "model.num_attention_heads=6", "model.patch_size=[1,2,2]", "model.text_dim=192"),
+    *("text.dim=192", "text.num_heads=6", "vae.architecture.z_dim=16", "validation.every_steps=10"),
+]
 LARGE = ["+experiment=wan_1_3b_480p", "dry_run=true"]
 
 MISTAKES = {
