@@ -99,7 +99,7 @@ def prepare_videos(
     _print_dataset(index)
     if rejected:
         _print(f"Skipped {len(rejected)}; the reasons are in {out / REJECTED_NAME}.")
-    _print(f"Next: muybridge train data.path={out}")
+    _print(f"Next: muybridge train +experiment=NAME data.path={out}")
     return index
 
 
@@ -137,7 +137,7 @@ def prepare_synthetic(out: Path, *, clips: int, test_clips: int, seed: int, work
     _print(
         f"{len(HELD_OUT)} combinations are in the test clips only ({out / HELD_OUT_NAME}); see {out / PREVIEW_NAME}."
     )
-    _print(f"Next: muybridge train data.path={out / 'train'}")
+    _print(f"Next: muybridge train +experiment=NAME data.path={out / 'train'}")
 
 
 def write_preview(index: ClipIndex, path: Path, *, clips: int = 24, columns: int = 4) -> None:
