@@ -71,7 +71,8 @@ def test_good_videos_are_indexed_and_bad_ones_named(
     assert rejected["empty.mp4"] == "the file is empty"
     said = capsys.readouterr().out
     assert all(
-        name in said for name in [*rejected, "Wrote 2 clips", "Skipped 4", f"Next: muybridge train data.path={out}"]
+        name in said
+        for name in [*rejected, "Wrote 2 clips", "Skipped 4", f"Next: muybridge train +experiment=NAME data.path={out}"]
     )
 
 
