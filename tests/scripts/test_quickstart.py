@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,14 +90,26 @@ def test_a_failing_stage_ends_it_with_its_code(tmp_path: Path, monkeypatch: pyte
     codes = iter([0, 77])
     ran: list[list[str]] = []
 
-    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
         ran.append(command)
         return subprocess.CompletedProcess(command, next(codes))
 
     monkeypatch.setattr(quickstart.subprocess, "run", run)
     assert quickstart.main(["--smoke", "--run-dir", str(tmp_path)]) == 77
-    assert [command[3] for command in ran] == ["prepare", "train"]
+    prepare, train = ran
+    assert prepare[2:4] == ["muybridge.scripts.cli", "prepare"]
+    assert "+experiment=quickstart_vae_image" in train
+    assert "steps=4" in train
     assert list(json.loads((tmp_path / "stages.json").read_text())) == ["prepare"]
+
+
+def test_training_is_spread_over_processes_by_torchrun() -> None:
+    stages = {stage.name: stage for stage in build_stages(Path("runs/quickstart"), smoke=False)}
+    command, shown = stages["train"].command(2)
+    assert shown == "torchrun --standalone --nproc-per-node 2 -m muybridge.train +experiment=quickstart"
+    assert command[1:3] == ["-m", "torch.distributed.run"]
+    assert stages["train"].command(1)[1] == "muybridge train +experiment=quickstart"
+    assert stages["encode"].command(2)[1] == "muybridge encode +experiment=quickstart"
 
 
 def test_half_of_the_prompts_are_combinations_never_trained() -> None:
