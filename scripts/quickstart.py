@@ -16,13 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..data.synthetic import Combination, captions_of, draw_clip
+from ..data.synthetic import HELD_OUT, TRAINED, Combination, captions_of
 from ..train.config import read_config
 from ..train.generate import clip_name
 
 DEFAULT_RUN_DIR = Path("runs/quickstart")  # as in configs/experiment/quickstart*.yaml
 PROMPTS = 48
-PROMPT_SEED = 1  # prompts are worded as unseen test clips are
 
 
 @dataclass(frozen=True)
@@ -168,15 +167,20 @@ def write_prompts(run_dir: Path, count: int) -> None:
     prompts, labels = [], {}
     for number, combination in enumerate(combinations):
         phrasings = captions_of(combination)
-        prompts.append(phrasings[number % len(phrasings)])
+        # The second time round the held-out combinations are worded differently.
+        prompts.append(phrasings[(number + number // (2 * len(HELD_OUT))) % len(phrasings)])
         labels[clip_name(number, prompts[-1])] = vars(combination)
     (run_dir / "prompts.txt").write_text("\n".join(prompts) + "\n")
     (run_dir / "prompt_labels.json").write_text(json.dumps(labels, indent=1))
 
 
 def prompt_combinations(count: int) -> list[Combination]:
-    """The combinations of the first test clips, which alternate between held-out and trained ones."""
-    return [draw_clip(PROMPT_SEED, "test", number).combination for number in range(count)]
+    """Held-out and trained combinations in turn."""
+    # 7 has no factor in common with the number of trained combinations, so a few of them already span the colours.
+    return [
+        (TRAINED[7 * (number // 2) % len(TRAINED)] if number % 2 else HELD_OUT[number // 2 % len(HELD_OUT)])
+        for number in range(count)
+    ]
 
 
 def write_report(run_dir: Path, seconds: dict[str, float]) -> dict[str, Any]:

@@ -14,10 +14,14 @@ from datetime import timedelta
 from enum import Enum
 from typing import Any, NoReturn
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported; without it, it warns
+
+import deepspeed  # noqa: E402
 
 # The first CPU `initialize` would compile this all-reduce with g++ for a minute, a killed build leaves a lock that hangs every
 # later run, and only inference uses it.
@@ -258,7 +262,6 @@ def initialise_distributed(config: EngineConfig) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device = torch.device("cpu")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout_seconds)
