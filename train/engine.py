@@ -21,7 +21,7 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported; without it, it warns
 
-import deepspeed  # noqa: E402
+import deepspeed
 
 # The first CPU `initialize` would compile this all-reduce with g++ for a minute, a killed build leaves a lock that hangs every
 # later run, and only inference uses it.
