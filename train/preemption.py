@@ -19,6 +19,8 @@ class StopRequest:
     def __init__(self, stop_file: Path) -> None:
         self._stop_file = stop_file
         self._asked_at: float | None = None
+        # Over gloo: asking over NCCL would make every step wait for the GPU.
+        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
@@ -27,8 +29,8 @@ class StopRequest:
         asked = self._asked_at is not None or self._stop_file.exists()
         if dist.get_world_size() == 1:
             return asked
-        flag = torch.tensor(float(asked), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        flag = torch.tensor(float(asked))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
 
     def clear(self) -> None:
