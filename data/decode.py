@@ -105,11 +105,15 @@ def read_frames_with_fallback(
     return read_frames(data, times_seconds, decoder=other, seekable=seekable), other
 
 
-# --- decord -----------------------------------------------------------------------------------------------------------
+# decord
 
 
 def _open_with_decord(data: bytes) -> Any:
     try:
+        if has_decoder(Decoder.pyav):
+            # Both bring codec libraries of the same names, and a process keeps the first: with decord's older libvpx PyAV cannot
+            # write VP9 any more, while decord reads with either.
+            import av  # noqa: F401
         import decord
     except ImportError as error:
         raise DecodeError("decord is not installed") from error
@@ -162,7 +166,7 @@ def _read_with_decord(data: bytes, times_seconds: Sequence[float], seekable: boo
         raise DecodeError(f"decord cannot decode it: {_reason(error)}") from error
 
 
-# --- PyAV -------------------------------------------------------------------------------------------------------------
+# PyAV
 
 
 def _open_with_pyav(data: bytes) -> tuple[Any, Any]:

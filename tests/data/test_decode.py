@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +233,21 @@ def test_frames_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
         write_mp4(tmp_path / "a.mp4", np.zeros((2, 64, 64, 3), np.float32), fps=8)
     with pytest.raises(ValueError, match="fps=0 must be positive"):
         write_mp4(tmp_path / "a.mp4", np.zeros((2, 64, 64, 3), np.uint8), fps=0)
+
+
+@pytest.mark.skipif(not all(map(has_decoder, Decoder)), reason="needs both decoders")
+def test_reading_with_decord_leaves_pyav_able_to_write_vp9() -> None:
+    program = (
+        "import io\n"
+        "from muybridge.data.decode import DecodeError, Decoder, read_frames\n"
+        "import numpy\n"
+        "try: read_frames(b'no video', [0.0], decoder=Decoder.decord)\n"
+        "except DecodeError: pass\n"
+        "import av\n"
+        "with av.open(io.BytesIO(), 'w', format='webm') as file:\n"
+        "    stream = file.add_stream('libvpx-vp9', rate=8)\n"
+        "    stream.width = stream.height = 64\n"
+        "    file.mux(stream.encode(av.VideoFrame.from_ndarray(numpy.zeros((64, 64, 3), numpy.uint8), format='rgb24')))\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
