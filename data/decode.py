@@ -105,9 +105,6 @@ def read_frames_with_fallback(
     return read_frames(data, times_seconds, decoder=other, seekable=seekable), other
 
 
-# decord
-
-
 def _open_with_decord(data: bytes) -> Any:
     try:
         if has_decoder(Decoder.pyav):
@@ -164,9 +161,6 @@ def _read_with_decord(data: bytes, times_seconds: Sequence[float], seekable: boo
         raise
     except Exception as error:
         raise DecodeError(f"decord cannot decode it: {_reason(error)}") from error
-
-
-# PyAV
 
 
 def _open_with_pyav(data: bytes) -> tuple[Any, Any]:
@@ -290,9 +284,6 @@ def _read_with_pyav(data: bytes, times_seconds: Sequence[float], seekable: bool)
 def _upright(frame: Any) -> np.ndarray:
     pixels = frame.to_ndarray(format="rgb24")
     return np.rot90(pixels, frame.rotation // 90)  # rotation is counter-clockwise, as rot90's
-
-
-# --- both -------------------------------------------------------------------------------------------------------------
 
 
 def _check_end(last_time: float, duration: float) -> None:
