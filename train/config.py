@@ -118,13 +118,7 @@ class TrainConfig:
 
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Channels, frames, height and width of one clip's latents."""
-        vae = self.vae.resolved()
-        return (
-            vae.z_dim,
-            1 + (self.data.frames - 1) // vae.temporal_stride,
-            self.data.height // vae.spatial_stride,
-            self.data.width // vae.spatial_stride,
-        )
+        return self.vae.resolved().latent_shape(self.data.frames, self.data.height, self.data.width)
 
     def faults(self, world_size: int) -> list[str]:
         """Every broken rule of the parts and between them, as messages that name the field, the value and the rule."""

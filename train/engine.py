@@ -147,10 +147,6 @@ class Engine:
         """The wrapped network; call the engine itself for training forwards."""
         return self._engine.module
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self._engine.device)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 

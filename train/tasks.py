@@ -19,7 +19,7 @@ from ..models.text import ByteTextEncoder, TextEncoderKind, Umt5TextEncoder
 from ..models.text_to_video import TextToVideoModel
 from ..models.vae import VideoVAE
 from ..models.vae.folder import load_vae
-from ..models.vae.loss import vae_loss
+from ..models.vae.loss import psnr_db, vae_loss
 from ..models.vae.statistics import LatentStatistics
 from ..models.weights import save_model
 from .config import TaskKind, TrainConfig
@@ -127,10 +127,8 @@ class VideoVAETask(Task):
         )
         reconstruction, distribution = model(batch.pixels, noise)
         loss = vae_loss(reconstruction, batch.pixels, distribution, self.config.vae_loss)
-        squared = (reconstruction.detach().float().clamp(-1, 1) - batch.pixels).square().flatten(1).mean(1)
         terms = {"l1": loss.l1, "l2": loss.l2, "gradient": loss.gradient, "temporal": loss.temporal, "kl": loss.kl}
-        # Pixels span 2, so the peak's square is 4.
-        terms["psnr_db"] = 10 * torch.log10(4 / squared.clamp_min(1e-10))
+        terms["psnr_db"] = psnr_db(reconstruction.detach(), batch.pixels)
         return SampleLosses(loss.total, {name: value.detach() for name, value in terms.items()})
 
     @torch.no_grad()

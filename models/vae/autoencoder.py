@@ -106,11 +106,6 @@ class VideoVAE(nn.Module):
         centre, spread = self._statistics_like(latents)
         return latents * spread + centre
 
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(z, T', H', W') of a clip of these sizes."""
-        stride = self.config.spatial_stride
-        return self.config.z_dim, 1 + (frames - 1) // self.config.temporal_stride, height // stride, width // stride
-
     def _statistics_like(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std [z, 1, 1, 1]. Not buffers: the weight files have no such keys, and casts would round them."""
         channels = self.config.z_dim

@@ -33,6 +33,11 @@ class VAEConfig:
         """Pixels per latent position along height and width."""
         return self.patch_size * 2 ** (len(self.dim_mult) - 1)
 
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(z, T', H', W') of the latents of a clip of these sizes."""
+        stride = self.spatial_stride
+        return self.z_dim, 1 + (frames - 1) // self.temporal_stride, height // stride, width // stride
+
     @property
     def folded_channels(self) -> int:
         """Channels the encoder sees and the decoder writes: pixels folded by `patch_size`."""

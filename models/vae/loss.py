@@ -6,6 +6,7 @@ weight w on sums is w * (latent elements / pixel elements) here.
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -66,6 +67,12 @@ def vae_loss(
     total = config.l1 * l1 + config.l2 * l2 + config.gradient * gradient
     total = total + config.temporal * temporal + config.kl * kl
     return VAELoss(total, l1, l2, gradient, temporal, kl)
+
+
+def psnr_db(reconstruction: Tensor, pixels: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each clip [B, 3, T, H, W] with values in [-1, 1], in dB [B], fp32; at most 106."""
+    squared = (reconstruction.float().clamp(-1, 1) - pixels.float()).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / squared.clamp_min(1e-10))  # pixels span 2, so the peak's square is 4
 
 
 def kl_divergence(distribution: LatentDistribution) -> Tensor:

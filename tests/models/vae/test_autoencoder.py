@@ -81,7 +81,7 @@ def test_sides_that_the_stride_does_not_divide_raise(vae: VideoVAE) -> None:
 def test_latent_shape_is_that_of_the_latents(vae: VideoVAE) -> None:
     with torch.no_grad():
         latents = vae.encode(_clips(frames=9, height=16, width=32)).mean
-    assert latents.shape[1:] == vae.latent_shape(9, 16, 32)
+    assert latents.shape[1:] == vae.config.latent_shape(9, 16, 32)
 
 
 def test_inflating_leaves_images_as_they_were(vae: VideoVAE) -> None:
