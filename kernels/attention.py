@@ -6,6 +6,7 @@ checkpointing and meta tensors see as one opaque step with a known shape and gra
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,54 +41,76 @@ def reference_backward(
 
 
 @torch.library.custom_op("muybridge::attention", mutates_args=())
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], scale: float, deterministic: bool
+) -> tuple[Tensor, Tensor]:
     """The operator behind `attention`: output and base-2 log-sum-exp, which the backward pass needs."""
     if _has_kernel(q):
-        from .attention_launch import run_forward  # here, so that machines without Triton can import this module
+        from .attention_forward import run_forward  # here, so that machines without Triton can import this module
 
-        return run_forward(q, k, v, scale=scale)
+        return run_forward(q, k, v, mask, scale=scale)
     out, lse = reference_forward(q, k, v, scale=scale)
     return _to_token_major(out), lse
 
 
 @attention_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], scale: float, deterministic: bool
+) -> tuple[Tensor, Tensor]:
     return empty_token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("muybridge::attention_backward", mutates_args=())
 def attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Sequence[Tensor],
+    scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the same inputs give the same bits."""
     if _has_kernel(q):
-        from .attention_launch import run_backward
+        from .attention_backward import run_backward
 
-        return run_backward(grad_out, q, k, v, out, lse, scale=scale)
+        return run_backward(grad_out, q, k, v, out, lse, mask, scale=scale, deterministic=deterministic)
     grad_q, grad_k, grad_v = reference_backward(grad_out, q, k, v, out, lse, scale=scale)
     return _to_token_major(grad_q), _to_token_major(grad_k), _to_token_major(grad_v)
 
 
 @attention_backward.register_fake
 def _(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Sequence[Tensor],
+    scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_token_major(q), empty_token_major(k), empty_token_major(v)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output)
+def _save_for_backward(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Sequence[Tensor], float, bool], output: tuple[Tensor, Tensor]
+) -> None:
+    q, k, v, mask, ctx.scale, ctx.deterministic = inputs
+    ctx.save_for_backward(q, k, v, *output, *mask)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, grad_out: Tensor | None, _grad_lse: None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-    if grad_out is None:
-        return None, None, None, None
-    return *attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
+def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: None) -> tuple[Any, ...]:
+    q, k, v, out, lse, *mask = ctx.saved_tensors
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if grad_out is not None:
+        grads = attention_backward(grad_out, q, k, v, out, lse, mask, ctx.scale, ctx.deterministic)
+    return *grads, [None] * len(mask), None, None
 
 
 attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
@@ -106,7 +129,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     """
     _check(q, k, v, scale)
     if q.is_meta or _has_kernel(q):
-        return attention_forward(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+        return attention_forward(q, k, v, [], q.shape[-1] ** -0.5 if scale is None else scale, True)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 

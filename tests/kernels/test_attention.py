@@ -23,7 +23,7 @@ def inputs(query_length: int = 5, key_length: int = 7, head_width: int = 16, **o
 
 
 def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention_forward(q, k, v, q.shape[-1] ** -0.5)[0]
+    return attention_forward(q, k, v, [], q.shape[-1] ** -0.5, True)[0]
 
 
 def test_cpu_is_torch_attention() -> None:
@@ -48,7 +48,7 @@ def test_operator_gradients_are_right() -> None:
 
 def test_log_sum_exp_is_in_base_two() -> None:
     q, k, v = inputs()
-    lse = attention_forward(q, k, v, 0.25)[1]
+    lse = attention_forward(q, k, v, [], 0.25, True)[1]
     expected = torch.logsumexp(q @ k.mT * 0.25, -1) / torch.log(torch.tensor(2.0))
     torch.testing.assert_close(lse, expected)
     assert not lse.requires_grad
@@ -64,10 +64,10 @@ def test_frozen_keys_and_values_get_no_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_pass_opcheck(dtype: torch.dtype) -> None:
     q, k, v = inputs(dtype=dtype)
-    torch.library.opcheck(attention_forward, (q, k, v, 0.25))
+    torch.library.opcheck(attention_forward, (q, k, v, [], 0.25, True))
     with torch.no_grad():
-        out, lse = attention_forward(q, k, v, 0.25)
-        torch.library.opcheck(attention_backward, (torch.randn_like(q), q, k, v, out, lse, 0.25))
+        out, lse = attention_forward(q, k, v, [], 0.25, True)
+        torch.library.opcheck(attention_backward, (torch.randn_like(q), q, k, v, out, lse, [], 0.25, True))
 
 
 @pytest.mark.parametrize("function", [attention, operator])

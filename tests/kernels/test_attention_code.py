@@ -19,21 +19,26 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 from triton.compiler import compile as triton_compile  # noqa: E402
 
-from muybridge.kernels.attention_kernels import (  # noqa: E402
-    delta_kernel,
-    forward_kernel,
-    grad_key_value_kernel,
-    grad_query_kernel,
-)
-from muybridge.kernels.attention_launch import (  # noqa: E402
-    AMPERE_LAUNCHES,
-    DELTA_LAUNCH,
-    FP32_LAUNCHES,
-    HOPPER_LAUNCHES,
-    Launch,
-)
+from muybridge.kernels import attention_backward as backward  # noqa: E402
+from muybridge.kernels import attention_forward as forward  # noqa: E402
+from muybridge.kernels.attention_tiles import Launch  # noqa: E402
 
-KERNELS = {"forward": forward_kernel, "grad_query": grad_query_kernel, "grad_key_value": grad_key_value_kernel}
+KERNELS = {
+    "forward": forward.forward_kernel,
+    "grad_query": backward.grad_query_kernel,
+    "grad_key_value": backward.grad_key_value_kernel,
+}
+LAUNCHES = {
+    "HOPPER": [forward.HOPPER_FORWARD, backward.HOPPER_GRAD_QUERY, backward.HOPPER_GRAD_KEY_VALUE],
+    "AMPERE": [forward.AMPERE_FORWARD, backward.AMPERE_GRAD_QUERY, backward.AMPERE_GRAD_KEY_VALUE],
+    "FP32": [forward.FP32_FORWARD, backward.FP32_GRAD_QUERY, backward.FP32_GRAD_KEY_VALUE],
+}
+
+
+def launch_of(table: str, head_width: int, kernel: str) -> Launch:
+    return LAUNCHES[table][list(KERNELS).index(kernel)][head_width]
+
+
 # Bytes of shared memory that one block may use. The Ampere table also serves compute capability 8.6, 8.9 and 12.0.
 SHARED_LIMIT = {80: 101_376, 90: 232_448}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async"}
@@ -74,7 +79,7 @@ def spilled_bytes(compiled: CompiledKernel, folder: Path) -> int:
 def test_half_precision_runs_on_tensor_cores_without_spills(
     capability: int, dtype: str, head_width: int, kernel: str, tmp_path: Path
 ) -> None:
-    launch = getattr({80: AMPERE_LAUNCHES, 90: HOPPER_LAUNCHES}[capability][head_width], kernel)
+    launch = launch_of({80: "AMPERE", 90: "HOPPER"}[capability], head_width, kernel)
     compiled = compile_kernel(KERNELS[kernel], launch, capability=capability, dtype=dtype, head_width=head_width)
     assert spilled_bytes(compiled, tmp_path) == 0
     assert compiled.metadata.shared <= SHARED_LIMIT[capability]
@@ -82,8 +87,8 @@ def test_half_precision_runs_on_tensor_cores_without_spills(
 
 
 def test_padded_head_width_costs_at_most_two_spilled_registers(tmp_path: Path) -> None:
-    launch = HOPPER_LAUNCHES[128].grad_key_value  # the kernel with the fewest registers to spare
-    compiled = compile_kernel(grad_key_value_kernel, launch, capability=90, dtype="bf16", head_width=96)
+    launch = launch_of("HOPPER", 128, "grad_key_value")  # the kernel with the fewest registers to spare
+    compiled = compile_kernel(KERNELS["grad_key_value"], launch, capability=90, dtype="bf16", head_width=96)
     assert spilled_bytes(compiled, tmp_path) <= 8
     assert compiled.metadata.shared <= SHARED_LIMIT[90]
 
@@ -93,7 +98,7 @@ def test_padded_head_width_costs_at_most_two_spilled_registers(tmp_path: Path) -
 def test_full_precision_keeps_the_limits_and_is_not_rounded_to_tf32(
     head_width: int, kernel: str, tmp_path: Path
 ) -> None:
-    launch = getattr(FP32_LAUNCHES[head_width], kernel)
+    launch = launch_of("FP32", head_width, kernel)
     compiled = compile_kernel(KERNELS[kernel], launch, capability=90, dtype="fp32", head_width=head_width)
     assert spilled_bytes(compiled, tmp_path) == 0
     assert compiled.metadata.shared <= SHARED_LIMIT[80]  # the same code layout serves every GPU
@@ -102,5 +107,7 @@ def test_full_precision_keeps_the_limits_and_is_not_rounded_to_tf32(
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_delta_kernel_does_not_spill(capability: int, tmp_path: Path) -> None:
-    compiled = compile_kernel(delta_kernel, DELTA_LAUNCH, capability=capability, dtype="bf16", head_width=256)
+    compiled = compile_kernel(
+        backward.delta_kernel, backward.DELTA_LAUNCH, capability=capability, dtype="bf16", head_width=256
+    )
     assert spilled_bytes(compiled, tmp_path) == 0

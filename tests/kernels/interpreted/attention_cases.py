@@ -1,31 +1,19 @@
-"""Cases for Triton's interpreter, which test_attention_interpreted.py switches on before anything is imported.
+"""Dense attention in Triton's interpreter, which test_interpreted.py switches on before anything is imported.
 
-Every case compares the output and all three gradients with fp64 mathematics. Buffers start as NaN, so an element that no
-program writes, or a read before the write, shows.
+Every case compares the output and all three gradients with fp64 mathematics.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from muybridge.kernels import attention
-from muybridge.kernels.attention import INTERPRETED
 
 LENGTHS = (1, 17, 63, 129)
 NAMES = ("out", "grad_q", "grad_k", "grad_v")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers() -> Iterator[None]:
-    """In deterministic mode torch fills every uninitialised tensor with NaN."""
-    assert INTERPRETED
-    torch.use_deterministic_algorithms(True)
-    assert torch.ones(2).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Runs the attention kernels' arithmetic on the CPU, in Triton's interpreter."""
+"""Runs the kernels' arithmetic on the CPU, in Triton's interpreter: every module of `interpreted/`, each in its own process."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
-CASES = Path(__file__).with_name("attention_interpreter_cases.py")
+CASES = sorted((Path(__file__).parent / "interpreted").glob("*_cases.py"))
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -20,11 +20,12 @@ def version(text: str) -> tuple[int, ...]:
     version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4),
     reason="the interpreter of Triton before 3.7 cannot run loops with numpy from 2.4 on",
 )
-def test_kernels_match_fp64_in_the_interpreter() -> None:
+@pytest.mark.parametrize("cases", CASES, ids=[path.stem for path in CASES])
+def test_kernels_match_fp64_in_the_interpreter(cases: Path) -> None:
     """A process of its own, since the interpreter is chosen when the kernels are first imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[2], check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cases.parents[3], check=False)
     summary = result.stdout.strip().splitlines()[-1]
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert "passed" in summary

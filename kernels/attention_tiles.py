@@ -1,0 +1,85 @@
+"""What the attention kernels share: loading and storing rows of one head, the mask's rule, and the sizes of a launch."""
+
+import contextlib
+import dataclasses
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# Queries and keys of one tile of a mask. Every launch's tile sizes divide it.
+MASK_TILE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Sizes of one kernel: a step multiplies a tile of `queries` x `keys` scores; loads are pipelined `stages` deep."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    # Load tiles through tensor descriptors (the bulk copy engine of compute capability 9.0) instead of pointers.
+    descriptors: bool = False
+    # Let one group of warps load while the others multiply; needs descriptors and 4 warps.
+    warp_specialize: bool = False
+
+
+@triton.jit
+def load_rows(base, rows, columns, row_stride, row_limit, HEAD_WIDTH: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """Loads [rows, columns] with zeros outside the tensor; masks cost nothing where the tile is known to be inside."""
+    pointers = base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    PADDED: tl.constexpr = columns.shape[0] != HEAD_WIDTH
+    if MASK_ROWS and PADDED:
+        tile = tl.load(pointers, mask=(rows[:, None] < row_limit) & (columns[None, :] < HEAD_WIDTH), other=0.0)
+    elif MASK_ROWS:
+        tile = tl.load(pointers, mask=rows[:, None] < row_limit, other=0.0)
+    elif PADDED:
+        tile = tl.load(pointers, mask=columns[None, :] < HEAD_WIDTH, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_rows(base, tile, rows, columns, row_stride, row_limit, HEAD_WIDTH: tl.constexpr):
+    pointers = base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    mask = (rows[:, None] < row_limit) & (columns[None, :] < HEAD_WIDTH)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def is_allowed(query_low, query_high, key_position):
+    """The mask's rule inside a partial tile: [queries, keys] from the interval of each query and the position of each key."""
+    return (query_low[:, None] <= key_position[None, :]) & (key_position[None, :] < query_high[:, None])
+
+
+def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def padded_head_width(head_width: int) -> int:
+    """A power of two of at least 64: what the launch tables are keyed by."""
+    return max(64, triton.next_power_of_2(head_width))
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's (nor a GPU, in the interpreter)."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def launch_constants(launch: Launch, head_width: int) -> dict[str, int]:
+    return {
+        "HEAD_WIDTH": head_width,
+        "BLOCK_K": padded_head_width(head_width),
+        "BLOCK_L": launch.queries,
+        "BLOCK_S": launch.keys,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+    }
