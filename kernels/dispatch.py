@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -41,10 +41,17 @@ class KernelsConfig:
     deterministic: bool = True
 
     def faults(self, field: str) -> list[str]:
-        """All breaches of these settings' own rules."""
+        """All breaches of these settings' own rules, and those of the environment variable that overrides them."""
+        found = []
         if self.pointwise is Backend.cudnn:
-            return [f"{field}.pointwise=cudnn must be auto, own or reference (cuDNN is a backend of attention only)"]
-        return []
+            found.append(
+                f"{field}.pointwise=cudnn must be auto, own or reference (cuDNN is a backend of attention only)"
+            )
+        try:
+            _overridden(self)
+        except ValueError as error:
+            found.append(str(error))
+        return found
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ TABLE = (
     Rule("pointwise", Backend.own, "one pass over the data instead of one per operation"),
 )
 
-_settings = KernelsConfig()
+_settings: KernelsConfig | None = None  # read from the environment at the first call, so that an import cannot fail
 
 
 def configure(config: KernelsConfig) -> None:
@@ -89,13 +96,21 @@ def configure(config: KernelsConfig) -> None:
     _settings = _overridden(config)
 
 
+def settings() -> KernelsConfig:
+    """What is in force: that of `configure`, or the defaults with the environment's overrides."""
+    if _settings is None:
+        configure(KernelsConfig())
+    assert _settings is not None
+    return _settings
+
+
 @contextmanager
 def forced(
     *, attention: Backend | None = None, pointwise: Backend | None = None, deterministic: bool | None = None
 ) -> Iterator[None]:
     """Run the body with some settings replaced."""
     global _settings
-    kept = _settings
+    kept = settings()
     given = {"attention": attention, "pointwise": pointwise, "deterministic": deterministic}
     _settings = replace(kept, **{name: value for name, value in given.items() if value is not None})
     try:
@@ -106,7 +121,7 @@ def forced(
 
 def is_deterministic() -> bool:
     """Whether attention's own backward pass must repeat bit for bit."""
-    return _settings.deterministic
+    return settings().deterministic
 
 
 def attention_backend(q: Tensor, *, mask: str, key_length: int) -> Backend:
@@ -115,7 +130,7 @@ def attention_backend(q: Tensor, *, mask: str, key_length: int) -> Backend:
     Raises:
         ValueError: a forced backend that cannot serve the call.
     """
-    wanted = _settings.attention
+    wanted = settings().attention
     if wanted is Backend.cudnn and (mask != "none" or not q.is_cuda or q.dtype == torch.float32):
         raise ValueError(
             f"kernels.attention=cudnn cannot serve mask={mask}, {q.dtype} on {q.device.type}: it takes dense fp16 and bf16 on CUDA"
@@ -125,7 +140,7 @@ def attention_backend(q: Tensor, *, mask: str, key_length: int) -> Backend:
 
 def pointwise_backend(op: str, x: Tensor) -> Backend:
     """The backend of a pointwise operation or norm on x: own or reference."""
-    return _choose("pointwise", _settings.pointwise, x, label=op)
+    return _choose("pointwise", settings().pointwise, x, label=op)
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -180,22 +195,15 @@ def _log_once(op: str, backend: Backend, x: Tensor, mask: str, head_width: int) 
 def _overridden(config: KernelsConfig) -> KernelsConfig:
     """The settings with those that MUYBRIDGE_KERNELS names (as attention=own,deterministic=false) replaced."""
     text = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    names = [field.name for field in fields(KernelsConfig)]
+    allowed: dict[str, dict[str, object]] = {
+        "attention": dict(Backend.__members__),
+        "pointwise": {name: backend for name, backend in Backend.__members__.items() if name != "cudnn"},
+        "deterministic": {"true": True, "false": False},
+    }
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = item.partition("=")
-        rule = f"{ENVIRONMENT_VARIABLE}={text!r}: {item!r} must be one of {', '.join(names)} with a value, as attention=own"
-        if name not in names:
-            raise ValueError(rule)
-        allowed: dict[str, object] = dict(Backend.__members__)
-        if name == "deterministic":
-            allowed = {"true": True, "false": False}
-        if value not in allowed:
-            raise ValueError(f"{rule}; {name} takes {', '.join(allowed)}")
-        config = replace(config, **{name: allowed[value]})
-    faults = config.faults(ENVIRONMENT_VARIABLE)
-    if faults:
-        raise ValueError(faults[0])
+        if value not in allowed.get(name, {}):
+            choices = "; ".join(f"{key}={'|'.join(values)}" for key, values in allowed.items())
+            raise ValueError(f"{ENVIRONMENT_VARIABLE}={text!r}: {item!r} must be one of {choices}")
+        config = replace(config, **{name: allowed[name][value]})
     return config
-
-
-configure(KernelsConfig())
