@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Queries and keys of one tile of a mask. Every launch's tile sizes divide it.
 MASK_TILE = 128
@@ -24,6 +26,23 @@ class Launch:
     descriptors: bool = False
     # Let one group of warps load while the others multiply; needs descriptors and 4 warps.
     warp_specialize: bool = False
+
+
+class MaskTensors(NamedTuple):
+    """The tensors of attention_mask.py's TileMask as the operators pass them on; M is 1 (all samples alike) or B."""
+
+    key_tiles: torch.Tensor  # [M, QT, KT]
+    key_counts: torch.Tensor  # [M, QT, 2]
+    query_tiles: torch.Tensor  # [M, KT, QT]
+    query_counts: torch.Tensor  # [M, KT, 2]
+    query_low: torch.Tensor  # [M, L]
+    query_high: torch.Tensor  # [M, L]
+    key_position: torch.Tensor  # [M, S]
+
+    @property
+    def step(self) -> int:
+        """How many masks further the next sample's is: a kernel finds its mask at index batch * step."""
+        return int(self.key_tiles.shape[0] > 1)
 
 
 @triton.jit
@@ -50,6 +69,13 @@ def store_rows(base, tile, rows, columns, row_stride, row_limit, HEAD_WIDTH: tl.
 
 
 @triton.jit
+def load_described_rows(descriptor, batch, head, start):
+    """Loads rows start, start + 1, ... of one head through what `describe` made; zeros outside the tensor, past either end."""
+    tile = descriptor.load([batch.to(tl.int32), head.to(tl.int32), start, 0])
+    return tile.reshape(descriptor.block_shape[2], descriptor.block_shape[3])
+
+
+@triton.jit
 def is_allowed(query_low, query_high, key_position):
     """The mask's rule inside a partial tile: [queries, keys] from the interval of each query and the position of each key."""
     return (query_low[:, None] <= key_position[None, :]) & (key_position[None, :] < query_high[:, None])
@@ -57,6 +83,25 @@ def is_allowed(query_low, query_high, key_position):
 
 def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def can_describe(tensor: torch.Tensor) -> bool:
+    """Whether the bulk copy engine can address this [B, N, L, K]: 16-byte aligned, no expanded dim, head width contiguous."""
+    outer = [tensor.stride(dim) * tensor.itemsize for dim in range(3) if tensor.shape[dim] > 1]
+    return (
+        tensor.stride(3) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(stride % 16 == 0 and 0 < stride < 2**40 for stride in outer)
+    )
+
+
+def describe(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """What `load_described_rows` reads tiles of `rows` rows through; the head width is padded as the launch tables pad it."""
+    head_width = tensor.shape[-1]
+    # The stride of a dim of size 1 is never used, but must be valid.
+    strides = [stride if size > 1 else head_width for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
+    block = [1, 1, rows, padded_head_width(head_width)]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:-1], 1], block)
 
 
 def padded_head_width(head_width: int) -> int:
