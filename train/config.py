@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..data.config import Access, DataConfig
+from ..kernels.dispatch import KernelsConfig
 from ..models.diffusion.noise_schedule import NoiseScheduleConfig
 from ..models.diffusion.samplers import SamplerConfig
 from ..models.dit import DiTConfig
@@ -92,6 +93,7 @@ class TrainConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     deepspeed: EngineConfig = field(default_factory=EngineConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import VideoBatch
+from ..kernels.dispatch import configure
 from ..models.diffusion.objective import keyed_noise, keyed_noise_levels, rectified_flow_loss
 from ..models.dit import DiT
 from ..models.text import ByteTextEncoder, TextEncoderKind, Umt5TextEncoder
@@ -76,6 +77,7 @@ class TextToVideoTask(Task):
         return self._vae
 
     def build_model(self) -> nn.Module:
+        configure(self.config.kernels)
         with self.device:
             encoder = ByteTextEncoder(self.config.text) if self._reads_bytes else None
             return TextToVideoModel(DiT(self.config.model), encoder)

@@ -1,11 +1,13 @@
 """What a run reports: metrics.jsonl (the record), W&B (the view) and the progress bar. Only rank 0 makes one."""
 
 import json
+import logging
 import math
 import os
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -53,6 +55,10 @@ class Tracker:
         self.run_id = _run_id(run_dir)
         self._wandb = _start_wandb(run_dir, config, run_id=self.run_id, run_config=run_config)
         self._bar = _ProgressBar(run_dir.name, total_steps, start_step)
+        # What the parts log (such as the attention backend that was chosen) reaches the person who watches, once per run.
+        self._log_handler = _NoteHandler(self.note)
+        _package_logger().addHandler(self._log_handler)
+        _package_logger().setLevel(logging.INFO)
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Record a row of metrics after `step` steps."""
@@ -75,6 +81,7 @@ class Tracker:
         self._bar.note(text)
 
     def close(self) -> None:
+        _package_logger().removeHandler(self._log_handler)
         self._bar.close()
         self._file.close()
         if self._wandb is not None:
@@ -134,6 +141,21 @@ class _ProgressBar:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+class _NoteHandler(logging.Handler):
+    """Passes log records on as notes."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._note(record.getMessage())
+
+
+def _package_logger() -> logging.Logger:
+    return logging.getLogger(__name__.split(".")[0])
 
 
 def _run_id(run_dir: Path) -> str:

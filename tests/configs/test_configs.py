@@ -16,7 +16,7 @@ MEMBERS = sorted(
     f"{path.parent.name}={path.stem}" for path in ROOT.glob("*/*.yaml") if path.parent.name != "experiment"
 )
 # What each group fills.
-SECTIONS = {"model", "vae", "text", "data", "objective", "optimizer", "deepspeed"}
+SECTIONS = {"model", "vae", "text", "data", "objective", "optimizer", "deepspeed", "kernels"}
 
 
 def compose(*overrides: str) -> TrainConfig:

@@ -41,6 +41,8 @@ MISTAKES = {
     "no run_dir": (["run_dir=''"], "run_dir must be set"),
     "stage 0 in bf16": (["deepspeed.zero=0", "deepspeed.precision=bf16"], "deepspeed.zero=0 must be 1 or more"),
     "no such stage": (["deepspeed.zero=4"], "deepspeed.zero=4 must be 0, 1, 2 or 3"),
+    "no such backend": (["kernels.attention=fast"], "kernels.attention=fast"),
+    "cuDNN for norms": (["kernels.pointwise=cudnn"], "kernels.pointwise=cudnn must be auto, own or reference"),
     "no learning rate": (["optimizer.lr=0"], "optimizer.lr=0.0 must be positive"),
     "average": (["ema.decay=1"], "ema.decay=1.0 must lie between 0 and 1"),
     "checkpoints": (["checkpoint.keep_last=1"], "checkpoint.keep_last=1 must be at least 2"),
@@ -103,6 +105,12 @@ def test_processes_count_in_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"must be a multiple of micro_batch x processes = 32 x 3"):
         load_train_config(QUICK)
+
+
+def test_a_wrong_environment_variable_stops_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUYBRIDGE_KERNELS", "attention=fast")
+    with pytest.raises(ValueError, match="MUYBRIDGE_KERNELS='attention=fast'.*must be one of attention=auto"):
+        load_train_config(["+experiment=quickstart", "dry_run=true"])
 
 
 def test_a_missing_autoencoder_stops_a_run_but_no_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
 import json
+import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +54,15 @@ def test_a_log_file_gets_a_line_with_progress(tmp_path: Path, capsys: pytest.Cap
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("shapes  step 10/100  loss 0.5000  grad norm 1  lr 0.001  0.1 s/step  80 samples/s  eta ")
     assert last.startswith("shapes  step 100/100")
+
+
+def test_what_the_parts_log_is_shown_while_the_run_lasts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("muybridge.kernels.dispatch")
+    tracker = make_tracker(tmp_path)
+    logger.info("attention: %s", "own")
+    tracker.close()
+    logger.info("after the run")
+    assert capsys.readouterr().err.splitlines() == ["attention: own"]
 
 
 class FakeRun:
