@@ -1,7 +1,8 @@
-"""`muybridge bench`: what the trainer costs beyond a bare loop, and how fast a model's steps are on this machine."""
+"""`muybridge bench`: what the trainer costs beyond a bare loop, the speed of steps, and the code and speed of the kernels."""
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -21,10 +22,17 @@ from rich.table import Table
 
 # Dense bf16 peak in FLOP/s from the makers' data sheets, by a part of the device's name.
 BF16_PEAKS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
+# Kinds that are programs of their own: module and line of help.
+PROGRAMS = {
+    "code": (".machine_code", "registers, spills and tensor-core instructions of every kernel launch, without a GPU"),
+    "kernels": (".bench_kernels", "the kernels against cuDNN, flash, FlexAttention and torch.compile on a CUDA GPU"),
+}
 
 
 def main(argv: list[str]) -> int:
     """Run a benchmark; returns the exit code."""
+    if argv and argv[0] in PROGRAMS:
+        return int(importlib.import_module(PROGRAMS[argv[0]][0], package=__package__).main(argv[1:]))
     parser = argparse.ArgumentParser(prog="muybridge bench", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     overhead = kinds.add_parser(
@@ -39,6 +47,8 @@ def main(argv: list[str]) -> int:
     step.add_argument(
         "overrides", nargs="*", help="settings of `muybridge train`, as +experiment=wan_1_3b_480p data.frames=17"
     )
+    for name, (_, summary) in PROGRAMS.items():
+        kinds.add_parser(name, help=summary)
     bare = kinds.add_parser("bare")  # the other side of `overhead`, in a process of its own
     bare.add_argument("overrides", nargs="*")
     for sub in (overhead, step):
