@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from muybridge.kernels.attention import INTERPRETED
+from muybridge.kernels.dispatch import INTERPRETED
 
 
 @pytest.fixture(autouse=True)
