@@ -48,7 +48,7 @@ MASKS: dict[str, Callable[[], TileMask]] = {
 }
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: TileMask) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask) -> Tensor:
     """PyTorch's attention with a dense mask, 2048 queries at a time."""
     allowed = mask.dense()[:, None]
     parts = []
@@ -81,8 +81,8 @@ def tensors(
 def check(mask: TileMask, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> None:
     """At most twice the error of PyTorch in the same dtype, plus one rounding of the answer and of fp32 sums of K terms."""
     exact_dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
-    exact = run(lambda *x: masked_attention(*x, mask), *(x.to(exact_dtype) for x in (q, k, v, grad_out)))
-    eager = run(lambda *x: masked_attention(*x, mask), q, k, v, grad_out)
+    exact = run(lambda *x: masked_attention(*x, mask=mask), *(x.to(exact_dtype) for x in (q, k, v, grad_out)))
+    eager = run(lambda *x: masked_attention(*x, mask=mask), q, k, v, grad_out)
     ours = run(lambda *x: attention(*x, mask=mask), q, k, v, grad_out)
     for name, result, peer, truth in zip(NAMES, ours, eager, exact, strict=True):
         assert not result.isnan().any(), name
@@ -127,7 +127,7 @@ def test_long_videos_match_torch_attention(build: Callable[[], TileMask], dtype:
         pytest.skip("needs 24 GiB of free GPU memory")
     mask = build().to("cuda")
     inputs = tensors(mask, 128, dtype, batch=1, heads=1)
-    exact = run(lambda *x: masked_attention(*x, mask), *(x.float() for x in inputs))
+    exact = run(lambda *x: masked_attention(*x, mask=mask), *(x.float() for x in inputs))
     for name, ours, truth in zip(NAMES, run(lambda *x: attention(*x, mask=mask), *inputs), exact, strict=True):
         # Two roundings of P or dS to the dtype and one of the result, each eps / 2 at worst, against the norm.
         assert (ours - truth).norm() <= 2 * torch.finfo(dtype).eps * truth.norm(), name
