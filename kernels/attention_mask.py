@@ -207,15 +207,14 @@ def _documents(name: str, lengths: Tensor, total_name: str, total: int | None) -
         )
     lengths = lengths.long() if lengths.dim() == 2 else lengths.long()[None]
     ends = lengths.cumsum(-1)
-    longest = int(ends[:, -1].max()) if lengths.device.type == "cpu" or total is None else None
     if total is None:
-        assert longest is not None
-        total = longest
-    if lengths.device.type == "cpu" and bool((lengths < 0).any()):
+        total = max(ends[:, -1].tolist(), default=0)
+    is_readable = lengths.device.type == "cpu"
+    if is_readable and bool((lengths < 0).any()):
         raise ValueError(f"packed_mask: {name}={lengths.tolist()} must not be negative")
-    if total < 1 or (longest is not None and longest > total):
+    if total < 1 or (is_readable and bool((ends[:, -1] > total).any())):
         raise ValueError(
-            f"packed_mask: {total_name}={total} must be at least 1 and at least the sum of {name} ({longest})"
+            f"packed_mask: {total_name}={total} must be at least 1 and at least each sum of {name}={lengths.tolist()}"
         )
     tokens = torch.arange(total, device=lengths.device).repeat(len(lengths), 1)
     document = torch.searchsorted(ends, tokens, right=True)  # the first document that ends after the token

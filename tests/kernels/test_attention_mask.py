@@ -271,6 +271,12 @@ def test_the_rest_of_a_list_is_not_read() -> None:
     assert torch.equal(edited.dense(), mask.dense())
 
 
+def test_no_sample_needs_no_mask() -> None:
+    mask = packed_mask(torch.zeros(0, 2, dtype=torch.int64), length=5)
+    assert mask.dense().shape == (0, 5, 5)
+    assert mask.density == 0
+
+
 def test_a_mask_moves_as_a_whole() -> None:
     mask = block_causal_mask(2, 5).to("meta")
     assert {t.device.type for t in mask.tensors()} == {"meta"}
@@ -291,13 +297,16 @@ def lengths(*values: int) -> Tensor:
     ("build", "says"),
     [
         (lambda: packed_mask(lengths(3, -1)), r"query_lengths=\[\[3, -1\]\] must not be negative"),
-        (lambda: packed_mask(lengths(3, 4), length=6), r"length=6 must be .* at least the sum of query_lengths \(7\)"),
+        (lambda: packed_mask(lengths(3, 4), length=6), r"length=6 must be .* each sum of query_lengths=\[\[3, 4\]\]"),
         (lambda: packed_mask(lengths(0, 0)), "length=0 must be at least 1"),
         (lambda: packed_mask(torch.tensor([])), r"query_lengths \[0\] torch.float32 must be integers"),
         (lambda: packed_mask(lengths(3, 4).float()), "torch.float32 must be integers"),
         (lambda: packed_mask(lengths(3, 4), key_length=9), "key_length=9 must come with key_lengths"),
         (lambda: packed_mask(lengths(3, 4), lengths(3)), r"key_lengths \[1\] must be shaped like query_lengths \[2\]"),
-        (lambda: packed_mask(lengths(3), lengths(9), key_length=8), r"key_length=8 .* sum of key_lengths \(9\)"),
+        (
+            lambda: packed_mask(lengths(3), lengths(9), key_length=8),
+            r"key_length=8 .* each sum of key_lengths=\[\[9\]\]",
+        ),
         (lambda: block_causal_mask(0, 5), "frames=0 and tokens_per_frame=5 must be at least 1"),
         (lambda: block_causal_mask(2, 5, window=-1), "window=-1 must be None or at least 0"),
         (lambda: tile_mask(torch.ones(2, 2), 200, 200), r"torch.float32 must be bool \[2, 2\]"),
