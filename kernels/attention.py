@@ -173,9 +173,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ma
     """Attends from each query to the keys that `mask` allows: q [B, N, L, K], k and v [B, N, S, K] -> [B, N, L, K].
 
     `scale` multiplies the scores before the softmax; None is 1 / sqrt(K). Without a mask every query attends to every key. A
-    query that may attend to none gives 0 and takes part in no gradient. Keys that nobody may attend to must still be finite.
-    Any strides are taken as they are, except that a head width without unit stride is copied. Our kernels lay the output out as
-    [B, L, N, K]. Nothing is cast, also under autocast on CUDA. fp64 runs on PyTorch's own attention everywhere.
+    query that may attend to none gives 0 and takes part in no gradient. Padding must still be finite. Any strides are taken as
+    they are, except that a head width without unit stride is copied. Our kernels lay the output out as [B, L, N, K] and cast
+    nothing, also under autocast. fp64 runs on PyTorch's own attention everywhere.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, an empty L or S, a head width that is not a multiple of 16
