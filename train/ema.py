@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .engine import Engine
+from .optimizer import PENDING_AVERAGE
 
 
 @dataclass
@@ -27,13 +28,35 @@ class EMA:
     def __init__(self, engine: Engine, config: EMAConfig) -> None:
         self._engine = engine
         self._config = config
-        self.averages = [shard.master.clone() for shard in engine.shards]
+        self._averages = [shard.master.clone() for shard in engine.shards]
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """The averages as of the last update, to read or to fill."""
+        self._settle()
+        return self._averages
 
     def update(self, step: int) -> None:
-        """Move towards the weights of the step just applied (1 for the first)."""
+        """Move towards the weights of the step just applied (1 for the first).
+
+        Where the optimizer can, its next step does so while it has those weights in hand, which saves reading them once more;
+        whoever looks at the averages before that has it done at once.
+        """
+        self._settle()
         # The ramp keeps the random initial weights from dominating a short run (as in TensorFlow's ExponentialMovingAverage).
         decay = min(self._config.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self._masters(), 1 - decay)
+        if not self._engine.moves_averages:
+            torch._foreach_lerp_(self._averages, self._masters(), 1 - decay)
+            return
+        for shard, average in zip(self._engine.shards, self._averages, strict=True):
+            shard.optimizer_state[PENDING_AVERAGE] = (average, 1 - decay)
+
+    def _settle(self) -> None:
+        """Do what the optimizer has not come to yet."""
+        for shard in self._engine.shards:
+            if pending := shard.optimizer_state.pop(PENDING_AVERAGE, None):
+                average, weight = pending
+                average.lerp_(shard.master, weight)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

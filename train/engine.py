@@ -22,10 +22,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported; without it, it warns
 
 import deepspeed
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+from .optimizer import ShardAdamW
 
 # The first CPU `initialize` would compile this all-reduce with g++ for a minute, a killed build leaves a lock that hangs every
 # later run, and only inference uses it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# An AdamW like those on the list; of any other, DeepSpeed warns in every run.
+ZERO_SUPPORTED_OPTIMIZERS.append(ShardAdamW)
 # DeepSpeed reports its set-up at INFO and calls collectives that torch 2.13 has renamed: nothing a user could act on.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -116,6 +121,13 @@ class Engine:
         self._accumulation = accumulation
         self._clipping = gradient_clipping
         self._micro_step = 0
+        # Stage 0 in fp32 reports no gradient norm, so `step` clips there itself.
+        deepspeed_clipping = gradient_clipping if config.zero > 0 else 0.0
+        if isinstance(optimizer, ShardAdamW) and config.zero in (1, 2) and gradient_clipping > 0:
+            # In the optimizer's own pass. Stage 3 multiplies the gradient anyway, if only by 1.
+            deepspeed_clipping, optimizer.clip_coefficient = 0.0, self._clip_coefficient
+        # Whether the optimizer's steps move the averages that they find in their shards' states, see EMA.
+        self.moves_averages = isinstance(optimizer, ShardAdamW) and config.zero > 0
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -123,8 +135,7 @@ class Engine:
             config={
                 "train_micro_batch_size_per_gpu": micro_batch,
                 "gradient_accumulation_steps": accumulation,
-                # Stage 0 in fp32 reports no gradient norm, so `step` clips there itself; the default would be 1.0.
-                "gradient_clipping": gradient_clipping if config.zero > 0 else 0.0,
+                "gradient_clipping": deepspeed_clipping,  # the default would be 1.0
                 "bf16": {"enabled": config.precision is Precision.bf16},
                 "zero_optimization": {
                     "stage": config.zero,
@@ -202,6 +213,10 @@ class Engine:
 
     def destroy(self) -> None:
         self._engine.destroy()
+
+    def _clip_coefficient(self) -> Tensor:
+        """What brings the gradient's norm under the limit; DeepSpeed has taken the norm when it calls the optimizer."""
+        return (self._clipping / (self._engine.optimizer._global_grad_norm + 1e-6)).clamp(max=1.0)
 
     def _build_shards(self) -> list[FlatShard]:
         optimizer = self._engine.optimizer

@@ -1,11 +1,19 @@
 """AdamW with its parameter groups, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ..kernels.adamw import adamw_
+from ..kernels.dispatch import Backend, pointwise_backend
+
+# Where a shard's state holds the average (and its weight) that the next step moves on its way; see EMA.
+PENDING_AVERAGE = "pending_average"
 
 
 class Schedule(Enum):
@@ -64,7 +72,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         decay = config.weight_decay if parameter.ndim > 1 and not is_table else 0.0
         lr_scale = config.text_encoder_lr_scale if name.startswith("text_encoder.") else 1.0
         groups.setdefault((decay, lr_scale), []).append(parameter)
-    return torch.optim.AdamW(
+    has_kernel = all(
+        pointwise_backend("adamw", parameter) is Backend.own
+        for parameters in groups.values()
+        for parameter in parameters
+    )
+    return (ShardAdamW if has_kernel else torch.optim.AdamW)(
         [
             {"params": parameters, "weight_decay": decay, "lr_scale": lr_scale}
             for (decay, lr_scale), parameters in groups.items()
@@ -74,6 +87,61 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         eps=config.eps,
         fused=True,
     )
+
+
+class ShardAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW with the same states, in one pass over the one flat shard that ZeRO makes of a group of parameters.
+
+    The pass also clips, and moves the average of the weights that PENDING_AVERAGE names. What a step reads and writes, in bytes a
+    parameter of the shard, by DeepSpeed 0.19.8's source (without its all-gather; stage 3 keeps DeepSpeed's clipping):
+
+                          overflow  norm in  flat fp32                     weights of   total at   at stage  at stages 1, 2
+                             check     fp64   gradient  clip  AdamW  EMA  the forward  stages 1, 2        3    and fp32
+        torch's fused            4       18         10     8     28   12            6           86       82          84
+        this class               4       18         10     -     28    8            6           74       78          72
+    """
+
+    # Set by the engine where this optimizer clips: the factor to multiply all gradients with, a scalar on their device.
+    clip_coefficient: Callable[[], Tensor] | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every shard that has a gradient."""
+        if any(len(group["params"]) > 1 for group in self.param_groups):
+            # Without ZeRO there are no shards: torch packs many small tensors into few launches.
+            return super().step(closure)
+        assert closure is None, "DeepSpeed passes none"
+        clip_coefficient = self.clip_coefficient() if self.clip_coefficient is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group, clip_coefficient)
+        return None
+
+    def _update(
+        self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], clip_coefficient: Tensor | None
+    ) -> None:
+        state = self.state[parameter]
+        if "step" not in state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        # On the CPU, where reading it makes nobody wait; a checkpoint puts it on the GPU.
+        state["step"] = state["step"].cpu() + 1
+        average, average_weight = state.pop(PENDING_AVERAGE, (None, 0.0))
+        adamw_(
+            parameter,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=int(state["step"]),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            clip_coefficient=clip_coefficient,
+            average=average,
+            average_weight=average_weight,
+        )
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

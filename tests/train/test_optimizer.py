@@ -1,9 +1,21 @@
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from muybridge.train.optimizer import OptimizerConfig, Schedule, build_optimizer, learning_rate
+from muybridge.kernels.dispatch import INTERPRETED, Backend, forced
+from muybridge.train.optimizer import (
+    PENDING_AVERAGE,
+    OptimizerConfig,
+    Schedule,
+    ShardAdamW,
+    build_optimizer,
+    learning_rate,
+)
+
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.3}
 
 
 def test_a_constant_schedule_warms_up_linearly_to_lr() -> None:
@@ -51,6 +63,84 @@ def test_matrices_decay_and_vectors_and_tables_do_not() -> None:
         (0.1, 0.5): {"text_encoder.weight"},
         (0.0, 0.5): {"text_encoder.bias"},
     }
+
+
+def test_our_optimizer_is_built_where_our_kernels_run() -> None:
+    on_meta = torch.nn.Linear(3, 3, device="meta")  # which promises what a GPU would do
+    assert type(build_optimizer(on_meta, OptimizerConfig())) is ShardAdamW
+    with forced(pointwise=Backend.reference):
+        assert type(build_optimizer(on_meta, OptimizerConfig())) is torch.optim.AdamW
+    if not INTERPRETED:
+        assert type(build_optimizer(torch.nn.Linear(3, 3), OptimizerConfig())) is torch.optim.AdamW
+
+
+def steps(optimizer: torch.optim.Optimizer, parameters: list[Tensor], numbers: range) -> None:
+    """Each with gradients and a learning rate of its own."""
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (1 + number)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def shard() -> Tensor:
+    return torch.linspace(-1, 1, 50).requires_grad_()
+
+
+def test_a_shard_is_updated_as_torch_does() -> None:
+    ours, theirs = shard(), shard()
+    mine, peer = ShardAdamW([ours], **SETTINGS), torch.optim.AdamW([theirs], **SETTINGS, foreach=False)
+    steps(mine, [ours], range(5))
+    steps(peer, [theirs], range(5))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert mine.state[ours].keys() == peer.state[theirs].keys()
+    for name, value in peer.state[theirs].items():
+        torch.testing.assert_close(mine.state[ours][name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_several_tensors_in_a_group_are_torchs_own_step() -> None:
+    ours, theirs = [shard(), shard()], [shard(), shard()]
+    steps(ShardAdamW(ours, fused=True, **SETTINGS), ours, range(3))
+    steps(torch.optim.AdamW(theirs, fused=True, **SETTINGS), theirs, range(3))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("classes", [(ShardAdamW, torch.optim.AdamW), (torch.optim.AdamW, ShardAdamW)])
+def test_state_dicts_are_torchs(classes: tuple[type[torch.optim.AdamW], type[torch.optim.AdamW]]) -> None:
+    whole = shard()
+    steps(ShardAdamW([whole], fused=True, **SETTINGS), [whole], range(4))
+    parameter = shard()
+    first = classes[0]([parameter], fused=True, **SETTINGS)
+    steps(first, [parameter], range(2))
+    second = classes[1]([parameter], fused=True, **SETTINGS)
+    second.load_state_dict(first.state_dict())
+    steps(second, [parameter], range(2, 4))
+    torch.testing.assert_close(parameter, whole, rtol=1e-6, atol=1e-7)
+
+
+def test_a_shard_without_a_gradient_is_left_alone() -> None:
+    ours = shard()
+    optimizer = ShardAdamW([ours], **SETTINGS)
+    optimizer.step()
+    assert torch.equal(ours, shard())
+    assert not optimizer.state[ours]
+
+
+def test_a_step_clips_and_moves_a_waiting_average_once() -> None:
+    ours, theirs, average = shard(), shard(), torch.zeros(50)
+    optimizer, peer = ShardAdamW([ours], eps=1.0), ShardAdamW([theirs], eps=1.0)
+    optimizer.clip_coefficient = lambda: torch.tensor(0.5)
+    optimizer.state[ours][PENDING_AVERAGE] = (average, 0.25)
+    ours.grad, theirs.grad = torch.ones(50), torch.full((50,), 0.5)
+    optimizer.step()
+    peer.step()
+    assert torch.equal(ours, theirs)
+    moved = 0.25 * shard().detach()
+    assert torch.equal(average, moved)
+    optimizer.step()
+    assert torch.equal(average, moved)
 
 
 def test_every_broken_rule_is_named() -> None:
