@@ -1,14 +1,14 @@
-"""The forward kernel of attention, its launch table, and the function that runs it.
+"""The forward kernels of attention, their launch tables, and the function that runs them.
 
-With s = scale * log2(e) folded into one factor, so that the kernel uses exp2 only:
+With s = scale * log2(e) folded into one factor, so that the kernels use exp2 only:
     P = exp2(s Q K^T - lse),  lse = log2(rowsum(exp2(s Q K^T)))   [L], one number per query row
     O = P V
-The kernel keeps a running maximum and a running sum (Milakov and Gimelshein 2018, arXiv:1805.02867; the tiling is that of Dao
+The kernels keep a running maximum and a running sum (Milakov and Gimelshein 2018, arXiv:1805.02867; the tiling is that of Dao
 et al. 2022, arXiv:2205.14135). Rows and heads are addressed in 64 bits (a long video's activations pass 2^31 elements).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -17,74 +17,126 @@ from torch import Tensor
 
 from .attention import empty_token_major
 from .attention_tiles import (
+    MASK_TILE,
     Launch,
+    MaskTensors,
+    can_describe,
+    describe,
+    is_allowed,
     is_hopper,
     launch_constants,
+    load_described_rows,
     load_rows,
     on_device_of,
     padded_head_width,
     store_rows,
     with_unit_stride,
 )
+from .compile_case import CompileCase
 
 
 @triton.jit
-def _attend(
-    q, maximum, total, out, k_base, v_base, keys, columns, stride_kl, stride_vl, key_length, scale_log2,
-    HEAD_WIDTH: tl.constexpr, MASK_KEYS: tl.constexpr,
-):  # fmt: skip
+def _attend(q, k, v, allowed, maximum, total, out, scale_log2, CAN_BE_EMPTY: tl.constexpr):
     """One step of the online softmax: folds a tile of keys into the running maximum, sum and unnormalised output."""
-    k = load_rows(k_base, keys, columns, stride_kl, key_length, HEAD_WIDTH, MASK_KEYS)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if MASK_KEYS:
-        scores = tl.where(keys[None, :] < key_length, scores, float("-inf"))
+    if allowed is not None:
+        scores = tl.where(allowed, scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
-    weights = tl.math.exp2(scores * scale_log2 - new_maximum[:, None])
-    correction = tl.math.exp2(maximum - new_maximum)
-    v = load_rows(v_base, keys, columns, stride_vl, key_length, HEAD_WIDTH, MASK_KEYS)
+    shift = new_maximum
+    if CAN_BE_EMPTY:  # a row that has met no key yet: -inf minus -inf would be NaN
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    weights = tl.math.exp2(scores * scale_log2 - shift[:, None])
+    correction = tl.math.exp2(maximum - shift)
     out = tl.dot(weights.to(v.dtype), v, out * correction[:, None], input_precision="ieee")
     return new_maximum, total * correction + tl.sum(weights, 1), out
 
 
 @triton.jit
+def _load(
+    source, batch, head, start, columns, row_stride, length,
+    HEAD_WIDTH: tl.constexpr, ROWS: tl.constexpr, MASK_ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Rows start, start + 1, ... of one head: `source` is a descriptor, or a pointer to the head's first row."""
+    if DESCRIPTORS:
+        tile = load_described_rows(source, batch, head, start)
+    else:
+        tile = load_rows(source, start + tl.arange(0, ROWS), columns, row_stride, length, HEAD_WIDTH, MASK_ROWS)
+    return tile
+
+
+@triton.jit
+def _first_key(tile_list, step, BLOCK_S: tl.constexpr, TILE: tl.constexpr):
+    """Where step number `step` starts to read keys; a listed tile takes TILE / BLOCK_S steps."""
+    if tile_list is None:
+        start = step * BLOCK_S
+    else:
+        start = tl.load(tile_list + step // (TILE // BLOCK_S)) * TILE + step % (TILE // BLOCK_S) * BLOCK_S
+    return start
+
+
+@triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    key_tiles_ptr, key_counts_ptr, query_low_ptr, query_high_ptr, key_position_ptr, mask_step,
     stride_qb, stride_qn, stride_ql,
     stride_kb, stride_kn, stride_kl,
     stride_vb, stride_vn, stride_vl,
     stride_ob, stride_on, stride_ol,
     heads, query_length, key_length, scale_log2,
     HEAD_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+    TILE: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_L query rows of one head. Programs of a head are neighbours, to share its K and V in L2."""
-    tiles = tl.cdiv(query_length, BLOCK_L)
-    sequence = (tl.program_id(0) // tiles).to(tl.int64)  # index into the flattened [B * N]
+    programs = tl.cdiv(query_length, BLOCK_L)
+    sequence = (tl.program_id(0) // programs).to(tl.int64)  # index into the flattened [B * N]
     batch, head = sequence // heads, sequence % heads
-    rows = (tl.program_id(0) % tiles) * BLOCK_L + tl.arange(0, BLOCK_L)
+    # From the last rows to the first, since under a causal mask the last have the most keys.
+    first = (programs - 1 - tl.program_id(0) % programs) * BLOCK_L
+    rows = first + tl.arange(0, BLOCK_L)
     columns = tl.arange(0, BLOCK_K)
-    k_base = k_ptr + batch * stride_kb + head * stride_kn
-    v_base = v_ptr + batch * stride_vb + head * stride_vn
+    if not DESCRIPTORS:
+        q_ptr += batch * stride_qb + head * stride_qn
+        k_ptr += batch * stride_kb + head * stride_kn
+        v_ptr += batch * stride_vb + head * stride_vn
+    # Full steps take no mask. Without tile lists only a ragged last tile needs one.
+    tile_list = None
+    full_steps = key_length // BLOCK_S
+    steps = tl.cdiv(key_length, BLOCK_S)
+    if MASKED:
+        mask_index = batch * mask_step
+        query_tile = mask_index * tl.cdiv(query_length, TILE) + first // TILE
+        tile_list = key_tiles_ptr + query_tile * tl.cdiv(key_length, TILE)
+        full_steps = tl.load(key_counts_ptr + query_tile * 2) * (TILE // BLOCK_S)
+        steps = tl.load(key_counts_ptr + query_tile * 2 + 1) * (TILE // BLOCK_S)
+        # Nothing lies between 0 and 0: rows past the end meet no key in partial tiles.
+        query_low = tl.load(query_low_ptr + mask_index * query_length + rows, mask=rows < query_length, other=0)
+        query_high = tl.load(query_high_ptr + mask_index * query_length + rows, mask=rows < query_length, other=0)
 
-    q_base = q_ptr + batch * stride_qb + head * stride_qn
-    q = load_rows(q_base, rows, columns, stride_ql, query_length, HEAD_WIDTH, True)
+    q = _load(q_ptr, batch, head, first, columns, stride_ql, query_length, HEAD_WIDTH, BLOCK_L, True, DESCRIPTORS)
     maximum = tl.full([BLOCK_L], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_L], tl.float32)
     out = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
-    # Only a ragged last tile needs a mask: a second loop of at most one turn. (Straight-line code instead spills registers.)
-    full = key_length // BLOCK_S * BLOCK_S
-    for start in range(0, full, BLOCK_S):
+    for step in range(full_steps):
+        start = _first_key(tile_list, step, BLOCK_S, TILE)
+        k = _load(k_ptr, batch, head, start, columns, stride_kl, key_length, HEAD_WIDTH, BLOCK_S, False, DESCRIPTORS)
+        v = _load(v_ptr, batch, head, start, columns, stride_vl, key_length, HEAD_WIDTH, BLOCK_S, False, DESCRIPTORS)
+        maximum, total, out = _attend(q, k, v, None, maximum, total, out, scale_log2, False)
+    # A loop also where it turns at most once: straight-line code instead spills registers.
+    for step in tl.range(full_steps, steps, num_stages=None if MASKED else 1):
+        start = _first_key(tile_list, step, BLOCK_S, TILE)
+        k = _load(k_ptr, batch, head, start, columns, stride_kl, key_length, HEAD_WIDTH, BLOCK_S, True, DESCRIPTORS)
+        v = _load(v_ptr, batch, head, start, columns, stride_vl, key_length, HEAD_WIDTH, BLOCK_S, True, DESCRIPTORS)
         keys = start + tl.arange(0, BLOCK_S)
-        maximum, total, out = _attend(
-            q, maximum, total, out, k_base, v_base, keys, columns, stride_kl, stride_vl, key_length, scale_log2,
-            HEAD_WIDTH, False,
-        )  # fmt: skip
-    for start in tl.range(full, key_length, BLOCK_S, num_stages=1):
-        keys = start + tl.arange(0, BLOCK_S)
-        maximum, total, out = _attend(
-            q, maximum, total, out, k_base, v_base, keys, columns, stride_kl, stride_vl, key_length, scale_log2,
-            HEAD_WIDTH, True,
-        )  # fmt: skip
+        if MASKED:
+            position_ptr = key_position_ptr + mask_index * key_length + keys
+            allowed = is_allowed(query_low, query_high, tl.load(position_ptr, mask=keys < key_length, other=-1))
+        else:
+            allowed = keys[None, :] < key_length
+        maximum, total, out = _attend(q, k, v, allowed, maximum, total, out, scale_log2, MASKED)
 
+    if MASKED:  # a row without keys: output 0, and (from a log-sum-exp of infinity) weights of 0 in the backward pass
+        maximum = tl.where(total == 0.0, float("inf"), maximum)
+        total = tl.where(total == 0.0, 1.0, total)
     lse = maximum + tl.math.log2(total)
     tl.store(lse_ptr + sequence * query_length + rows, lse, mask=rows < query_length)
     out_base = out_ptr + batch * stride_ob + head * stride_on
@@ -94,15 +146,27 @@ def forward_kernel(
 # Keyed by the head width padded to 64, 128 or 256. The machine-code test compiles every entry ahead of time and holds it to its
 # limits (shared memory, no register spills, tensor cores). No entry has been timed yet.
 HOPPER_FORWARD = {
-    64: Launch(128, 64, 4, 3),
-    128: Launch(128, 128, 8, 2),
-    256: Launch(128, 64, 8, 2),
+    64: Launch(128, 64, 4, 3, descriptors=True),
+    128: Launch(128, 128, 8, 2, descriptors=True),
+    256: Launch(128, 64, 8, 2, descriptors=True),
 }
-# For every other GPU, so within the 99 KiB of shared memory that compute capabilities 8.6, 8.9 and 12.0 have (8.0: 163 KiB).
+# With tile lists the compiler spends half of the stages (less one) on loading the next tile's number ahead of its keys.
+HOPPER_MASKED_FORWARD = {
+    64: Launch(128, 64, 4, 5, descriptors=True),
+    128: Launch(128, 128, 8, 3, descriptors=True),
+    256: Launch(128, 64, 8, 3, descriptors=True),
+}
+# For every other GPU, so within the 99 KiB of shared memory that compute capabilities 8.6, 8.9 and 12.0 have (8.0: 163 KiB), and
+# for Hopper where descriptors cannot address the inputs.
 AMPERE_FORWARD = {
     64: Launch(128, 64, 4, 3),
-    128: Launch(128, 64, 8, 2),
+    128: Launch(128, 32, 8, 3),
     256: Launch(64, 32, 8, 2),
+}
+AMPERE_MASKED_FORWARD = {
+    64: Launch(128, 64, 4, 3),
+    128: Launch(128, 32, 8, 3),
+    256: Launch(64, 32, 8, 3),
 }
 # fp32 runs on ordinary cores, since tensor cores would round it to tf32: small tiles, the same on every GPU.
 FP32_FORWARD = {
@@ -112,26 +176,96 @@ FP32_FORWARD = {
 }
 
 
-def run_forward(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], *, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns the output [B, N, L, K] (token-major in memory) and the base-2 log-sum-exp of the scaled scores [B, N, L]."""
-    assert not mask
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], *, scale: float, launch: Launch | None = None
+) -> tuple[Tensor, Tensor]:
+    """The output [B, N, L, K] (token-major in memory) and the base-2 log-sum-exp of the scaled scores [B, N, L].
+
+    `mask` holds the tensors of a TileMask, or nothing. A query without keys gives an output of 0 and a log-sum-exp of infinity.
+    `launch` overrides the tables.
+    """
     q, k, v = map(with_unit_stride, (q, k, v))
     batch, heads, query_length, head_width = q.shape
     out, lse = empty_token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    launch = _launch(q)
+    launch = launch or _launch(q, k, v, masked=len(mask) > 0)
     if out.numel() > 0:
+        tensors = (q, k, v)
+        if launch.descriptors:
+            tensors = (describe(q, launch.queries), describe(k, launch.keys), describe(v, launch.keys))
         with on_device_of(q):
             forward_kernel[(triton.cdiv(query_length, launch.queries) * batch * heads,)](
-                q, k, v, out, lse,
+                *tensors, out, lse, *_mask_arguments(mask),
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
                 heads, query_length, k.shape[2], scale * math.log2(math.e),
-                **launch_constants(launch, head_width),
+                **launch_constants(launch, head_width), **_switches(launch, masked=len(mask) > 0),
             )  # fmt: skip
     return out, lse
 
 
-def _launch(q: Tensor) -> Launch:
+def _launch(q: Tensor, k: Tensor, v: Tensor, *, masked: bool) -> Launch:
     width = padded_head_width(q.shape[-1])
     if q.dtype == torch.float32:
         return FP32_FORWARD[width]
-    return (HOPPER_FORWARD if is_hopper(q.device) else AMPERE_FORWARD)[width]
+    hopper, ampere = _tables(masked=masked)
+    if is_hopper(q.device) and all(map(can_describe, (q, k, v))):
+        return hopper[width]
+    return ampere[width]
+
+
+def _tables(*, masked: bool) -> tuple[dict[int, Launch], dict[int, Launch]]:
+    """For Hopper, and for every other GPU."""
+    return (HOPPER_MASKED_FORWARD, AMPERE_MASKED_FORWARD) if masked else (HOPPER_FORWARD, AMPERE_FORWARD)
+
+
+def _mask_arguments(mask: Sequence[Tensor]) -> tuple[Tensor | int | None, ...]:
+    if not mask:
+        return (None,) * 6
+    m = MaskTensors(*mask)
+    return m.key_tiles, m.key_counts, m.query_low, m.query_high, m.key_position, m.step
+
+
+def _switches(launch: Launch, *, masked: bool) -> dict[str, int]:
+    return {"TILE": MASK_TILE, "DESCRIPTORS": launch.descriptors, "MASKED": masked}
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Every launch of the tables, and a padded head width, as tensors with aligned strides launch them."""
+    for masked in (False, True):
+        hopper, ampere = _tables(masked=masked)
+        for width in (64, 96, 128, 256):
+            yield _compile_case(hopper, width, masked=masked, architecture=90)
+            yield _compile_case(ampere, width, masked=masked, architecture=80)
+        for width in FP32_FORWARD:
+            yield _compile_case(FP32_FORWARD, width, masked=masked, architecture=80, dtype="fp32")
+        yield _compile_case(ampere, 128, masked=masked, architecture=90)  # where descriptors cannot address the inputs
+
+
+def _compile_case(
+    table: dict[int, Launch], head_width: int, *, masked: bool, architecture: int, dtype: str = "bf16"
+) -> CompileCase:
+    launch = table[padded_head_width(head_width)]
+    constants = launch_constants(launch, head_width)
+    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    strides = [f"stride_{tensor}{dim}" for tensor in "qkvo" for dim in "bnl"]
+    types = dict.fromkeys([*strides, "heads", "query_length", "key_length"], "i32")
+    types |= {"scale_log2": "fp32", "out_ptr": f"*{dtype}", "lse_ptr": "*fp32"}
+    rows = {"q_ptr": launch.queries, "k_ptr": launch.keys, "v_ptr": launch.keys}
+    for name in rows:
+        block = f"[1,1,{rows[name]},{constants['BLOCK_K']}]"
+        types[name] = f"tensordesc<{dtype}{block}>" if launch.descriptors else f"*{dtype}"
+    names = ["key_tiles_ptr", "key_counts_ptr", "query_low_ptr", "query_high_ptr", "key_position_ptr"]
+    if masked:
+        types |= dict.fromkeys(names, "*i32") | {"mask_step": "i32"}
+    nothing = {} if masked else dict.fromkeys([*names, "mask_step"])
+    loads = "descriptors" if launch.descriptors else "pointers"
+    return CompileCase(
+        name=f"attention_forward/{dtype}/{head_width}/{'masked' if masked else 'dense'}/{loads}",
+        kernel=forward_kernel,
+        types=types,
+        constants={**constants, **_switches(launch, masked=masked), **nothing},
+        warps=warps,
+        stages=stages,
+        architecture=architecture,
+        aligned=tuple(strides),
+        has_matmul=dtype != "fp32",
+    )

@@ -1,4 +1,4 @@
-"""The machine code of every attention launch, compiled ahead of time for the GPUs we name, without one.
+"""The machine code of attention's backward launches, compiled ahead of time for the GPUs we name, without one.
 
 Read the limits as: no spilled registers, shared memory within what a block may have, matrix products on tensor cores.
 """
@@ -20,18 +20,16 @@ from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 from triton.compiler import compile as triton_compile  # noqa: E402
 
 from muybridge.kernels import attention_backward as backward  # noqa: E402
-from muybridge.kernels import attention_forward as forward  # noqa: E402
 from muybridge.kernels.attention_tiles import Launch  # noqa: E402
 
 KERNELS = {
-    "forward": forward.forward_kernel,
     "grad_query": backward.grad_query_kernel,
     "grad_key_value": backward.grad_key_value_kernel,
 }
 LAUNCHES = {
-    "HOPPER": [forward.HOPPER_FORWARD, backward.HOPPER_GRAD_QUERY, backward.HOPPER_GRAD_KEY_VALUE],
-    "AMPERE": [forward.AMPERE_FORWARD, backward.AMPERE_GRAD_QUERY, backward.AMPERE_GRAD_KEY_VALUE],
-    "FP32": [forward.FP32_FORWARD, backward.FP32_GRAD_QUERY, backward.FP32_GRAD_KEY_VALUE],
+    "HOPPER": [backward.HOPPER_GRAD_QUERY, backward.HOPPER_GRAD_KEY_VALUE],
+    "AMPERE": [backward.AMPERE_GRAD_QUERY, backward.AMPERE_GRAD_KEY_VALUE],
+    "FP32": [backward.FP32_GRAD_QUERY, backward.FP32_GRAD_KEY_VALUE],
 }
 
 
