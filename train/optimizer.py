@@ -92,8 +92,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 class ShardAdamW(torch.optim.AdamW):
     """torch.optim.AdamW with the same states, in one pass over the one flat shard that ZeRO makes of a group of parameters.
 
-    The pass also clips, and moves the average of the weights that PENDING_AVERAGE names. Bytes that a step reads and writes for each
-    parameter of a shard, with bf16 at ZeRO 1 or 2, by DeepSpeed 0.19.8's source (its all-gather aside):
+    The pass also clips, and moves the average of the weights that PENDING_AVERAGE names. Bytes that a step reads and writes for
+    each parameter of a shard, with bf16 at ZeRO 1 or 2, by DeepSpeed 0.19.8's source (its all-gather aside):
 
                         check for  norm in  flat fp32                     weights of
                          overflow     fp64   gradient  clip  AdamW  EMA  the forward  all
