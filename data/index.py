@@ -1,25 +1,36 @@
-"""The index of a dataset folder: one row per clip, in an Arrow file that is memory-mapped and never unpickled.
+"""The index of a dataset folder: one row per clip, in Arrow files that are memory-mapped and never unpickled.
 
-A dataset folder holds WebDataset tars, `index.arrow` (where each clip's bytes lie and what they are) and
-`manifest.json` (which shards there are, what they were made from, and the dataset's fingerprint).
+A dataset folder holds `manifest.json` (which shards there are, what they were made from, and the dataset's fingerprint), a sidecar
+per shard under `index/` (where each clip's bytes lie and what they are) and `index.arrow`, which is all sidecars in one. The
+shards themselves, WebDataset tars, lie in the folder or anywhere else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from .storage import FileFacts, file_facts, is_remote
+
 INDEX_NAME = "index.arrow"
 MANIFEST_NAME = "manifest.json"
+SIDECAR_FOLDER = "index"
 FORMAT = "muybridge-dataset"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+_READABLE_VERSIONS = (1, FORMAT_VERSION)  # version 1 had fewer columns and no sidecars
+_REMOTE_CHECKS = 32  # at a time
+_SHARD_KEY = b"muybridge.shard"  # what the schema of a sidecar says of its shard
 
 _SCHEMA = pa.schema(
     [
@@ -37,6 +48,17 @@ _SCHEMA = pa.schema(
         ("seekable", pa.bool_()),
         ("checksum", pa.uint32()),  # CRC-32 of the media bytes
         ("labels", pa.large_string()),  # JSON object, "" for none
+        ("caption_choices", pa.large_string()),  # JSON list, "" for one caption
+        ("caption_checksum", pa.uint32()),  # CRC-32 of the captions
+        ("pixel_format", pa.large_string()),
+        ("bit_depth", pa.int8()),
+        ("is_image", pa.bool_()),
+        ("has_audio", pa.bool_()),
+        ("is_variable_rate", pa.bool_()),
+        ("is_hdr", pa.bool_()),
+        ("luma", pa.float32()),  # these three are null where they were not measured
+        ("sharpness", pa.float32()),
+        ("motion", pa.float32()),
     ]
 )
 
@@ -58,15 +80,43 @@ class Clip:
     height: int
     seekable: bool  # see `decode.VideoInfo`
     labels: str = ""  # JSON object, "" for none
-    shard: int = -1  # place in the manifest's list of shards; this and the rest are filled in by `DatasetWriter.add`
+    shard: int = (
+        -1
+    )  # place in the manifest's list of shards; this and the next three are filled in by `DatasetWriter.add`
     offset: int = -1  # of the media bytes in the shard
     size: int = -1  # of the media bytes
-    checksum: int = 0  # CRC-32 of the media bytes
+    # CRC-32 (zlib's) of the media bytes. CRC-32C would find no more damage and need a package of its own.
+    checksum: int = 0
+    caption_choices: str = ""  # JSON list of all captions where there are several, else ""; `caption` is the first
+    pixel_format: str = ""  # see `media_info.MediaInfo` for this and the next five
+    bit_depth: int = 0
+    is_image: bool = False
+    has_audio: bool = False
+    is_variable_rate: bool = False
+    is_hdr: bool = False
+    luma: float | None = None  # see `quality.Quality` for these three; null where it was not measured
+    sharpness: float | None = None
+    motion: float | None = None
 
     @property
     def label_values(self) -> dict[str, Any]:
         """The labels as a dictionary, such as colour, shape and direction of a synthetic clip."""
         return json.loads(self.labels) if self.labels else {}
+
+    @property
+    def captions(self) -> list[str]:
+        """All captions, the first of which is `caption`."""
+        return json.loads(self.caption_choices) if self.caption_choices else [self.caption]
+
+    @property
+    def caption_checksum(self) -> int:
+        """CRC-32 of the captions."""
+        return zlib.crc32("\n".join(self.captions).encode())
+
+
+_CLIP_FIELDS = [f.name for f in fields(Clip)]
+# The fields that `media_info.MediaInfo` and `quality.Quality` tell, for `Clip(**{...})`.
+MEDIA_FIELDS = frozenset(_CLIP_FIELDS) - {"key", "caption", "labels", "shard", "offset", "size", "caption_choices"}
 
 
 class ClipIndex:
@@ -76,7 +126,7 @@ class ClipIndex:
         self.folder = folder
         self.manifest = manifest
         self._columns = {name: table.column(name) for name in _SCHEMA.names}
-        self.shards = [folder / shard["name"] for shard in manifest["shards"]]
+        self.shard_names = [located(folder, shard["name"]) for shard in manifest["shards"]]  # paths or URLs
 
     @classmethod
     def open(
@@ -93,23 +143,21 @@ class ClipIndex:
         manifest = read_manifest(folder)
         if manifest is None:
             parts = sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST_NAME}"))
+            if not parts and any(folder.glob("*.tar")):
+                remedy = f"index its tars with: muybridge index {folder}"
             hint = f"did you mean {' or '.join(parts)}?" if parts else remedy
             raise ValueError(f"{field}={folder} is no dataset (it has no {MANIFEST_NAME} of ours); {hint}")
         if not manifest["complete"] or not (folder / INDEX_NAME).is_file():
             raise ValueError(f"{field}={folder} is unfinished; {remedy}")
-        table = pa.ipc.open_file(pa.memory_map(str(folder / INDEX_NAME))).read_all()
-        if table.schema != _SCHEMA or len(table) != manifest["clips"]:
+        table = _read_table(folder / INDEX_NAME, manifest["version"])
+        if table is None or len(table) != manifest["clips"]:
             raise ValueError(f"{field}={folder}: {INDEX_NAME} does not belong to its {MANIFEST_NAME}; {remedy}")
-        changed = []
-        for shard in manifest["shards"]:
-            path = folder / shard["name"]
-            if not path.is_file():
-                changed.append(f"{shard['name']} is missing")
-            elif path.stat().st_size != shard["bytes"]:
-                changed.append(f"{shard['name']} has {path.stat().st_size} bytes, not {shard['bytes']}")
-        if changed:
+        index = cls(folder, manifest, table)
+        if changed := index._changed_shards():
+            if manifest["description"].get("indexed"):
+                remedy = f"index it again with: muybridge index {manifest['description']['source']} {folder}"
             raise ValueError(f"{field}={folder} changed since it was indexed: {', '.join(changed)}; {remedy}")
-        return cls(folder, manifest, table)
+        return index
 
     def __len__(self) -> int:
         return self.manifest["clips"]
@@ -119,17 +167,138 @@ class ClipIndex:
         """Changes if and only if a clip, a caption or their order does."""
         return self.manifest["fingerprint"]
 
+    @property
+    def shards(self) -> list[Path]:
+        """The shards of a dataset whose shards are all local."""
+        return [Path(name) for name in self.shard_names]
+
     def clip(self, row: int) -> Clip:
         """The clip of a row."""
-        return Clip(**{name: column[row].as_py() for name, column in self._columns.items()})
+        return Clip(**{name: self._columns[name][row].as_py() for name in _CLIP_FIELDS})
 
     def text(self, name: str, row: int) -> str:
         """One value of a text column (key, caption, labels), cheaper than the whole clip."""
         return self._columns[name][row].as_py()
 
+    def captions(self, row: int) -> list[str]:
+        """All captions of a row, in the order of the dataset."""
+        choices = self.text("caption_choices", row)
+        return json.loads(choices) if choices else [self.text("caption", row)]
+
     def column(self, name: str) -> np.ndarray:
-        """A numeric column for all rows."""
-        return self._columns[name].to_numpy()
+        """A numeric column for all rows, read-only and memory-mapped where its type allows; NaN where it was not measured."""
+        column = self._columns[name]
+        return column.chunk(0).to_numpy(zero_copy_only=False) if column.num_chunks == 1 else column.to_numpy()
+
+    def _changed_shards(self) -> list[str]:
+        def change(place: int) -> str:
+            shard, name = self.manifest["shards"][place], self.shard_names[place]
+            try:
+                size = file_facts(name).size
+            except FileNotFoundError:
+                return f"{shard['name']} is missing"
+            except OSError as error:
+                return f"{shard['name']} cannot be read ({error})"
+            return "" if size == shard["bytes"] else f"{shard['name']} has {size} bytes, not {shard['bytes']}"
+
+        places = range(len(self.shard_names))
+        if not any(map(is_remote, self.shard_names)):
+            return [text for text in map(change, places) if text]
+        with ThreadPoolExecutor(_REMOTE_CHECKS) as threads:
+            return [text for text in threads.map(change, places) if text]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a sidecar says of its shard, besides its clips."""
+
+    name: str  # relative to the dataset folder where it lies there, else an absolute path or URL
+    facts: FileFacts  # version "" for shards of ours, whose files come out the same at any time
+    members: int
+    clips: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)  # what it was indexed with
+    rejections: list[list[Any]] = field(default_factory=list)  # [offset, key, reason] of what is left out
+    warnings: list[str] = field(default_factory=list)
+
+
+def sidecar_path(folder: Path, shard_name: str) -> Path:
+    """Where the sidecar of a shard lies."""
+    stem = os.path.basename(shard_name).partition(".")[0][:80]
+    digest = hashlib.blake2b(shard_name.encode(errors="surrogateescape"), digest_size=6).hexdigest()
+    return folder / SIDECAR_FOLDER / f"{stem}-{digest}.arrow"
+
+
+def write_sidecar(folder: Path, record: ShardRecord, clips: Iterable[Clip]) -> None:
+    """Writes the sidecar of a shard in one stroke."""
+    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    for clip in clips:
+        for name, values in columns.items():
+            values.append(getattr(clip, name))
+    about = {
+        "name": record.name,
+        "bytes": record.facts.size,
+        "version": record.facts.version,
+        "members": record.members,
+        "clips": len(columns["key"]),
+        "settings": record.settings,
+        "rejections": record.rejections,
+        "warnings": record.warnings,
+    }
+    table = pa.table(columns, schema=_SCHEMA.with_metadata({_SHARD_KEY: json.dumps(about).encode()}))
+    path = sidecar_path(folder, record.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_table(path, table)
+
+
+def read_record(path: Path) -> ShardRecord | None:
+    """What a sidecar says of its shard; None where there is none that can be used."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            schema = pa.ipc.open_file(file).schema
+        about = json.loads((schema.metadata or {})[_SHARD_KEY])
+        facts = FileFacts(about.pop("bytes"), about.pop("version"))
+        record = ShardRecord(facts=facts, **about)
+    except (OSError, KeyError, TypeError, ValueError):  # pa.ArrowInvalid is a ValueError
+        return None
+    return record if schema.equals(_SCHEMA) else None
+
+
+def merge_sidecars(folder: Path, shard_names: list[str]) -> dict[str, Any]:
+    """Writes the index file from the sidecars of all shards, in their order; returns what the manifest says of it.
+
+    Raises ValueError if a sidecar is missing or damaged.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    tables, shards = [], []
+    for place, name in enumerate(shard_names):
+        path = sidecar_path(folder, name)
+        record = read_record(path)
+        if record is None:
+            raise ValueError(f"{path} is missing or damaged; index the dataset again with: muybridge index")
+        content = path.read_bytes()
+        table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
+        for key, size, checksum, caption, choices in zip(
+            *(table.column(c).to_pylist() for c in ("key", "size", "checksum", "caption", "caption_choices"))
+        ):
+            # Not the shard and the offset: the same clips in other shards are the same data.
+            digest.update(json.dumps([key, size, checksum, caption, *([choices] if choices else [])]).encode())
+        places = pa.array(np.full(len(table), place, dtype=np.int32))
+        tables.append(table.replace_schema_metadata().set_column(_SCHEMA.get_field_index("shard"), "shard", places))
+        shards.append(
+            {
+                "name": record.name,
+                "bytes": record.facts.size,
+                "clips": len(table),
+                "version": record.facts.version,
+                "members": record.members,
+                "sidecar": f"{SIDECAR_FOLDER}/{path.name}",
+                "sidecar_hash": hashlib.blake2b(content, digest_size=16).hexdigest(),
+            }
+        )
+    # One chunk per column: a numeric column is then a view of the file, which the processes of a machine share.
+    table = pa.concat_tables([_SCHEMA.empty_table(), *tables]).combine_chunks()
+    _write_table(folder / INDEX_NAME, table)
+    return {"shards": shards, "clips": len(table), "fingerprint": digest.hexdigest()}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -140,8 +309,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return None
-    if manifest.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{folder / MANIFEST_NAME}: version={manifest.get('version')} must be {FORMAT_VERSION}")
+    if manifest.get("version") not in _READABLE_VERSIONS:
+        raise ValueError(f"{folder / MANIFEST_NAME}: version={manifest.get('version')} must be 1..{FORMAT_VERSION}")
     return manifest
 
 
@@ -153,18 +322,25 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     partial.replace(folder / MANIFEST_NAME)
 
 
-def write_index(folder: Path, clips: Iterable[Clip]) -> tuple[int, str]:
-    """Writes the Arrow file; returns the number of clips and the fingerprint of their content and order."""
-    digest = hashlib.blake2b(digest_size=16)
-    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-    count = 0
-    for clip in clips:
-        count += 1
-        for name, value in asdict(clip).items():
-            columns[name].append(value)
-        # Not the shard and the offset: the same clips in other shards are the same data.
-        digest.update(json.dumps([clip.key, clip.size, clip.checksum, clip.caption]).encode())
-    table = pa.table(columns, schema=_SCHEMA)
-    with pa.OSFile(str(folder / INDEX_NAME), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+def located(folder: Path, name: str) -> str:
+    """The path or URL of a shard that a manifest calls `name`."""
+    return name if is_remote(name) else str(folder / name)  # an absolute path stays as it is
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-    return count, digest.hexdigest()
+    partial.replace(path)
+
+
+def _read_table(path: Path, version: int) -> pa.Table | None:
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except pa.ArrowInvalid:
+        return None
+    if version == 1:
+        blanks: dict[pa.DataType, Any] = {pa.large_string(): "", pa.bool_(): False, pa.float32(): None}
+        for column in list(_SCHEMA)[len(table.schema) :]:
+            table = table.append_column(column, pa.array([blanks.get(column.type, 0)] * len(table), column.type))
+    return table if table.schema.equals(_SCHEMA) else None

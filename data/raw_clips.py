@@ -55,7 +55,7 @@ class RawClips:
         )
         clip, config = self._index.clip(row), self._config
         request = {
-            "shard": str(self._index.shards[clip.shard]),
+            "shard": self._index.shard_names[clip.shard],
             "offset": clip.offset,
             "size": clip.size,
             "checksum": clip.checksum,

@@ -7,11 +7,25 @@ import json
 import re
 import tarfile
 import zlib
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .index import INDEX_NAME, MANIFEST_NAME, Clip, ClipIndex, read_manifest, write_index, write_manifest
+from .index import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    SIDECAR_FOLDER,
+    Clip,
+    ClipIndex,
+    ShardRecord,
+    merge_sidecars,
+    read_manifest,
+    sidecar_path,
+    write_manifest,
+    write_sidecar,
+)
+from .storage import FileFacts
 
 
 class DatasetWriter:
@@ -29,8 +43,10 @@ class DatasetWriter:
         self._kind = kind
         self._description = description
         self._shard_bytes = shard_bytes
-        self._clips: list[Clip] = []
-        self._shards: list[dict[str, Any]] = []
+        self._clips = 0
+        self._shards: list[str] = []
+        self._pending: list[tuple[str, Clip]] = []  # of the open shard, each with the name of its media member
+        self._pending_bytes = 0
         self._file: io.BufferedWriter | None = None
         self._tar: Any = None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -43,11 +59,11 @@ class DatasetWriter:
         self._close_shard()
 
     def __len__(self) -> int:
-        return len(self._clips)
+        return self._clips
 
     def add(self, clip: Clip, media: bytes, *, extension: str) -> None:
         """Appends a clip; its shard, offset, size and checksum are filled in here."""
-        if self._file is not None and self._shards[-1]["bytes"] + len(media) > self._shard_bytes:
+        if self._file is not None and self._pending_bytes + len(media) > self._shard_bytes:
             self._close_shard()
         if self._file is None:
             self._open_shard()
@@ -55,19 +71,15 @@ class DatasetWriter:
         if clip.labels:
             members["json"] = clip.labels.encode()
         self._tar.write(members)
-        shard = self._shards[-1]
-        shard["clips"] += 1
-        shard["bytes"] += len(media)  # the file's own size once it is closed
-        member = f"{clip.key}.{extension}"
-        place = replace(clip, shard=len(self._shards) - 1, offset=-1, size=len(media), checksum=zlib.crc32(media))
-        self._clips.append(place)
-        self._members.append(member)
+        place = replace(clip, shard=len(self._shards) - 1, size=len(media), checksum=zlib.crc32(media))
+        self._pending.append((f"{clip.key}.{extension}", place))
+        self._pending_bytes += len(media)
+        self._clips += 1
 
     def close(self) -> ClipIndex:
         """Finishes the shards, writes index and manifest, and opens the result."""
         self._close_shard()
-        count, fingerprint = write_index(self.folder, self._clips)
-        self._write_manifest(complete=True, clips=count, fingerprint=fingerprint)
+        self._write_manifest(complete=True, **merge_sidecars(self.folder, self._shards))
         return ClipIndex.open(self.folder)
 
     def abandon(self) -> None:
@@ -81,11 +93,10 @@ class DatasetWriter:
         from webdataset import TarWriter  # pulls in much of torch: only where shards are written
 
         name = f"shard-{len(self._shards):06d}.tar"
-        self._shards.append({"name": name, "bytes": 0, "clips": 0})
+        self._shards.append(name)
         self._file = open(self.folder / name, "wb")  # noqa: SIM115 (closed with the shard)
         # An open file and no encoder: nothing is guessed from names or types. No time stamps, so that bytes repeat.
         self._tar = TarWriter(self._file, encoder=False, mtime=0)
-        self._members: list[str] = []
 
     def _close_shard(self) -> None:
         if self._file is None:
@@ -93,15 +104,15 @@ class DatasetWriter:
         self._tar.close()
         self._file.close()
         self._file = None
-        shard = self._shards[-1]
-        path = self.folder / shard["name"]
-        shard["bytes"] = path.stat().st_size
+        name = self._shards[-1]
+        path = self.folder / name
         # Offsets come from the finished file: what a reader will find, not what we believe to have written.
         with tarfile.open(path, "r:") as tar:
             offsets = {member.name: member.offset_data for member in tar}
-        first = len(self._clips) - shard["clips"]
-        for row, name in enumerate(self._members, start=first):
-            self._clips[row] = replace(self._clips[row], offset=offsets[name])
+        # No time of change, so that the same clips give the same sidecar.
+        record = ShardRecord(name, FileFacts(path.stat().st_size, ""), members=len(offsets))
+        write_sidecar(self.folder, record, (replace(clip, offset=offsets[member]) for member, clip in self._pending))
+        self._pending, self._pending_bytes = [], 0
 
     def _write_manifest(self, *, complete: bool, **content: Any) -> None:
         write_manifest(
@@ -110,7 +121,7 @@ class DatasetWriter:
                 "complete": complete,
                 "kind": self._kind,
                 "description": self._description,
-                "shards": self._shards,
+                "shards": [],
                 **content,
             },
         )
@@ -122,11 +133,21 @@ def shard_key(number: int, name: str) -> str:
 
 
 def remove_dataset(folder: Path) -> None:
-    """Removes the files a `DatasetWriter` wrote into a folder, and nothing else."""
-    if read_manifest(folder) is None:
+    """Removes the files a `DatasetWriter` wrote into a folder, and nothing else.
+
+    Raises ValueError for a folder whose shards somebody else made: `muybridge index` only wrote the index over them.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
         return
-    for path in [*folder.glob("shard-*.tar"), folder / INDEX_NAME, folder / MANIFEST_NAME]:
+    if manifest["description"].get("indexed"):
+        raise ValueError(f"{folder} holds the index of shards that were there before; it is not ours to overwrite")
+    shards = sorted(folder.glob("shard-*.tar"))
+    for path in [*shards, *(sidecar_path(folder, shard.name) for shard in shards), folder / INDEX_NAME]:
         path.unlink(missing_ok=True)
+    with suppress(OSError):  # it is not there, or holds something else
+        (folder / SIDECAR_FOLDER).rmdir()
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
 
 
 def json_labels(labels: dict[str, Any]) -> str:

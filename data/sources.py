@@ -5,16 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .captions import MAX_CAPTION_BYTES, CaptionError, caption_from_text, clean_caption
+
 VIDEO_EXTENSIONS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"})
 VIDEO_COLUMNS = ("video", "path", "file_path", "media_path", "file_name")
 CAPTION_COLUMNS = ("caption", "prompt", "text", "cap")
-
-_MAX_CAPTION_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,12 @@ def _from_folder(folder: Path) -> Iterator[Source]:
 
 
 def _read_caption(path: Path) -> tuple[str, str]:
-    if path.stat().st_size > _MAX_CAPTION_BYTES:
-        return "", f"{path.name} is larger than 1 MiB"
+    with path.open("rb") as file:
+        data = file.read(MAX_CAPTION_BYTES + 1)
     try:
-        caption = clean_caption(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return "", f"{path.name} is not UTF-8 text"
-    return caption, "" if caption else f"no caption ({path.name} is empty)"
+        return caption_from_text(data, name=path.name), ""
+    except CaptionError as error:
+        return "", str(error)
 
 
 def _from_table(table: Path) -> Iterator[Source]:
@@ -136,9 +134,3 @@ def _column(table: Path, names: list[str], aliases: tuple[str, ...]) -> str:
         have = ", ".join(names) or "none"
         raise ValueError(f"SRC={table} must have one of the columns {', '.join(aliases)}; it has {have}")
     return found[0]
-
-
-def clean_caption(text: str) -> str:
-    """One line without control characters (tabs and line breaks become spaces), in Unicode's composed form."""
-    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in text)
-    return " ".join(unicodedata.normalize("NFC", text).split())

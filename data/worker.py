@@ -15,32 +15,24 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from .decode import DecodeError, Decoder, probe, read_frames_with_fallback
+from .decode import DecodeError, Decoder, read_frames_with_fallback
+from .media_info import index_fields, inspect_media, inspect_range
 from .mp4 import write_mp4
 from .resize import cover_crop
+from .storage import read_range
 from .synthetic import FPS, draw_clip, render_clip
 
 LENGTHS = struct.Struct("<IQ")  # of the header and of the payload, in bytes
 
 
-def probe_file(path: str) -> tuple[dict[str, Any], bytes]:
-    """Decodes a whole file; answers with its `VideoInfo`."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DecodeError(f"cannot be read: {error.strerror}") from error
-    return asdict(probe(data)), b""
-
-
 def synthesize(seed: int, split: str, number: int) -> tuple[dict[str, Any], bytes]:
-    """Renders a synthetic clip; answers with its `VideoInfo`, caption and labels, and the mp4."""
+    """Renders a synthetic clip; answers with what the index keeps of it, and the mp4."""
     clip = draw_clip(seed, split, number)
     file = io.BytesIO()
     write_mp4(file, render_clip(clip), fps=FPS)
-    info = asdict(probe(file.getvalue()))
+    info = index_fields(inspect_media(file.getvalue()))
     return {**info, "caption": clip.caption, "labels": asdict(clip.combination)}, file.getvalue()
 
 
@@ -58,9 +50,10 @@ def read_clip(
     crop_y: float,
 ) -> tuple[dict[str, Any], bytes]:
     """Reads a clip out of a shard; answers with the decoder used and frames uint8 [T, height, width, 3]."""
-    with open(shard, "rb") as file:
-        file.seek(offset)
-        data = file.read(size)
+    try:
+        data = read_range(shard, offset, size)
+    except EOFError as error:
+        raise DecodeError(f"the shard was changed or is damaged: {error}") from error
     if zlib.crc32(data) != checksum:
         raise DecodeError("checksum differs from the index: the shard was changed or is damaged")
     frames, used = read_frames_with_fallback(data, times_seconds, decoder=Decoder(decoder), seekable=seekable)
@@ -69,7 +62,7 @@ def read_clip(
 
 
 OPERATIONS: dict[str, Callable[..., tuple[dict[str, Any], bytes]]] = {
-    "probe_file": probe_file,
+    "inspect_range": inspect_range,
     "synthesize": synthesize,
     "read_clip": read_clip,
 }

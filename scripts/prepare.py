@@ -79,7 +79,15 @@ def prepare_videos(
         DatasetWriter(out, kind="raw", description=description, shard_bytes=shard_bytes) as writer,
         WorkerPool(workers, timeout_seconds=timeout_seconds) as pool,
     ):
-        requests = ((item, pool.submit("probe_file", path=str(item[1].path.absolute()))) for item in numbered)
+        requests = (
+            (
+                item,
+                pool.submit(
+                    "inspect_range", name=str(item[1].path.absolute()), offset=0, size=item[1].path.stat().st_size
+                ),
+            )
+            for item in numbered
+        )
         for (number, item), reply in _in_order("checking videos", requests, len(numbered), ahead=4 * workers):
             try:
                 info, _ = reply.result()

@@ -97,12 +97,12 @@ def test_a_decoder_that_crashes_or_hangs_costs_one_file(
     program.write_text(
         "import os, signal, time\n"
         "from muybridge.data import worker\n"
-        "probe_file = worker.probe_file\n"
-        "def probe(path):\n"
-        "    if path.endswith('cut.mp4'): os.kill(os.getpid(), signal.SIGSEGV)\n"
-        "    if path.endswith('page.mp4'): time.sleep(1000)\n"
-        "    return probe_file(path)\n"
-        "worker.OPERATIONS['probe_file'] = probe\n"
+        "inspect_range = worker.inspect_range\n"
+        "def inspect(name, **rest):\n"
+        "    if name.endswith('cut.mp4'): os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    if name.endswith('page.mp4'): time.sleep(1000)\n"
+        "    return inspect_range(name, **rest)\n"
+        "worker.OPERATIONS['inspect_range'] = inspect\n"
         "worker.main()\n"
     )
     monkeypatch.setattr(workers, "_COMMAND", [sys.executable, str(program)])

@@ -1,0 +1,55 @@
+"""Still images: opened with limits, upright, as RGB."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .decode import DecodeError
+
+MAX_PIXELS = 36_000_000  # as for videos; a small file can claim any size and exhaust the memory
+_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+def is_image(data: bytes) -> bool:
+    """Whether the bytes begin as a jpg, png or webp file does, whatever the file's name says."""
+    return (
+        data[:3] == b"\xff\xd8\xff"
+        or data[:8] == b"\x89PNG\r\n\x1a\n"
+        or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+    )
+
+
+def open_image(data: bytes) -> Image.Image:
+    """A still jpg, png or webp, decoded in full, as the file has it (not yet upright). Raises DecodeError."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise DecodeError(f"picture too large: {image.width}x{image.height} pixels are more than 8K")
+        if getattr(image, "n_frames", 1) > 1:
+            raise DecodeError(f"animated image: {getattr(image, 'n_frames', 1)} frames; make a video of it")
+        image.load()
+    except DecodeError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DecodeError("picture too large: more than 8K") from error
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError and others on damage
+        raise DecodeError(f"damaged image: {' '.join(str(error).split())[:160]}") from error
+    return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height in pixels after the rotation that the file asks for (EXIF)."""
+    is_sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if is_sideways else (image.width, image.height)
+
+
+def read_image(data: bytes) -> np.ndarray:
+    """The picture upright as uint8 [H, W, 3]: alpha is dropped, 16 bits are cut to 8. Raises DecodeError."""
+    image = ImageOps.exif_transpose(open_image(data))
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip rather than scale
+        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))
