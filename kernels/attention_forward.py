@@ -9,6 +9,7 @@ et al. 2022, arXiv:2205.14135). Rows and heads are addressed in 64 bits (a long 
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from .attention_tiles import (
     Launch,
     MaskTensors,
     can_describe,
+    describable_strides,
     describe,
     is_allowed,
     is_hopper,
@@ -75,23 +77,32 @@ def _first_key(tile_list, step, BLOCK_S: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _place(heads, query_length, BLOCK_L: tl.constexpr):
+    """What a program owns: the index into the flattened [B * N], batch, head, and the first of its BLOCK_L query rows.
+
+    Programs of a head are neighbours, to share its K and V in L2. They go from the last rows to the first, since under a
+    causal mask the last have the most keys.
+    """
+    programs = tl.cdiv(query_length, BLOCK_L)
+    sequence = (tl.program_id(0) // programs).to(tl.int64)
+    first = (programs - 1 - tl.program_id(0) % programs) * BLOCK_L
+    return sequence, sequence // heads, sequence % heads, first
+
+
+@triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    key_tiles_ptr, key_counts_ptr, query_low_ptr, query_high_ptr, key_position_ptr, mask_step,
     stride_qb, stride_qn, stride_ql,
     stride_kb, stride_kn, stride_kl,
     stride_vb, stride_vn, stride_vl,
     stride_ob, stride_on, stride_ol,
     heads, query_length, key_length, scale_log2,
+    key_tiles_ptr, key_counts_ptr, query_low_ptr, query_high_ptr, key_position_ptr, mask_step,
     HEAD_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
     TILE: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_L query rows of one head. Programs of a head are neighbours, to share its K and V in L2."""
-    programs = tl.cdiv(query_length, BLOCK_L)
-    sequence = (tl.program_id(0) // programs).to(tl.int64)  # index into the flattened [B * N]
-    batch, head = sequence // heads, sequence % heads
-    # From the last rows to the first, since under a causal mask the last have the most keys.
-    first = (programs - 1 - tl.program_id(0) % programs) * BLOCK_L
+    """Every mask, dtype and stride: q, k and v come as descriptors or as pointers, the mask as five tensors or as None."""
+    sequence, batch, head, first = _place(heads, query_length, BLOCK_L)
     rows = first + tl.arange(0, BLOCK_L)
     columns = tl.arange(0, BLOCK_K)
     if not DESCRIPTORS:
@@ -143,6 +154,40 @@ def forward_kernel(
     store_rows(out_base, out / total[:, None], rows, columns, stride_ol, query_length, HEAD_WIDTH)
 
 
+@triton.jit
+def specialized_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qn, stride_ql,
+    stride_ob, stride_on, stride_ol,
+    heads, query_length, key_length, scale_log2,
+    HEAD_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+    RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Dense: one group of warps loads K and V while two others multiply, each with half of the query rows.
+
+    The compiler takes one loop only, without pointer loads in it or into it, and halves the tile of Q. A descriptor made by
+    the host cannot be halved (Triton 3.6 then loads wrong rows without a word), so Q's is made here.
+    """
+    sequence, batch, head, first = _place(heads, query_length, BLOCK_L)
+    rows, columns = first + tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_K)
+    q_rows = tl.make_tensor_descriptor(
+        q_ptr + batch * stride_qb + head * stride_qn,
+        shape=[query_length, HEAD_WIDTH], strides=[stride_ql, 1], block_shape=[BLOCK_L, BLOCK_K],
+    )  # fmt: skip
+    q = q_rows.load([first, 0])
+    maximum = tl.full([BLOCK_L], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_L], tl.float32)
+    out = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
+    for start in tl.range(0, key_length, BLOCK_S, warp_specialize=True):
+        k = load_described_rows(k_ptr, batch, head, start)
+        v = load_described_rows(v_ptr, batch, head, start)
+        allowed = (start + tl.arange(0, BLOCK_S))[None, :] < key_length if RAGGED else None
+        maximum, total, out = _attend(q, k, v, allowed, maximum, total, out, scale_log2, False)
+    tl.store(lse_ptr + sequence * query_length + rows, maximum + tl.math.log2(total), mask=rows < query_length)
+    out_base = out_ptr + batch * stride_ob + head * stride_on
+    store_rows(out_base, out / total[:, None], rows, columns, stride_ol, query_length, HEAD_WIDTH)
+
+
 # Keyed by the head width padded to 64, 128 or 256. The machine-code test compiles every entry ahead of time and holds it to its
 # limits (shared memory, no register spills, tensor cores). No entry has been timed yet.
 HOPPER_FORWARD = {
@@ -168,6 +213,11 @@ AMPERE_MASKED_FORWARD = {
     128: Launch(128, 32, 8, 3),
     256: Launch(64, 32, 8, 3),
 }
+# To be tried against HOPPER_FORWARD on a GPU; nothing chooses it yet.
+SPECIALIZED_FORWARD = {
+    64: Launch(128, 128, 4, 3, descriptors=True, warp_specialize=True),
+    128: Launch(128, 128, 4, 2, descriptors=True, warp_specialize=True),
+}
 # fp32 runs on ordinary cores, since tensor cores would round it to tf32: small tiles, the same on every GPU.
 FP32_FORWARD = {
     64: Launch(16, 16, 4, 1),
@@ -182,24 +232,40 @@ def run_forward(
     """The output [B, N, L, K] (token-major in memory) and the base-2 log-sum-exp of the scaled scores [B, N, L].
 
     `mask` holds the tensors of a TileMask, or nothing. A query without keys gives an output of 0 and a log-sum-exp of infinity.
-    `launch` overrides the tables.
+    `launch` overrides the tables; one with descriptors needs inputs that `can_describe` accepts.
     """
     q, k, v = map(with_unit_stride, (q, k, v))
     batch, heads, query_length, head_width = q.shape
     out, lse = empty_token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
     launch = launch or _launch(q, k, v, masked=len(mask) > 0)
-    if out.numel() > 0:
-        tensors = (q, k, v)
-        if launch.descriptors:
-            tensors = (describe(q, launch.queries), describe(k, launch.keys), describe(v, launch.keys))
-        with on_device_of(q):
-            forward_kernel[(triton.cdiv(query_length, launch.queries) * batch * heads,)](
-                *tensors, out, lse, *_mask_arguments(mask),
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                heads, query_length, k.shape[2], scale * math.log2(math.e),
-                **launch_constants(launch, head_width), **_switches(launch, masked=len(mask) > 0),
+    grid = (triton.cdiv(query_length, launch.queries) * batch * heads,)
+    tensors = (q, k, v)
+    if launch.descriptors:
+        tensors = (describe(q, launch.queries), describe(k, launch.keys), describe(v, launch.keys))
+    sizes = (heads, query_length, k.shape[2], scale * math.log2(math.e))
+    constants = launch_constants(launch, head_width)
+    with on_device_of(q):
+        if launch.warp_specialize:
+            assert not mask
+            triton.set_allocator(_allocate)
+            specialized_forward_kernel[grid](
+                q, *tensors[1:], out, lse, *describable_strides(q)[:3], *out.stride()[:3], *sizes,
+                **constants, RAGGED=k.shape[2] % launch.keys != 0,
+            )  # fmt: skip
+        else:
+            forward_kernel[grid](
+                *tensors, out, lse,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *sizes,
+                **_mask_arguments(mask), **constants, **_switches(launch, masked=len(mask) > 0),
             )  # fmt: skip
     return out, lse
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where the kernel writes the descriptors that it makes; PyTorch aligns to at least 256 bytes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, *, masked: bool) -> Launch:
@@ -217,14 +283,19 @@ def _tables(*, masked: bool) -> tuple[dict[int, Launch], dict[int, Launch]]:
     return (HOPPER_MASKED_FORWARD, AMPERE_MASKED_FORWARD) if masked else (HOPPER_FORWARD, AMPERE_FORWARD)
 
 
-def _mask_arguments(mask: Sequence[Tensor]) -> tuple[Tensor | int | None, ...]:
-    if not mask:
-        return (None,) * 6
-    m = MaskTensors(*mask)
-    return m.key_tiles, m.key_counts, m.query_low, m.query_high, m.key_position, m.step
+def _mask_arguments(mask: Sequence[Tensor]) -> dict[str, Any]:
+    tensors = MaskTensors(*mask) if mask else None
+    return {
+        "key_tiles_ptr": tensors and tensors.key_tiles,
+        "key_counts_ptr": tensors and tensors.key_counts,
+        "query_low_ptr": tensors and tensors.query_low,
+        "query_high_ptr": tensors and tensors.query_high,
+        "key_position_ptr": tensors and tensors.key_position,
+        "mask_step": tensors and tensors.step,
+    }
 
 
-def _switches(launch: Launch, *, masked: bool) -> dict[str, int]:
+def _switches(launch: Launch, *, masked: bool) -> dict[str, Any]:
     return {"TILE": MASK_TILE, "DESCRIPTORS": launch.descriptors, "MASKED": masked}
 
 
@@ -233,39 +304,50 @@ def compile_cases() -> Iterator[CompileCase]:
     for masked in (False, True):
         hopper, ampere = _tables(masked=masked)
         for width in (64, 96, 128, 256):
-            yield _compile_case(hopper, width, masked=masked, architecture=90)
-            yield _compile_case(ampere, width, masked=masked, architecture=80)
+            yield _forward_case(hopper, width, masked=masked, architecture=90)
+            yield _forward_case(ampere, width, masked=masked, architecture=80)
         for width in FP32_FORWARD:
-            yield _compile_case(FP32_FORWARD, width, masked=masked, architecture=80, dtype="fp32")
-        yield _compile_case(ampere, 128, masked=masked, architecture=90)  # where descriptors cannot address the inputs
+            yield _forward_case(FP32_FORWARD, width, masked=masked, architecture=80, dtype="fp32")
+        yield _forward_case(ampere, 128, masked=masked, architecture=90)  # where descriptors cannot address the inputs
+    for width, ragged in ((64, True), (128, True), (128, False)):
+        kind = "specialized/ragged" if ragged else "specialized"
+        launch = SPECIALIZED_FORWARD[width]
+        yield _case(specialized_forward_kernel, kind, launch, width, {"RAGGED": ragged}, architecture=90)
 
 
-def _compile_case(
-    table: dict[int, Launch], head_width: int, *, masked: bool, architecture: int, dtype: str = "bf16"
+def _forward_case(
+    table: dict[int, Launch], width: int, *, masked: bool, architecture: int, dtype: str = "bf16"
 ) -> CompileCase:
-    launch = table[padded_head_width(head_width)]
-    constants = launch_constants(launch, head_width)
+    launch = table[padded_head_width(width)]
+    kind = ("masked" if masked else "dense") + ("/descriptors" if launch.descriptors else "/pointers")
+    constants = _switches(launch, masked=masked) | ({} if masked else _mask_arguments(()))
+    return _case(forward_kernel, kind, launch, width, constants, architecture=architecture, dtype=dtype)
+
+
+def _case(
+    kernel: Any, kind: str, launch: Launch, width: int, more: dict[str, Any], *, architecture: int, dtype: str = "bf16"
+) -> CompileCase:
+    constants = launch_constants(launch, width) | more
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-    strides = [f"stride_{tensor}{dim}" for tensor in "qkvo" for dim in "bnl"]
-    types = dict.fromkeys([*strides, "heads", "query_length", "key_length"], "i32")
-    types |= {"scale_log2": "fp32", "out_ptr": f"*{dtype}", "lse_ptr": "*fp32"}
-    rows = {"q_ptr": launch.queries, "k_ptr": launch.keys, "v_ptr": launch.keys}
-    for name in rows:
-        block = f"[1,1,{rows[name]},{constants['BLOCK_K']}]"
-        types[name] = f"tensordesc<{dtype}{block}>" if launch.descriptors else f"*{dtype}"
-    names = ["key_tiles_ptr", "key_counts_ptr", "query_low_ptr", "query_high_ptr", "key_position_ptr"]
-    if masked:
-        types |= dict.fromkeys(names, "*i32") | {"mask_step": "i32"}
-    nothing = {} if masked else dict.fromkeys([*names, "mask_step"])
-    loads = "descriptors" if launch.descriptors else "pointers"
+    types = {name: _type(name, launch, width, dtype) for name in kernel.arg_names if name not in constants}
     return CompileCase(
-        name=f"attention_forward/{dtype}/{head_width}/{'masked' if masked else 'dense'}/{loads}",
-        kernel=forward_kernel,
+        name=f"attention_forward/{dtype}/{width}/{kind}",
+        kernel=kernel,
         types=types,
-        constants={**constants, **_switches(launch, masked=masked), **nothing},
+        constants=constants,
         warps=warps,
         stages=stages,
         architecture=architecture,
-        aligned=tuple(strides),
+        aligned=tuple(name for name in types if name.startswith("stride_")),
         has_matmul=dtype != "fp32",
     )
+
+
+def _type(name: str, launch: Launch, width: int, dtype: str) -> str:
+    """How Triton writes the type of a kernel's argument."""
+    rows = {"q_ptr": launch.queries, "k_ptr": launch.keys, "v_ptr": launch.keys}.get(name)
+    if rows is not None and launch.descriptors and not (launch.warp_specialize and name == "q_ptr"):
+        return f"tensordesc<{dtype}[1,1,{rows},{padded_head_width(width)}]>"
+    if rows is not None or name == "out_ptr":
+        return f"*{dtype}"
+    return {"lse_ptr": "*fp32", "scale_log2": "fp32"}.get(name, "*i32" if name.endswith("_ptr") else "i32")

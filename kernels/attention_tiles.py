@@ -95,13 +95,20 @@ def can_describe(tensor: torch.Tensor) -> bool:
     )
 
 
+def describable_strides(tensor: torch.Tensor) -> list[int]:
+    """The strides of [B, N, L, K], with a valid one for dims of size 1: PyTorch gives those any stride."""
+    *outer, head_width = tensor.shape
+    return [stride if size > 1 else head_width for stride, size in zip(tensor.stride(), outer, strict=False)] + [1]
+
+
 def describe(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    """What `load_described_rows` reads tiles of `rows` rows through; the head width is padded as the launch tables pad it."""
-    head_width = tensor.shape[-1]
-    # The stride of a dim of size 1 is never used, but must be valid.
-    strides = [stride if size > 1 else head_width for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
-    block = [1, 1, rows, padded_head_width(head_width)]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:-1], 1], block)
+    """What `load_described_rows` reads tiles of `rows` rows through; the head width is padded as the launch tables pad it.
+
+    Not for a tile whose rows a warp-specialised kernel splits among its groups of warps (the rows of the accumulator): Triton 3.6
+    then loads wrong rows without a word, 3.7 refuses. Such a tile needs a descriptor made in the kernel.
+    """
+    block = [1, 1, rows, padded_head_width(tensor.shape[-1])]
+    return TensorDescriptor(tensor, list(tensor.shape), describable_strides(tensor), block)
 
 
 def padded_head_width(head_width: int) -> int:

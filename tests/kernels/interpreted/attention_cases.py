@@ -1,16 +1,22 @@
 """Dense attention in Triton's interpreter, which test_interpreted.py switches on before anything is imported.
 
-Every case compares the output and all three gradients with fp64 mathematics.
+The first half compares the output and all three gradients with fp64 mathematics. The second half does so for each way in which
+the forward kernels load and mask (masked_attention_cases.py has the masks that users build, and their gradients).
 """
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from muybridge.kernels import attention
+from muybridge.kernels import attention, attention_forward
+from muybridge.kernels.attention_forward import run_forward
+from muybridge.kernels.attention_tiles import Launch, can_describe
 
 LENGTHS = (1, 17, 63, 129)
 NAMES = ("out", "grad_q", "grad_k", "grad_v")
@@ -35,15 +41,26 @@ def check(inputs: list[Tensor], grad_out: Tensor, dtype: torch.dtype, scale: flo
     Both grow with the square root of the rows that a gradient adds up.
     """
     inputs, grad_out = [x.to(dtype).double() for x in inputs], grad_out.to(dtype).double()
-    head_width = inputs[0].shape[-1]
-    scale_value = head_width**-0.5 if scale is None else scale
+    scale_value = inputs[0].shape[-1] ** -0.5 if scale is None else scale
     exact = run(lambda q, k, v: plain_attention(q, k, v, scale_value), inputs, grad_out, torch.float64)
     eager = run(lambda q, k, v: plain_attention(q, k, v, scale_value), inputs, grad_out, dtype)
     ours = run(lambda q, k, v: attention(q, k, v, scale=scale), inputs, grad_out, dtype)
-    largest_score = (inputs[0] @ inputs[1].mT * scale_value).abs().max()
-    growth = max(1, scale_value * max(x.shape[2] for x in inputs) ** 0.5)
-    sums = 2 * torch.finfo(torch.float32).eps * (head_width**0.5 + largest_score) * growth
-    for name, result, peer, truth in zip(NAMES, ours, eager, exact, strict=True):
+    hold(NAMES, ours, eager, exact, inputs, dtype, scale_value)
+
+
+def hold(
+    names: Sequence[str],
+    ours: Sequence[Tensor],
+    eager: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    scale: float,
+) -> None:
+    largest_score = (inputs[0].double() @ inputs[1].double().mT * scale).abs().max()
+    growth = max(1, scale * max(x.shape[2] for x in inputs) ** 0.5)
+    sums = 2 * torch.finfo(torch.float32).eps * (inputs[0].shape[-1] ** 0.5 + largest_score) * growth
+    for name, result, peer, truth in zip(names, ours, eager, exact, strict=True):
         floor = torch.finfo(dtype).eps * truth.abs().max() + sums
         error, allowed = (result - truth).abs().max(), 2 * (peer - truth).abs().max() + floor
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
@@ -140,3 +157,157 @@ def test_backward_repeats_bit_for_bit() -> None:
     inputs, grad_out = normals(2, 129, 100, 32)
     first, second = (run(attention, inputs, grad_out, torch.float16) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+POINTERS = Launch(128, 64, 4, 2)
+DESCRIPTORS = Launch(64, 128, 4, 2, descriptors=True)
+SPECIALIZED = Launch(128, 64, 4, 2, descriptors=True, warp_specialize=True)
+DENSE_LAUNCHES = pytest.mark.parametrize("launch", [POINTERS, DESCRIPTORS, SPECIALIZED])
+MASKED_LAUNCHES = pytest.mark.parametrize("launch", [POINTERS, DESCRIPTORS, Launch(32, 32, 4, 1)])
+
+
+def check_forward(
+    inputs: list[Tensor],
+    launch: Launch | None,
+    dtype: torch.dtype = torch.float16,
+    mask: Sequence[Tensor] = (),
+    allowed: Tensor | None = None,
+) -> None:
+    """Holds the forward kernel to fp64; `allowed` [M, L, S] is what the mask's tensors stand for."""
+    q, k, v = (x.to(dtype) for x in inputs)
+    scale = q.shape[-1] ** -0.5
+    out, lse = run_forward(q, k, v, mask, scale=scale, launch=launch)
+    exact = plain_forward(q.double(), k.double(), v.double(), scale, allowed)
+    eager = plain_forward(q, k, v, scale, allowed)
+    is_empty = exact[1] == -math.inf
+    assert torch.equal(lse == math.inf, is_empty)
+    assert (out[is_empty] == 0).all()
+    lse, exact_lse, eager_lse = (x.masked_fill(is_empty, 0) for x in (lse, exact[1], eager[1]))
+    hold(("out", "lse"), (out, lse), (eager[0], eager_lse), (exact[0], exact_lse), [q, k, v], dtype, scale)
+
+
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    scores = q @ k.mT * scale
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed[:, None], -math.inf)
+    return torch.softmax(scores, -1).nan_to_num() @ v, torch.logsumexp(scores, -1) / math.log(2)
+
+
+@DENSE_LAUNCHES
+@pytest.mark.parametrize(("query_length", "key_length", "head_width"), [(1, 1, 16), (129, 1000, 32), (200, 256, 80)])
+def test_each_way_of_loading_matches_fp64(query_length: int, key_length: int, head_width: int, launch: Launch) -> None:
+    check_forward(normals(2, query_length, key_length, head_width)[0], launch)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.tuples(st.integers(1, 150), st.integers(1, 280)),
+    head_width=st.integers(1, 8).map(lambda n: 16 * n),
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    launch=st.sampled_from([POINTERS, DESCRIPTORS, SPECIALIZED]),
+    is_token_major=st.booleans(),
+)
+def test_any_shape_matches_fp64(
+    lengths: tuple[int, int],
+    head_width: int,
+    batch: int,
+    heads: int,
+    dtype: torch.dtype,
+    launch: Launch,
+    is_token_major: bool,
+) -> None:
+    inputs, _ = normals(heads, *lengths, head_width, batch)
+    if is_token_major:
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    check_forward(inputs, launch, dtype)
+
+
+def test_a_thousand_tokens_match_fp64() -> None:
+    check(*normals(1, 1000, 1000, 16), torch.float16)
+
+
+def test_hopper_loads_through_descriptors_where_they_can_address_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    described: list[Tensor] = []
+    describe = attention_forward.describe
+
+    def listed(tensor: Tensor, rows: int) -> object:
+        described.append(tensor)
+        return describe(tensor, rows)
+
+    monkeypatch.setattr(attention_forward, "is_hopper", lambda device: True)
+    monkeypatch.setattr(attention_forward, "describe", listed)
+    q, k, v = (x.half() for x in normals(2, 150, 140, 96)[0])
+    check_forward([q, k, v], None)
+    assert [tensor.data_ptr() for tensor in described] == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
+    check_forward([q, k[:, :1].expand_as(k), v], None)
+    assert len(described) == 3
+
+
+def test_what_descriptors_can_address() -> None:
+    tensor = torch.empty(2, 3, 40, 32, dtype=torch.float16)
+    for good in (tensor, tensor.transpose(1, 2), tensor[..., 8:24], tensor[:1].expand(1, 3, 40, 32), tensor[:, :, ::2]):
+        assert can_describe(good)
+    for bad in (
+        tensor[..., 4:20],
+        tensor.mT,
+        tensor[:1].expand(2, 3, 40, 32),
+        torch.empty(2, 3, 40, 36).half()[..., :32],
+    ):
+        assert not can_describe(bad)
+
+
+def as_mask(rows: Sequence[Sequence[object]]) -> list[Tensor]:
+    """Key tiles, key counts, query_low, query_high and key_position of each sample as a mask's seven tensors.
+
+    The transposed lists are for the backward pass only.
+    """
+    key_tiles, key_counts, low, high, position = (torch.tensor(x, dtype=torch.int32) for x in zip(*rows, strict=True))
+    return [key_tiles, key_counts, torch.empty(0), torch.empty(0), low, high, position]
+
+
+UNREAD = 10**6  # a tile so far away that reading it crashes
+
+
+@MASKED_LAUNCHES
+def test_documents_in_one_row_attend_to_themselves(launch: Launch) -> None:
+    """150 tokens, 40 tokens and 10 of padding; the second sample is all padding but for its first token."""
+    document = torch.tensor([0] * 150 + [1] * 40 + [-1] * 10)
+    lonely = torch.tensor([0] + [-1] * 199)
+    tiles = (
+        [[0, 1], [1, 0]],
+        [[0, UNREAD], [UNREAD, UNREAD]],
+    )  # the first tile of the first sample is full, the rest partial
+    counts = [[1, 2], [0, 2]], [[0, 1], [0, 0]]
+    rows = [
+        (t, c, d.clamp(min=0).tolist(), (d + 1).tolist(), d.tolist())
+        for t, c, d in zip(tiles, counts, (document, lonely), strict=True)
+    ]
+    allowed = torch.stack([(d[:, None] == d[None, :]) & (d[:, None] >= 0) for d in (document, lonely)])
+    check_forward(normals(2, 200, 200, 32, batch=2)[0], launch, mask=as_mask(rows), allowed=allowed)
+
+
+@MASKED_LAUNCHES
+def test_one_mask_serves_every_sample(launch: Launch) -> None:
+    """Two query rows past a tile's end in a full tile, and a ragged last key tile, listed out of order."""
+    tiles, counts = [[2, 0, 1], [0, UNREAD, UNREAD]], [[0, 3], [1, 1]]
+    position = torch.arange(300)
+    low, high = torch.arange(130), torch.arange(130) + 160
+    mask = as_mask([(tiles, counts, low.tolist(), high.tolist(), position.tolist())])
+    allowed = (low[:, None] <= position) & (position < high[:, None])
+    allowed[128:] = position < 128  # a full tile asks nobody
+    check_forward(normals(2, 130, 300, 16, batch=2)[0], launch, mask=mask, allowed=allowed[None])
+
+
+@MASKED_LAUNCHES
+def test_rows_without_keys_give_zero(launch: Launch) -> None:
+    """A query tile that meets no key tile, one whose listed tile allows nothing, and single rows of a third."""
+    tiles, counts = [[UNREAD], [0], [0]], [[0, 0], [0, 1], [0, 1]]
+    low = torch.cat([torch.zeros(128), torch.full((128,), 9), torch.arange(44) % 2 * 3]).int()
+    high = low + 2
+    position = torch.cat([torch.zeros(30), torch.full((70,), 1)]).int()
+    mask = as_mask([(tiles, counts, low.tolist(), high.tolist(), position.tolist())])
+    allowed = (low[:, None] <= position) & (position < high[:, None])
+    allowed[:128] = False
+    check_forward(normals(1, 300, 100, 16)[0], launch, mask=mask, allowed=allowed[None])
