@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .decode import DecodeError
 
@@ -33,6 +33,8 @@ def open_image(data: bytes) -> Image.Image:
         image.load()
     except DecodeError:
         raise
+    except UnidentifiedImageError as error:  # its text has an address in it
+        raise DecodeError("damaged image: its header cannot be read") from error
     except Image.DecompressionBombError as error:
         raise DecodeError("picture too large: more than 8K") from error
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError and others on damage
