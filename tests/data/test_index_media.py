@@ -153,7 +153,7 @@ def damaged_media(numbered: Any) -> dict[str, tuple[bytes, str]]:
         "sound only": (encode(video=False, audio=True), "no video stream"),
         "cut jpg": (jpeg[: len(jpeg) // 2], "damaged image: .*truncated"),
         "cut png": (picture("PNG")[:60], "damaged image"),
-        "headless png": (picture("PNG")[:20], "^damaged image: its header cannot be read$"),
+        "headless webp": (b"RIFF1234WEBP" + noise[:60], "^damaged image: its header cannot be read$"),
         "gif": (gif.getvalue(), "animated image: GIF; make a video of it"),
         "animated png": (apng.getvalue(), "animated image: 3 frames"),
         "animated webp": (webp.getvalue(), "animated image: 3 frames"),
