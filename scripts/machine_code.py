@@ -11,9 +11,10 @@ import json
 import pkgutil
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import triton
@@ -43,7 +44,7 @@ REGISTER_SLACK = 8
 class MachineCode:
     """What one compiled kernel needs, and the instructions that tell whether it uses the hardware it was written for."""
 
-    # Registers a thread (the most that any group of warps has, where they are specialised).
+    # Registers a thread (at the start, where groups of warps then hand some over to each other).
     registers: int
     # Bytes of registers a thread keeps in memory for want of more.
     spilled: int
@@ -58,6 +59,9 @@ class MachineCode:
     bulk_stores: int
     # Hand-overs of registers between groups of warps (USETMAXREG): not 0 where warp specialisation took effect.
     handovers: int
+    # 1 where the assembler made every tensor-core instruction of 9.0 wait for the one before (its remark C7515): correct, but
+    # products then overlap with nothing.
+    serialized: int
     # Matrix products whose fp32 operands are rounded to 10 bits of mantissa; must be 0.
     tf32: int
 
@@ -127,8 +131,12 @@ def measure(case: CompileCase) -> MachineCode:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _output_of(knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
-        code = _output_of(knobs.nvidia.nvdisasm.path, "-c", cubin)
+        # The assembler makes none of the instructions we count from anything else, and disassembling takes half a second.
+        is_special = re.search(r"mma\.|cp\.async\.bulk|cp\.reduce\.async\.bulk|setmaxnreg", compiled.asm["ptx"])
+        code = _output_of(knobs.nvidia.nvdisasm.path, "-c", cubin) if is_special else ""
     matrix = _count(code, MATRIX_INSTRUCTION[case.architecture])
+    # A group of HGMMA ends with one that carries a scoreboard to wait for.
+    waits = len(re.findall(r"\bHGMMA\b.*\bgsb0\b", code))
     return MachineCode(
         registers=max(int(count) for count in re.findall(r"REG:(\d+)", usage)),
         spilled=sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
@@ -138,6 +146,7 @@ def measure(case: CompileCase) -> MachineCode:
         bulk_loads=_count(code, "UTMALDG"),
         bulk_stores=_count(code, "UTMASTG") + _count(code, "UTMAREDG"),
         handovers=_count(code, "USETMAXREG"),
+        serialized=int(0 < matrix == waits),
         tf32=len(re.findall(r"MMA[.\w]*\.TF32", code)),
     )
 
@@ -174,6 +183,8 @@ def regressions(case: CompileCase, code: MachineCode, committed: "Committed") ->
         now, then = getattr(code, field), getattr(before, field)
         if now < then if same_compiler else now == 0 < then:
             found.append(f"{name}: {_title(field)}: {now} instructions, {then} in the committed code. {HOW_TO_ACCEPT}")
+    if code.serialized > before.serialized:
+        found.append(f"{name}: tensor-core instructions now wait for each other (ptxas -v says why). {HOW_TO_ACCEPT}")
     if same_compiler and code.registers > before.registers + REGISTER_SLACK:
         found.append(f"{name}: {code.registers} registers, {before.registers} in the committed code. {HOW_TO_ACCEPT}")
     return found
@@ -182,11 +193,12 @@ def regressions(case: CompileCase, code: MachineCode, committed: "Committed") ->
 def unmatched(cases: Sequence[CompileCase], committed: "Committed") -> list[str]:
     """Launches that the committed file lacks, and entries of it that no launch has any more."""
     names = {key(case) for case in cases}
-    missing = [
-        f"{name} is not in kernels/{COMMITTED.name}. {HOW_TO_ACCEPT}" for name in names - set(committed.launches)
+    missing, stale = sorted(names - set(committed.launches)), sorted(set(committed.launches) - names)
+    return [
+        f"{', '.join(some)}: {what} kernels/{COMMITTED.name}. {HOW_TO_ACCEPT}"
+        for some, what in ((missing, "missing in"), (stale, "no launch any more, but in"))
+        if some
     ]
-    stale = [f"{name} is in kernels/{COMMITTED.name} only. {HOW_TO_ACCEPT}" for name in set(committed.launches) - names]
-    return sorted(missing) + sorted(stale)
 
 
 @dataclass(frozen=True)
@@ -223,12 +235,13 @@ def print_table(found: Mapping[str, MachineCode]) -> None:
     """A line a launch."""
     versions = ", ".join(f"{name} {version}" for name, version in compilers().items())
     table = Table(title=f"Machine code of the kernels ({versions})")
-    table.add_column("launch", no_wrap=True)
-    for field in fields(MachineCode):
-        table.add_column(_title(field.name), justify="right")
+    table.add_column("launch", no_wrap=True, min_width=max(map(len, found)))
+    columns = [field.name for field in fields(MachineCode) if any(getattr(code, field.name) for code in found.values())]
+    for column in columns:
+        table.add_column(_title(column), justify="right")
     for name, code in found.items():
-        table.add_row(name, *(str(value or "") for value in astuple(code)))
-    Console().print(table)
+        table.add_row(name, *(str(getattr(code, column) or "") for column in columns))
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
 def _source(case: CompileCase) -> ASTSource:

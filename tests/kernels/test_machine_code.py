@@ -120,7 +120,16 @@ def test_a_case_that_forgets_an_argument_is_refused() -> None:
 
 
 CODE = MachineCode(
-    registers=100, spilled=0, shared=1000, scratch=0, tensor_core=16, bulk_loads=4, bulk_stores=1, handovers=2, tf32=0
+    registers=100,
+    spilled=0,
+    shared=1000,
+    scratch=0,
+    tensor_core=16,
+    bulk_loads=4,
+    bulk_stores=1,
+    handovers=2,
+    serialized=0,
+    tf32=0,
 )
 
 
@@ -132,6 +141,7 @@ CODE = MachineCode(
         ({"registers": 109}, "109 registers, 100", ""),
         ({"tensor_core": 15}, "tensor core: 15 instructions, 16", ""),
         ({"bulk_loads": 0}, "bulk loads: 0 instructions, 4", "bulk loads: 0 instructions, 4"),
+        ({"serialized": 1}, "now wait for each other", "now wait for each other"),
         ({"handovers": 0}, "handovers: 0 instructions, 2", "handovers: 0 instructions, 2"),
     ],
 )
@@ -146,8 +156,8 @@ def test_what_counts_as_a_regression(change: dict[str, int], same_compiler: str,
 def test_missing_and_stale_entries_are_named() -> None:
     assert unmatched([toy()], Committed({}, {"toy/sm90": CODE})) == []
     missing, stale = unmatched([toy()], Committed({}, {"gone/sm90": CODE}))
-    assert missing.startswith("toy/sm90 is not in kernels/machine_code.json")
-    assert stale.startswith("gone/sm90 is in kernels/machine_code.json only")
+    assert missing.startswith("toy/sm90: missing in kernels/machine_code.json")
+    assert stale.startswith("gone/sm90: no launch any more, but in kernels/machine_code.json")
 
 
 def test_the_committed_file_has_a_line_a_launch_in_order(tmp_path: Path) -> None:
@@ -165,7 +175,7 @@ def test_bench_code_compares_updates_and_says_what_to_do(
     monkeypatch.setattr(machine_code, "all_cases", lambda: [toy()])
     monkeypatch.setattr(machine_code, "COMMITTED", path)
     assert cli.main(["bench", "code"]) == 1
-    assert "toy/sm90 is not in" in capsys.readouterr().out
+    assert "toy/sm90: missing in" in capsys.readouterr().out
     assert cli.main(["bench", "code", "--update"]) == 0
     assert "commit it with the change" in capsys.readouterr().out
     assert cli.main(["bench", "code"]) == 0
