@@ -126,7 +126,7 @@ def run_steps(out: Path, seconds: float) -> dict[str, Any]:
 def run_quickstart(_: Path, seconds: float) -> dict[str, Any]:
     """The CPU quickstart's very commands and settings, on the GPU."""
     run_dir = ROOT / "runs/quickstart_gpu"
-    entry, _ = _run(_muybridge("quickstart", "--run-dir", str(run_dir)), seconds)
+    entry = _run(_muybridge("quickstart", "--run-dir", str(run_dir)), seconds)[0]
     if entry["ok"]:
         entry |= json.loads((run_dir / "report.json").read_text())
     return {"quickstart": entry}
