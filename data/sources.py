@@ -1,4 +1,4 @@
-"""What `muybridge prepare` reads: a folder of videos with caption files, or a table of paths and captions."""
+"""What `muybridge prepare` reads: folders of media with captions beside them, tables of paths or bytes with captions, or tars."""
 
 from __future__ import annotations
 
@@ -6,41 +6,72 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from .captions import MAX_CAPTION_BYTES, CaptionError, caption_from_text, clean_caption
+from .captions import (
+    MAX_CAPTION_BYTES,
+    CaptionError,
+    NoCaptionError,
+    caption_from_text,
+    captions_from_json,
+    clean_caption,
+)
+from .storage import RangeReader, find_shards
+from .tar_members import TarError
+from .tar_samples import CAPTION_EXTENSIONS, DEFAULT_CAPTION_FIELD, CaptionRules, read_samples
 
 VIDEO_EXTENSIONS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"})
-VIDEO_COLUMNS = ("video", "path", "file_path", "media_path", "file_name")
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+VIDEO_COLUMNS = ("video", "path", "file_path", "media_path", "file_name", "image", "mp4", "bytes")
 CAPTION_COLUMNS = ("caption", "prompt", "text", "cap")
+
+_SHOWN_TARS = 20
 
 
 @dataclass(frozen=True)
 class Source:
-    """One video to prepare; `fault` says why it cannot be (no caption, no such file), else it is ""."""
+    """One video or image to prepare; `fault` says why it cannot be (no caption, no such file), else it is "".
+
+    Its bytes are a file, a part of one (`size` is set, for tars), or a cell of a parquet table (`column` is set).
+    """
 
     path: Path
     name: str  # as the user would say it: relative to the folder or the table
     caption: str
     fault: str = ""
+    offset: int = 0  # bytes
+    size: int | None = None  # bytes
+    column: str = ""
+    row: int = 0  # of the parquet table
+    extension: str = ""  # "mp4"; "" to be told from the bytes
+    captions: list[str] = field(default_factory=list)  # all of them where there are several
+    labels: str = ""  # JSON object, "" for none
 
 
-def find_sources(source: Path) -> list[Source]:
-    """All videos of a folder (subfolders included, sorted by name) or a csv/jsonl table (in its order).
+def find_sources(source: Path, rules: CaptionRules | None = None) -> list[Source]:
+    """All media of a folder (subfolders included, sorted by name), a csv, jsonl or parquet table, or tars, in their order.
 
-    Raises ValueError if there is nothing to prepare at all.
+    A folder without any videos and images, but with tars, stands for these. Raises ValueError if there is nothing to prepare at
+    all, or a tar is damaged.
     """
+    rules = rules or CaptionRules()
     if not source.exists():
         raise ValueError(f"SRC={source} does not exist")
     if source.is_dir():
-        sources = list(_from_folder(source))
+        sources = list(_from_folder(source, rules))
+        if not sources and any(source.rglob("*.tar*")):
+            sources = _from_tars(source, rules)
         if not sources:
-            kinds = ", ".join(sorted(VIDEO_EXTENSIONS))
-            raise ValueError(f"SRC={source} holds no videos ({kinds})")
+            kinds = ", ".join([*sorted(VIDEO_EXTENSIONS), *sorted(IMAGE_EXTENSIONS)])
+            raise ValueError(f"SRC={source} holds no videos or images ({kinds})")
         remedy = f"put the caption of {sources[0].name} into {Path(sources[0].name).with_suffix('.txt')}, and so on"
+    elif ".tar" in source.suffixes:
+        sources = _from_tars(source, rules)
+        remedy = "see --caption-field and --default-caption"
     else:
-        sources = list(_from_table(source))
+        sources = list(_from_table(source, rules))
         if not sources:
             raise ValueError(f"SRC={source} has no rows")
         remedy = "fill its caption column"
@@ -54,40 +85,99 @@ def listing_fingerprint(sources: list[Source]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for source in sources:
         status = source.path.stat() if source.path.is_file() else None
-        digest.update(
-            json.dumps(
-                [source.name, source.caption, source.fault, status and status.st_size, status and status.st_mtime_ns]
-            ).encode()
-        )
+        facts: list[Any] = [source.name, source.caption, source.fault]
+        facts += [status and status.st_size, status and status.st_mtime_ns]
+        if source.size is not None or source.column or source.captions:
+            facts += [source.offset, source.size, source.column, source.row, source.captions]
+        digest.update(json.dumps(facts).encode())
     return digest.hexdigest()
 
 
-def _from_folder(folder: Path) -> Iterator[Source]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in VIDEO_EXTENSIONS or path.name.startswith(".") or not path.is_file():
+def _from_folder(folder: Path, rules: CaptionRules) -> Iterator[Source]:
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in VIDEO_EXTENSIONS | IMAGE_EXTENSIONS
+        and not path.name.startswith(".")
+        and path.is_file()
+    ]
+    videos = {path.with_suffix("") for path in found if path.suffix.lower() in VIDEO_EXTENSIONS}
+    for path in found:
+        caption_file = _caption_file(path, rules)
+        # Beside videos, pictures without captions or with a video's name are previews.
+        is_preview = path.with_suffix("") in videos or caption_file is None
+        if videos and path.suffix.lower() in IMAGE_EXTENSIONS and is_preview:
             continue
         name = path.relative_to(folder).as_posix().encode(errors="replace").decode()  # file names may be any bytes
-        caption_file = path.with_suffix(".txt")
-        if not caption_file.is_file():
-            yield Source(path, name, "", f"no caption ({caption_file.name} is missing)")
+        extension = path.suffix[1:].lower()
+        try:
+            captions = _read_captions(path, caption_file, rules)
+        except CaptionError as error:
+            yield Source(path, name, "", str(error), extension=extension)
             continue
-        caption, fault = _read_caption(caption_file)
-        yield Source(path, name, caption, fault)
+        several = captions if len(captions) > 1 else []
+        yield Source(path, name, captions[0], extension=extension, captions=several)
 
 
-def _read_caption(path: Path) -> tuple[str, str]:
-    with path.open("rb") as file:
-        data = file.read(MAX_CAPTION_BYTES + 1)
+def _caption_file(path: Path, rules: CaptionRules) -> Path | None:
+    extensions = ("json",) if rules.field is not None else CAPTION_EXTENSIONS
+    candidates = (path.with_suffix(f".{extension}") for extension in extensions)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _read_captions(path: Path, caption_file: Path | None, rules: CaptionRules) -> list[str]:
     try:
-        return caption_from_text(data, name=path.name), ""
-    except CaptionError as error:
-        return "", str(error)
+        if caption_file is None:
+            wanted = path.with_suffix(".txt" if rules.field is None else ".json")
+            raise NoCaptionError(f"no caption ({wanted.name} is missing)")
+        with caption_file.open("rb") as file:
+            data = file.read(MAX_CAPTION_BYTES + 1)
+        if caption_file.suffix == ".json":
+            return captions_from_json(data, field=rules.field or DEFAULT_CAPTION_FIELD, name=caption_file.name)
+        return [caption_from_text(data, name=caption_file.name)]
+    except NoCaptionError:
+        if rules.default is None:
+            raise
+        return [clean_caption(rules.default)]
 
 
-def _from_table(table: Path) -> Iterator[Source]:
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
+def _from_tars(source: Path, rules: CaptionRules) -> list[Source]:
+    found: list[Source] = []
+    faults = []
+    for shard in find_shards(str(source)):
+        name = Path(shard).relative_to(source).as_posix() if source.is_dir() else Path(shard).name
+        try:
+            with RangeReader(shard) as reader:
+                content = read_samples(reader, rules, shard=name)
+        except (TarError, OSError) as error:
+            faults.append(f"{name}: {error}")
+            continue
+        if content.duplicates:
+            faults.append(f"{name}: {content.duplicates[0].reason}; --allow-duplicates=first keeps the first of each")
+        found += [
+            Source(
+                Path(shard),
+                f"{name}/{sample.key}",
+                sample.captions[0],
+                offset=sample.media.offset,
+                size=sample.media.size,
+                extension=sample.extension,
+                captions=sample.captions if len(sample.captions) > 1 else [],
+                labels=sample.labels,
+            )
+            for sample in content.samples
+        ]
+        found += [Source(Path(shard), f"{name}/{r.key}", "", r.reason) for r in content.rejections]
+    if faults:
+        listed = "\n  ".join(faults[:_SHOWN_TARS])
+        raise ValueError(f"SRC={source}: {len(faults)} tars cannot be used:\n  {listed}\nMend or remove them")
+    return found
+
+
+def _from_table(table: Path, rules: CaptionRules) -> Iterator[Source]:
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     if table.suffix.lower() not in readers:
-        raise ValueError(f"SRC={table} must be a folder, a .csv or a .jsonl file")
+        raise ValueError(f"SRC={table} must be a folder, a .csv, .jsonl or .parquet table, or a .tar")
     try:
         rows = list(readers[table.suffix.lower()](table))
     except UnicodeDecodeError as error:
@@ -96,17 +186,21 @@ def _from_table(table: Path) -> Iterator[Source]:
         raise ValueError(f"SRC={table} is not a csv table: {error}") from error
     names = list(dict.fromkeys(name for row in rows for name in row))
     video_column, caption_column = _column(table, names, VIDEO_COLUMNS), _column(table, names, CAPTION_COLUMNS)
-    for row in rows:
-        name, caption = row.get(video_column), row.get(caption_column)
-        if not isinstance(name, str) or not name.strip():
+    for number, row in enumerate(rows):
+        text, media = row.get(caption_column), row.get(video_column)
+        caption = clean_caption(text) if isinstance(text, str) else ""
+        fault = ""
+        if not caption and rules.default is None:
+            fault = f"no caption (its {caption_column} is empty or not text)"
+        caption = caption or clean_caption(rules.default or "")
+        if isinstance(media, _Bytes):
+            yield Source(table, f"row {number}", caption, fault, column=video_column, row=number)
+        elif not isinstance(media, str) or not media.strip():
             yield Source(table, f"a row of {table.name}", "", f"its {video_column} is empty or not text")
-            continue
-        path = table.parent / name.strip()  # an absolute path stays as it is
-        if not path.is_file():
-            yield Source(path, name, "", "no such file")
-            continue
-        caption = clean_caption(caption) if isinstance(caption, str) else ""
-        yield Source(path, name, caption, "" if caption else f"no caption (its {caption_column} is empty or not text)")
+        elif not (path := table.parent / media.strip()).is_file():  # an absolute path stays as it is
+            yield Source(path, media, "", "no such file")
+        else:
+            yield Source(path, media, caption, fault, extension=path.suffix[1:].lower())
 
 
 def _csv_rows(table: Path) -> Iterator[dict[str, object]]:
@@ -126,6 +220,38 @@ def _jsonl_rows(table: Path) -> Iterator[dict[str, object]]:
         if not isinstance(row, dict):
             raise ValueError(f"SRC={table}, line {number} must be a JSON object with a path and a caption")
         yield row
+
+
+class _Bytes:
+    # Stands for a cell of bytes, which are read one at a time when they are needed.
+    pass
+
+
+def _parquet_rows(table: Path) -> Iterator[dict[str, object]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(table) as file:
+            schema = file.schema_arrow
+            # Bytes alone, or with their file's name as Hugging Face's datasets have them.
+            heavy = [f.name for f in schema if pa.types.is_struct(f.type) or _is_binary(f.type)]
+            light = [
+                name
+                for name in schema.names
+                if name not in heavy and name.lower() in (*VIDEO_COLUMNS, *CAPTION_COLUMNS)
+            ]
+            rows = file.read(columns=light).to_pylist() if light else [{} for _ in range(file.metadata.num_rows)]
+    except pa.ArrowException as error:
+        raise ValueError(f"SRC={table} is not a parquet table: {error}") from error
+    for row in rows:
+        yield {**row, **{name: _Bytes() for name in heavy}}
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def _column(table: Path, names: list[str], aliases: tuple[str, ...]) -> str:

@@ -21,6 +21,7 @@ from .decode import DecodeError, Decoder, read_frames_with_fallback
 from .media_info import index_fields, inspect_media, inspect_range
 from .mp4 import write_mp4
 from .resize import cover_crop
+from .scenes import inspect_scenes
 from .storage import read_range
 from .synthetic import FPS, draw_clip, render_clip
 
@@ -63,6 +64,7 @@ def read_clip(
 
 OPERATIONS: dict[str, Callable[..., tuple[dict[str, Any], bytes]]] = {
     "inspect_range": inspect_range,
+    "inspect_scenes": inspect_scenes,
     "synthesize": synthesize,
     "read_clip": read_clip,
 }

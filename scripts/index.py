@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
@@ -15,23 +14,17 @@ from rich.text import Text
 from ..data.index import ClipIndex
 from ..data.indexing import REPORT_NAME, IndexReport, IndexSettings, Progress, build_index, check_target, is_up_to_date
 from ..data.storage import is_remote
-from ..data.tar_samples import CAPTION_EXTENSIONS, MEDIA_EXTENSIONS, CaptionRules, Rejection, reason_class
-from .prepare import default_workers
+from ..data.tar_samples import CAPTION_EXTENSIONS, MEDIA_EXTENSIONS, Rejection, reason_class
+from .dataset_commands import add_sample_options, add_workers_option, caption_rules, console, say
 
 _SHOWN_WARNINGS = 10
-console = Console(highlight=False)
 
 
 def main(argv: list[str]) -> int:
     """Runs the command. Raises ValueError for a user's mistake, which the `muybridge` command prints."""
     arguments = _parser().parse_args(argv)
     out = arguments.out or _default_out(arguments.src)
-    rules = CaptionRules(
-        field=arguments.caption_field,
-        default=arguments.default_caption,
-        first_of_duplicates=arguments.allow_duplicates == "first",
-    )
-    settings = IndexSettings(captions=rules, quality=arguments.quality)
+    settings = IndexSettings(captions=caption_rules(arguments), quality=arguments.quality)
     index_shards(
         arguments.src,
         out,
@@ -58,10 +51,8 @@ def index_shards(
     check_target(out)
     if is_up_to_date(source, out, settings):
         index = ClipIndex.open(out)
-        _print(
-            f"{out} holds the index of {len(index)} clips in {len(index.shard_names)} shards, none of which changed."
-        )
-        _print("Nothing to do.")
+        say(f"{out} holds the index of {len(index)} clips in {len(index.shard_names)} shards, none of which changed.")
+        say("Nothing to do.")
         return index
     with _Bar() as bar:
         try:
@@ -82,10 +73,10 @@ def index_shards(
     images = int(index.column("is_image").sum())
     kinds = f"{minutes:.1f} minutes of video" + (f", {images} images" if images else "")
     read = f"{report.read_shards} of {report.shards} shards were read, the others had not changed"
-    _print(f"Wrote the index of {len(index)} clips ({kinds}) to {out}; {read}.")
+    say(f"Wrote the index of {len(index)} clips ({kinds}) to {out}; {read}.")
     if report.rejections:
-        _print(f"Left out {len(report.rejections)}; the reasons are in {out / REPORT_NAME}.")
-    _print(f"Next: muybridge train +experiment=NAME data.path={out}")
+        say(f"Left out {len(report.rejections)}; the reasons are in {out / REPORT_NAME}.")
+    say(f"Next: muybridge train +experiment=NAME data.path={out}")
     return index
 
 
@@ -119,9 +110,9 @@ class _Bar(Progress):
 
 def _print_report(report: IndexReport) -> None:
     for warning in [*report.warnings, *(f"left out: {shard}" for shard in report.damaged)][:_SHOWN_WARNINGS]:
-        _print(f"warning: {warning}")
+        say(f"warning: {warning}")
     if len(report.warnings) > _SHOWN_WARNINGS:
-        _print(f"and {len(report.warnings) - _SHOWN_WARNINGS} more warnings")
+        say(f"and {len(report.warnings) - _SHOWN_WARNINGS} more warnings")
     if not report.rejections:
         return
     examples: dict[str, Rejection] = {}
@@ -138,10 +129,6 @@ def _default_out(source: str) -> Path:
     if not is_remote(source) and Path(source).is_dir():
         return Path(source)
     raise ValueError(f"SRC={source} is no local folder, so OUT must say where the index shall be written")
-
-
-def _print(text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -170,19 +157,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         help="folder to write the index to (default: SRC, if it is a local folder)",
     )
-    parser.add_argument(
-        "--caption-field",
-        metavar="PATH",
-        help="read captions from KEY.json at this field, a.b for nested ones; of a list all are kept (default: KEY.txt, else "
-        "KEY.caption, else the field `caption` of KEY.json)",
-    )
-    parser.add_argument(
-        "--default-caption", metavar="TEXT", help="for samples without a caption, '' for none (default: leave them out)"
-    )
-    parser.add_argument(
-        "--allow-duplicates", choices=["first"], help="keep the first of two members of one name (default: an error)"
-    )
-    parser.add_argument("--quality", action="store_true", help="measure luma, sharpness and motion, for filters")
+    add_workers_option(parser)
+    add_sample_options(parser)
     parser.add_argument(
         "--max-rejected",
         type=_share,
@@ -191,16 +167,6 @@ def _parser() -> argparse.ArgumentParser:
         help="of samples left out, more is an error (default: 0.5)",
     )
     parser.add_argument("--skip-damaged-shards", action="store_true", help="leave out shards that cannot be read")
-    parser.add_argument(
-        "--workers", type=_positive, default=default_workers(), help="decoding processes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=300.0,
-        metavar="SECONDS",
-        help="leave out a file that takes longer to decode (default: %(default)s)",
-    )
     return parser
 
 
@@ -208,11 +174,4 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} must be in 0..1")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be positive")
     return value

@@ -100,7 +100,7 @@ def test_tables_may_use_any_of_the_usual_column_names(tmp_path: Path, video: str
         ({"t.jsonl": '{"video": "a", "cap": "b"}\n{oops\n'}, "t.jsonl", "line 2 is not JSON"),
         ({"t.jsonl": '["a", "b"]\n'}, "t.jsonl", "line 1 must be a JSON object"),
         ({"t.csv": b"video,caption\na,\xff\n"}, "t.csv", r"is not UTF-8 text \(byte 16\)"),
-        ({"t.xlsx": "x"}, "t.xlsx", r"must be a folder, a \.csv or a \.jsonl file"),
+        ({"t.xlsx": "x"}, "t.xlsx", r"must be a folder, a \.csv, \.jsonl or \.parquet table, or a \.tar"),
     ],
 )
 def test_nothing_to_prepare_is_one_clear_error(
