@@ -30,6 +30,8 @@ from .. import kernels
 from ..kernels.compile_case import CompileCase
 
 COMMITTED = Path(kernels.__file__).with_name("machine_code.json")
+README = COMMITTED.with_name("README.md")
+README_COLUMNS = ("registers", "spilled", "shared", "tensor_core", "bulk_loads", "serialized")
 HOW_TO_ACCEPT = (
     "`muybridge bench code --update` accepts the code as it is now; commit kernels/machine_code.json with the change"
 )
@@ -83,7 +85,8 @@ def main(argv: list[str]) -> int:
     complaints = [text for case in cases for text in broken_limits(case, found[key(case)])]
     if options.update:
         write_committed(found, COMMITTED)
-        print(f"muybridge: wrote {COMMITTED}; commit it with the change that made the difference")
+        README.write_text(with_figures(README.read_text(), found))
+        print(f"muybridge: wrote {COMMITTED} and {README}; commit them with the change that made the difference")
     else:
         committed = read_committed(COMMITTED)
         complaints += [text for case in cases for text in regressions(case, found[key(case)], committed)]
@@ -222,6 +225,17 @@ def write_committed(found: Mapping[str, MachineCode], path: Path) -> None:
     lines = [f" {json.dumps(name)}: {json.dumps(vars(found[name]))}" for name in sorted(found)]
     made_with = json.dumps(compilers())
     path.write_text(f'{{"made_with": {made_with},\n"launches": {{\n' + ",\n".join(lines) + "\n}}\n")
+
+
+def with_figures(text: str, found: Mapping[str, MachineCode]) -> str:
+    """The README with the figures of the launches that a table of it names."""
+
+    def row(match: re.Match[str]) -> str:
+        code = found.get(match[1])
+        figures = [getattr(code, column) for column in README_COLUMNS] if code else ["no such launch"]
+        return f"| `{match[1]}` | {' | '.join(map(str, figures))} |"
+
+    return re.sub(r"^\| `([^`]+/sm\d+)` \|.*$", row, text, flags=re.MULTILINE)
 
 
 @functools.cache

@@ -20,6 +20,8 @@ from muybridge.kernels.compile_case import CompileCase  # noqa: E402
 from muybridge.scripts import cli, machine_code  # noqa: E402
 from muybridge.scripts.machine_code import (  # noqa: E402
     COMMITTED,
+    HOW_TO_ACCEPT,
+    README,
     Committed,
     MachineCode,
     all_cases,
@@ -30,6 +32,7 @@ from muybridge.scripts.machine_code import (  # noqa: E402
     read_committed,
     regressions,
     unmatched,
+    with_figures,
     write_committed,
 )
 
@@ -46,6 +49,12 @@ def test_launch_on_hopper_keeps_its_limits(case: CompileCase) -> None:
 def test_committed_file_names_every_launch_and_no_other() -> None:
     complaints = unmatched(CASES, read_committed(COMMITTED))
     assert not complaints, "\n".join(complaints)
+
+
+def test_readme_shows_the_committed_figures() -> None:
+    text = README.read_text()
+    assert text == with_figures(text, read_committed(COMMITTED).launches), HOW_TO_ACCEPT
+    assert "no such launch" not in text
 
 
 @triton.jit
@@ -174,10 +183,17 @@ def test_bench_code_compares_updates_and_says_what_to_do(
     path = tmp_path / "machine_code.json"
     monkeypatch.setattr(machine_code, "all_cases", lambda: [toy()])
     monkeypatch.setattr(machine_code, "COMMITTED", path)
+    readme = tmp_path / "README.md"
+    readme.write_text("| `toy/sm90` | 7 |\n| `gone/sm90` | 8 |\n| text | `toy/sm90` |\n")
+    monkeypatch.setattr(machine_code, "README", readme)
     assert cli.main(["bench", "code"]) == 1
     assert "toy/sm90: missing in" in capsys.readouterr().out
     assert cli.main(["bench", "code", "--update"]) == 0
-    assert "commit it with the change" in capsys.readouterr().out
+    assert "commit them with the change" in capsys.readouterr().out
+    toy_row, gone_row, text = readme.read_text().splitlines()
+    assert int(toy_row.split("|")[2]) == read_committed(path).launches["toy/sm90"].registers
+    assert gone_row == "| `gone/sm90` | no such launch |"
+    assert text == "| text | `toy/sm90` |"
     assert cli.main(["bench", "code"]) == 0
     assert "on a GPU, `muybridge bench kernels` times them" in capsys.readouterr().out
     assert cli.main(["bench", "code", "--only", "none"]) == 64
