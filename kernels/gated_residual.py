@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Backend, has_kernel, pointwise_backend
-from .modulated_norm import by_row, check_inputs, reference_residual
+from .modulated_norm import check_inputs, per_token, reference_residual, sum_tokens
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -59,9 +59,9 @@ def gated_residual_backward(
 
         return run_backward(grad, branch, gate, branch_dtype=branch_dtype, needs=needs)
     needs_branch, needs_gate = needs
-    grad_branch = (by_row(grad, gate.shape[1]) * gate.unsqueeze(2)).flatten(1, 2).to(branch_dtype).contiguous()
-    wide = grad.to(gate.dtype)
-    grad_gate = None if branch is None else by_row(wide * branch, gate.shape[1]).sum(2)
+    wide = grad.to(gate.dtype).contiguous()
+    grad_branch = (wide * per_token(gate, grad)).to(branch_dtype)
+    grad_gate = None if branch is None else sum_tokens(wide * branch, gate)
     return [
         grad_branch if needs_branch else grad.new_empty(0),
         grad_gate if needs_gate and grad_gate is not None else grad.new_empty(0),

@@ -100,14 +100,13 @@ def reference_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor
     """x + gate * branch in the dtype of x."""
     if gate is None:
         return (x + branch).to(x.dtype)
-    rows = gate.shape[1]
-    return torch.addcmul(by_row(x, rows), by_row(branch, rows), gate.unsqueeze(2)).flatten(1, 2).to(x.dtype)
+    return torch.addcmul(x, branch, per_token(gate, x)).to(x.dtype)
 
 
 def reference_modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
     """`modulated_norm` in plain torch."""
-    normed = by_row(F.layer_norm(x.to(_wide(x)), x.shape[2:], eps=eps), scale.shape[1])
-    return torch.addcmul(shift.unsqueeze(2), normed, 1 + scale.unsqueeze(2)).flatten(1, 2).to(dtype)
+    normed = F.layer_norm(x.to(_wide(x)), x.shape[2:], eps=eps)
+    return torch.addcmul(per_token(shift, x), normed, per_token(1 + scale, x)).to(dtype)
 
 
 def reference_backward(
@@ -123,20 +122,17 @@ def reference_backward(
     offset: float,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """The mathematics of the backward kernel: gradients of x, branch, gate (None without branch), scale and shift."""
-    rows = scale.shape[1]
     wide = _wide(stream)
     unit = (stream.to(wide) - mean[..., None]) * rstd[..., None]  # n
-    grad_rows = by_row(grad_normed.to(wide), rows)
-    grad_unit = (grad_rows * (offset + scale.unsqueeze(2))).flatten(1, 2)  # u
+    grad_shift = grad_normed.to(wide)
+    grad_unit = grad_shift * (offset + per_token(scale, stream))  # u
     along_one, along_unit = grad_unit.mean(-1, keepdim=True), (grad_unit * unit).mean(-1, keepdim=True)
     grad_x = rstd[..., None] * (grad_unit - along_one - unit * along_unit)
     if grad_stream is not None:
         grad_x = grad_x + grad_stream
-    grad_branch, grad_gate = grad_x, None
-    if gate is not None:
-        grad_branch = (by_row(grad_x, gate.shape[1]) * gate.unsqueeze(2)).flatten(1, 2)
-        grad_gate = None if branch is None else by_row(grad_x * branch, gate.shape[1]).sum(2)
-    return grad_x, grad_branch, grad_gate, (grad_rows * by_row(unit, rows)).sum(2), grad_rows.sum(2)
+    grad_branch = grad_x if gate is None else grad_x * per_token(gate, stream)
+    grad_gate = None if gate is None or branch is None else sum_tokens(grad_x * branch, gate)
+    return grad_x, grad_branch, grad_gate, sum_tokens(grad_shift * unit, scale), sum_tokens(grad_shift, scale)
 
 
 @torch.library.custom_op("muybridge::residual_norm", mutates_args=())
@@ -163,8 +159,8 @@ def residual_norm(
     mean = wide.mean(-1)
     centred = wide - mean[..., None]
     rstd = (centred.square().mean(-1) + eps).rsqrt()
-    normed = by_row(centred * rstd[..., None], scale.shape[1]) * (offset + scale.unsqueeze(2)) + shift.unsqueeze(2)
-    return x.new_empty(0) if branch is None else stream, normed.flatten(1, 2).to(dtype).contiguous(), mean, rstd
+    normed = centred * rstd[..., None] * (offset + per_token(scale, x)) + per_token(shift, x)
+    return x.new_empty(0) if branch is None else stream, normed.to(dtype), mean, rstd
 
 
 @residual_norm.register_fake
@@ -267,39 +263,56 @@ def _backward(ctx: Any, grad_stream: Tensor | None, grad_normed: Tensor | None, 
 residual_norm.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def by_row(tensor: Tensor, rows: int) -> Tensor:
-    """[B, L, D] as [B, R, L / R, D]: the tokens that share a row of a table, which is [B, R, 1, D] then."""
-    return tensor.unflatten(1, (rows, tensor.shape[1] // rows))
+def per_token(table: Tensor, x: Tensor) -> Tensor:
+    """A table [B, R, D] so that it broadcasts over x [B, L, D]: itself for 1 or L rows, else each row L / R times."""
+    tokens, rows = x.shape[1], table.shape[1]
+    if rows in (1, tokens):
+        return table
+    return table.unsqueeze(2).expand(-1, -1, tokens // rows, -1).flatten(1, 2)
+
+
+def sum_tokens(terms: Tensor, table: Tensor) -> Tensor:
+    """Sums [B, L, D] over the tokens of each row of a table [B, R, D]."""
+    return terms.unflatten(1, (table.shape[1], -1)).sum(2)
 
 
 def check_inputs(
     op: str, x: Tensor, branch: Tensor | None, tables: dict[str, Tensor], dtype: torch.dtype, eps: float
 ) -> None:
     """Raise ValueError for a stream, branch and tables that do not fit together."""
-    tensors = {"x": x} | ({} if branch is None else {"branch": branch}) | tables
-    shapes = {tuple(table.shape) for table in tables.values()}
-    allowed = (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES
-    if x.dim() != 3 or x.shape[1] < 1 or not 1 <= x.shape[2] <= WIDTH_LIMIT:
-        rule = f"must be x [B, L, D] with at least one token and a width of 1 to {WIDTH_LIMIT}"
-    elif branch is not None and branch.shape != x.shape:
-        rule = "must be x and branch of one shape"
-    elif any(
-        len(shape) != 3 or shape[::2] != x.shape[::2] or shape[1] < 1 or x.shape[1] % shape[1] for shape in shapes
-    ):
-        rule = f"must be [B, R, D] for {', '.join(tables)}, where R divides the number of tokens L"
-    elif len(shapes) > 1:
-        rule = f"must be {', '.join(tables)} of one shape"
-    elif any(t.dtype not in allowed for t in (x, branch) if t is not None) or dtype not in allowed:
-        rule = f"must be x, branch and output ({dtype}) of float32, float16 and bfloat16, or all of float64"
-    elif any(table.dtype != _wide(x) for table in tables.values()):
-        rule = f"must be float32 for {', '.join(tables)} (float64 with x in float64)"
-    elif any(tensor.device != x.device for tensor in tensors.values()):
-        rule = "must be on one device"
-    elif not 0 < eps < math.inf:
+    rule = _broken_rule(x, branch, tables, dtype)
+    if rule:
+        tensors = {"x": x} | ({} if branch is None else {"branch": branch}) | tables
+        raise ValueError(f"{op}: {_described(tensors)}: must be {rule}")
+    if not 0 < eps < math.inf:
         raise ValueError(f"{op}: eps={eps} must be positive and finite")
-    else:
-        return
-    raise ValueError(f"{op}: {_described(tensors)}: {rule}")
+
+
+def _broken_rule(x: Tensor, branch: Tensor | None, tables: dict[str, Tensor], dtype: torch.dtype) -> str:
+    """The first rule that is broken. Plain loops: a small model on the CPU notices every microsecond here."""
+    allowed = (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES
+    shape, device, wide, names = x.shape, x.device, _wide(x), ", ".join(tables)
+    if len(shape) != 3 or shape[1] < 1 or not 1 <= shape[2] <= WIDTH_LIMIT:
+        return f"x [B, L, D] with at least one token and a width of 1 to {WIDTH_LIMIT}"
+    if branch is not None and branch.shape != shape:
+        return "x and branch of one shape"
+    if x.dtype not in allowed or dtype not in allowed or (branch is not None and branch.dtype not in allowed):
+        return f"x, branch and output ({dtype}) of float32, float16 and bfloat16, or all of float64"
+    if branch is not None and branch.device != device:
+        return "on one device"
+    first = None
+    for table in tables.values():
+        rows = table.shape
+        if len(rows) != 3 or rows[0] != shape[0] or rows[2] != shape[2] or rows[1] < 1 or shape[1] % rows[1]:
+            return f"[B, R, D] for {names}, where R divides the number of tokens L"
+        if rows != (first or rows):
+            return f"{names} of one shape"
+        if table.dtype != wide:
+            return f"float32 for {names} (float64 with x in float64)"
+        if table.device != device:
+            return "on one device"
+        first = rows
+    return ""
 
 
 def _described(tensors: dict[str, Tensor]) -> str:
@@ -312,4 +325,4 @@ def _has_kernel(x: Tensor, branch: Tensor | None) -> bool:
 
 def _wide(x: Tensor) -> torch.dtype:
     """The dtype of arithmetic on x: at least fp32."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
