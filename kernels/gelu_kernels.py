@@ -88,7 +88,7 @@ def compile_cases() -> Iterator[CompileCase]:
                     types=dict.fromkeys(pointers, f"*{dtype}") | {"elements": "i64"},
                     constants={"SLOPE": SLOPE, "CUBIC": CUBIC, "BLOCK": BLOCK},
                     warps=WARPS,
-                    stages=1,
+                    stages=3,
                     architecture=architecture,
                     aligned=("elements",),
                 )

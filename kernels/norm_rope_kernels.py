@@ -247,7 +247,7 @@ def compile_cases() -> Iterator[CompileCase]:
                     },
                     constants=constants | dict.fromkeys(absent),
                     warps=warps,
-                    stages=1,
+                    stages=3,
                     architecture=architecture,
                     aligned=(
                         "stride_xb",
