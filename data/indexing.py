@@ -46,6 +46,7 @@ class IndexSettings:
     """What a sidecar depends on, besides its shard."""
 
     captions: CaptionRules = field(default_factory=CaptionRules)
+    decode: bool = True  # decode videos in full; else look at their packets only
     quality: bool = False  # measure luma, sharpness and motion
 
     def described(self) -> dict[str, Any]:
@@ -227,6 +228,7 @@ def _index_shard(
                     offset=sample.media.offset,
                     size=sample.media.size,
                     containers=CONTAINERS,
+                    decode=settings.decode,
                     quality=settings.quality,
                 )
                 clips.append(clip_of(sample, found))

@@ -1,4 +1,4 @@
-"""What the index keeps of a video or image: found by decoding it in full once, whatever its name says."""
+"""What the index keeps of a video or image: found in its bytes, whatever its name says."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from .decode import DecodeError, Decoder, available_decoder, has_decoder, probe, read_frames_with_fallback
 from .images import is_image, open_image, read_image, upright_size
+from .packet_scan import scan_packets
 from .quality import measure_quality, sample_times
 from .storage import read_range
 
@@ -20,7 +21,7 @@ _EVEN_SECONDS = 2.5e-3  # frames this close to evenly spaced are: Matroska round
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What decoding the whole of a video or image told about it."""
+    """What the index keeps of a video or image."""
 
     frames: int  # 1 for an image
     fps_numerator: int  # average frame rate; an image lasts one frame of one second
@@ -35,19 +36,19 @@ class MediaInfo:
     has_audio: bool
     is_variable_rate: bool
     is_hdr: bool
-    container: (
-        str  # "mp4" (mov included), "matroska" (webm included), "image", FFmpeg's name of others, "" where not known
-    )
+    # "mp4" (mov included), "matroska" (webm included), "image", FFmpeg's name of others, "" where not known
+    container: str
 
 
-def inspect_media(data: bytes) -> MediaInfo:
-    """Decodes a video or image in full. Raises DecodeError."""
+def inspect_media(data: bytes, *, decode: bool = True) -> MediaInfo:
+    """Decodes a video or image in full; without `decode` only the packets of a video are looked at. Raises DecodeError."""
     if is_image(data):
         return _inspect_image(data)
     if data[:6] in (b"GIF87a", b"GIF89a"):
         raise DecodeError("animated image: GIF; make a video of it")
-    info = probe(data)
-    facts = _video_facts(data) if has_decoder(Decoder.pyav) else _UNKNOWN_FACTS
+    has_pyav = has_decoder(Decoder.pyav)
+    info = scan_packets(data) if has_pyav and not decode else probe(data)
+    facts = _video_facts(data) if has_pyav else _UNKNOWN_FACTS
     return MediaInfo(
         frames=info.frames,
         fps_numerator=info.fps_numerator,
@@ -69,15 +70,21 @@ def index_fields(info: MediaInfo) -> dict[str, Any]:
 
 
 def inspect_range(
-    name: str, offset: int, size: int, *, containers: list[str] | None = None, quality: bool = False
+    name: str,
+    offset: int,
+    size: int,
+    *,
+    containers: list[str] | None = None,
+    decode: bool = True,
+    quality: bool = False,
 ) -> tuple[dict[str, Any], bytes]:
     """The operation of a decoding process: inspects a part of a file; answers with fields of `index.Clip`.
 
-    `containers` are those that are allowed, None allows all; `quality` measures that too. Raises DecodeError for media that cannot
-    be used, and OSError or EOFError where the file cannot be read.
+    `containers` are those that are allowed, None allows all; `decode` as in `inspect_media`; `quality` measures that too. Raises
+    DecodeError for media that cannot be used, and OSError or EOFError where the file cannot be read.
     """
     data = read_range(name, offset, size)
-    info = inspect_media(data)
+    info = inspect_media(data, decode=decode)
     if containers is not None and info.container and info.container not in containers:
         raise DecodeError(f"unsupported container: {info.container} (allowed are {', '.join(containers)})")
     found = {**index_fields(info), "checksum": zlib.crc32(data)}
@@ -131,6 +138,10 @@ def _video_facts(data: bytes) -> dict[str, Any]:
         with av.open(io.BytesIO(data), mode="r") as container:
             stream: Any = container.streams.best("video")  # as `decode` chooses it
             codec = stream.codec_context
+            # Between two frames a cut leaves no other trace: what is there decodes. The header's count of frames is no help, since
+            # it has those too that an edit list hides.
+            if any(entry.pos + entry.size > len(data) for entry in stream.index_entries):
+                raise DecodeError("damaged video data: it is cut, its header names frames beyond its end")
             times = sorted(float(p.pts * p.time_base) for p in container.demux(stream) if p.pts is not None)
             gaps = np.diff(times)
             return {

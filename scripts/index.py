@@ -24,7 +24,9 @@ def main(argv: list[str]) -> int:
     """Runs the command. Raises ValueError for a user's mistake, which the `muybridge` command prints."""
     arguments = _parser().parse_args(argv)
     out = arguments.out or _default_out(arguments.src)
-    settings = IndexSettings(captions=caption_rules(arguments), quality=arguments.quality)
+    settings = IndexSettings(
+        captions=caption_rules(arguments), decode=not arguments.no_decode, quality=arguments.quality
+    )
     index_shards(
         arguments.src,
         out,
@@ -165,6 +167,11 @@ def _parser() -> argparse.ArgumentParser:
         default=0.5,
         metavar="SHARE",
         help="of samples left out, more is an error (default: 0.5)",
+    )
+    parser.add_argument(
+        "--no-decode",
+        action="store_true",
+        help="look at the packets of videos only: far faster, but damage inside a packet is found in training",
     )
     parser.add_argument("--skip-damaged-shards", action="store_true", help="leave out shards that cannot be read")
     return parser

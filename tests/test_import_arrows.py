@@ -24,7 +24,7 @@ HOMES = {
     "tokenizers": ["models/text.py"],
     "webdataset": ["data/*.py"],
     "decord": ["data/decode.py"],
-    "av": ["data/decode.py", "data/media_info.py", "data/mp4.py", "data/scenes.py"],
+    "av": ["data/decode.py", "data/media_info.py", "data/mp4.py", "data/packet_scan.py", "data/scenes.py"],
     "cv2": ["data/decode.py", "data/mp4.py"],
     "imageio": ["data/decode.py", "data/mp4.py"],
     "fsspec": ["data/storage.py"],
@@ -35,7 +35,17 @@ HOMES = {
     "omegaconf": ["train/__main__.py", "train/config.py"],
 }
 # Not on every machine that runs this file's importer, or too slow to load for those who do not use it.
-ONLY_INSIDE_FUNCTIONS = {"av", "decord", "cv2", "fsspec", "imageio", "scenedetect", "transformers", "tokenizers", "wandb"}
+ONLY_INSIDE_FUNCTIONS = {
+    "av",
+    "decord",
+    "cv2",
+    "fsspec",
+    "imageio",
+    "scenedetect",
+    "transformers",
+    "tokenizers",
+    "wandb",
+}
 # Tests use diffusers as an oracle; nothing here reads or writes pickles.
 NOWHERE = {"diffusers", "accelerate", "pickle", "dill", "pytest", "hypothesis"}
 

@@ -222,3 +222,47 @@ def test_quality_is_measured_within_the_clip(tmp_path: Path) -> None:
         assert 0 <= found["luma"] <= 255
         assert found["motion"] >= 0
     assert inspect_range(str(tmp_path / "file"), 0, len(data), quality=True)[0]["luma"] == pytest.approx(127.5, abs=1)
+
+
+def test_packets_tell_what_decoding_does(numbered: Any) -> None:
+    open_gop = {"x265-params": "keyint=8:min-keyint=8:bframes=3:open-gop=1:log-level=none"}
+    variable = [0, 100, 300, 400, 700, 1200, 1500]
+    files = {
+        "constant": numbered.encode([40 * i for i in range(50)], options={"bf": "3", "g": "8"}),
+        "variable": numbered.encode(variable),
+        "variable in matroska": numbered.encode(variable, container="matroska"),
+        "open groups": numbered.encode([40 * i for i in range(40)], codec="libx265", options=open_gop),
+        "vp9": encode(container="webm", codec="libvpx-vp9"),
+        "av1": numbered.encode(SIXTEEN, codec="libsvtav1", options={"preset": "12", "svtav1-params": "lp=1"}),
+        "ten bits": encode(pixel_format="yuv420p10le"),
+        "with sound": encode(audio=True),
+        "one frame": encode(frames=1),
+    }
+    plain = files["constant"]
+    matrix = plain.index(b"tkhd") + 4 + 40
+    turn = b"".join(v.to_bytes(4, "big", signed=True) for v in (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30))
+    files["rotated"] = plain[:matrix] + turn + plain[matrix + 36 :]
+    for name, data in files.items():
+        assert inspect_media(data, decode=False) == inspect_media(data), name
+    assert not inspect_media(files["open groups"], decode=False).seekable
+
+
+def test_packets_tell_of_cut_files(numbered: Any) -> None:
+    for name, (data, _) in damaged_media(numbered).items():
+        if name not in ("bit rot", "noise"):
+            with pytest.raises(DecodeError, match=r"not a readable|damaged|empty|no video stream|animated"):
+                inspect_media(data, decode=False)
+    fast = numbered.encode([40 * i for i in range(50)], header_first=True)
+    cuts = [*range(fast.index(b"mdat") + 4, len(fast) - 1, 97), between_frames(fast)]
+    for cut in cuts:
+        for whole in (True, False):
+            with pytest.raises(
+                DecodeError, match=r"not a readable video file|no frames|damaged video data: .*(\(after \d+|it is cut)"
+            ):
+                inspect_media(fast[:cut], decode=whole)
+
+
+def between_frames(data: bytes) -> int:
+    """A place where a cut leaves whole frames only."""
+    with av.open(io.BytesIO(data)) as container:
+        return int(container.streams.video[0].index_entries[20].pos)

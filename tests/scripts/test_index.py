@@ -21,7 +21,7 @@ def write_images(path: Path, count: int, *, broken: int = 0) -> Path:
         for number in range(count):
             file = io.BytesIO()
             Image.fromarray(np.full((8, 12, 3), number, np.uint8)).save(file, "PNG")
-            data = b"<html>" if number < broken else file.getvalue()
+            data = b"\xff\xd8\xff no jpeg" if number < broken else file.getvalue()
             for extension, content in (("png", data), ("txt", f"number {number}".encode())):
                 info = tarfile.TarInfo(f"k{number}.{extension}")
                 info.size = len(content)
@@ -39,7 +39,7 @@ def test_a_folder_is_indexed_in_place(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(folder, "--quality") == 0
     said = " ".join(capsys.readouterr().out.split())
     for part in (
-        "not a readable video file",
+        "damaged image",
         f"Wrote the index of 3 clips (0.0 minutes of video, 3 images) to {folder}; 1 of 1 shards were read",
         f"Left out 2; the reasons are in {folder / 'rejected.jsonl'}.",
         f"Next: muybridge train +experiment=NAME data.path={folder}",
@@ -61,7 +61,7 @@ def test_a_folder_is_indexed_in_place(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (["gone/*.tar", "out"], "SRC=gone/*.tar holds no shards"),
         (["tars/a.tar"], "SRC=tars/a.tar is no local folder, so OUT must say where the index shall be written"),
-        (["tars", "out", "--max-rejected", "0.1"], "1 of 2 samples cannot be used: not a readable video file (1)"),
+        (["tars", "out", "--max-rejected", "0.1"], "1 of 2 samples cannot be used: damaged image (1)"),
         (["tars", "out", "--max-rejected", "3"], "3 must be in 0..1"),
         (["tars", "out", "more"], "unrecognized arguments: more; quote a pattern"),
         (["tars", "out", "--workers", "0"], "0 must be positive"),
