@@ -204,12 +204,12 @@ HOPPER_MASKED_FORWARD = {
 # For every other GPU, so within the 99 KiB of shared memory that compute capabilities 8.6, 8.9 and 12.0 have (8.0: 163 KiB), and
 # for Hopper where descriptors cannot address the inputs.
 AMPERE_FORWARD = {
-    64: Launch(128, 64, 4, 3),
+    64: Launch(128, 32, 4, 4),
     128: Launch(128, 32, 8, 3),
     256: Launch(64, 32, 8, 2),
 }
 AMPERE_MASKED_FORWARD = {
-    64: Launch(128, 64, 4, 3),
+    64: Launch(128, 32, 4, 3),
     128: Launch(128, 32, 8, 3),
     256: Launch(64, 32, 8, 3),
 }

@@ -199,7 +199,7 @@ def test_each_way_of_loading_matches_fp64(query_length: int, key_length: int, he
     check_forward(normals(2, query_length, key_length, head_width)[0], launch)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.tuples(st.integers(1, 150), st.integers(1, 280)),
     head_width=st.integers(1, 8).map(lambda n: 16 * n),
@@ -243,6 +243,14 @@ def test_hopper_loads_through_descriptors_where_they_can_address_the_inputs(monk
     assert [tensor.data_ptr() for tensor in described] == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
     check_forward([q, k[:, :1].expand_as(k), v], None)
     assert len(described) == 3
+
+
+@DENSE_LAUNCHES
+def test_the_stride_of_a_single_row_is_not_looked_at(launch: Launch) -> None:
+    single = normal(1, 1, 1, 16).half().as_strided((1, 1, 1, 16), (7, 5, 3, 1))
+    _, k, v = normals(1, 1, 20, 16)[0]
+    check_forward([single, k, v], launch)
+    check_forward([k, single, single], launch)
 
 
 def test_what_descriptors_can_address() -> None:
