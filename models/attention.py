@@ -3,13 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels import attention
-from .embeddings import Fp32RMSNorm
-from .rope import apply_rope
+from ..kernels import Rope, TileMask, attention, rms_norm_heads, rms_norm_rope
 
 
 class Attention(nn.Module):
-    """Unmasked attention of x [B, L, D] over a context [B, S, D] (x itself in self-attention)."""
+    """Attention of x [B, L, D] over a context [B, S, D] (x itself in self-attention)."""
 
     def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
@@ -20,23 +18,34 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(dim, dim)
         # A list of one, because the public checkpoints call this layer `to_out.0`.
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q = Fp32RMSNorm(dim, eps)
-        self.norm_k = Fp32RMSNorm(dim, eps)
+        self.norm_q = HeadsRMSNorm(dim, num_heads, eps)
+        self.norm_k = HeadsRMSNorm(dim, num_heads, eps)
 
-    def forward(self, x: Tensor, context: Tensor, rope: Tensor | None) -> Tensor:
-        """`rope` is the table of `rope_table` for self-attention and None for cross-attention, which has no positions."""
-        value = self._split_heads(self.to_v(context))  # [B, S, N, K]
-        query = self._split_heads(self.norm_q(self.to_q(x)))  # [B, L, N, K], float32
-        key = self._split_heads(self.norm_k(self.to_k(context)))
-        if rope is not None:
-            query, key = apply_rope(query, rope), apply_rope(key, rope)
-        # Norm and rotation gave float32; the product runs in the dtype of the matmuls, save on the CPU, where the backward
-        # of bf16 attention takes five times as long as that of float32.
+    def forward(self, x: Tensor, context: Tensor, *, rope: Rope | None = None, mask: TileMask | None = None) -> Tensor:
+        """`rope` is None in cross-attention, which has no positions; without a mask every query meets every key."""
+        value = self.to_v(context).unflatten(-1, (self.num_heads, -1))  # [B, S, N, K]
+        # The product runs in the dtype of the matmuls, save on the CPU, where the backward of bf16 attention takes five times
+        # as long as that of float32.
         matmul_dtype = value.dtype
         product_dtype = torch.float32 if value.device.type == "cpu" else matmul_dtype
-        heads = (states.to(product_dtype).transpose(1, 2) for states in (query, key, value))
-        out = attention(*heads).to(matmul_dtype)  # [B, N, L, K]
+        query = self.norm_q(self.to_q(x), rope, product_dtype)  # [B, L, N, K]
+        key = self.norm_k(self.to_k(context), rope, product_dtype)
+        heads = (states.transpose(1, 2) for states in (query, key, value.to(product_dtype)))
+        out = attention(*heads, mask=mask).to(matmul_dtype)  # [B, N, L, K]
         return self.to_out[0](out.transpose(1, 2).flatten(2))  # [B, L, D]
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))
+
+class HeadsRMSNorm(nn.Module):
+    """x / rms(x) * weight over all heads together, split into heads and turned by their positions; float32 inside."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, rope: Rope | None, dtype: torch.dtype) -> Tensor:
+        """x [B, L, D] -> heads [B, L, N, K] in `dtype`."""
+        if rope is None:
+            return rms_norm_heads(x, self.weight, heads=self.num_heads, eps=self.eps, dtype=dtype)
+        return rms_norm_rope(x, self.weight, rope, heads=self.num_heads, eps=self.eps, dtype=dtype)

@@ -1,11 +1,12 @@
 """One transformer block of the DiT: modulated self-attention, cross-attention to the text, modulated feed-forward."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import gated_residual, gelu_tanh, modulated_norm, residual_affine_norm, residual_modulated_norm
 from .attention import Attention
-from .embeddings import Fp32LayerNorm, compute_dtype
+from .embeddings import compute_dtype
+from .token_layout import TokenLayout
 
 
 class DiTBlock(nn.Module):
@@ -17,30 +18,32 @@ class DiTBlock(nn.Module):
     def __init__(self, num_heads: int, head_dim: int, ffn_dim: int, eps: float) -> None:
         super().__init__()
         dim = num_heads * head_dim
-        self.norm1 = Fp32LayerNorm(dim, eps, elementwise_affine=False)
+        self.eps = eps
         self.attn1 = Attention(num_heads, head_dim, eps)
-        self.norm2 = Fp32LayerNorm(dim, eps)
+        self.norm2 = ResidualLayerNorm(dim, eps)
         self.attn2 = Attention(num_heads, head_dim, eps)
-        self.norm3 = Fp32LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
 
-    def forward(self, x: Tensor, context: Tensor, modulation: Tensor, rope: Tensor) -> Tensor:
-        """Context [B, S, D], modulation [B, 1|L, 6, D] float32, rope from `rope_table`."""
+    def forward(self, x: Tensor, context: Tensor, modulation: Tensor, layout: TokenLayout) -> Tensor:
+        """Context [B, S, D], modulation [B, R, 6, D] float32: R is 1 (a row a sample), frames or L, and divides L."""
         dtype = compute_dtype(self.attn1.to_q.weight)
         table = self.scale_shift_table.float() + modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(-2)  # [B, 1|L, D] each
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(-2)  # [B, R, D] each
 
-        normed = modulate(self.norm1(x), shift1, scale1).to(dtype)
-        x = torch.addcmul(x, self.attn1(normed, normed, rope), gate1)
-        x = x + self.attn2(self.norm2(x).to(dtype), context, None)
-        normed = modulate(self.norm3(x), shift2, scale2).to(dtype)
-        return torch.addcmul(x, self.ffn(normed), gate2)
+        normed = modulated_norm(x, shift1, scale1, eps=self.eps, dtype=dtype)
+        attended = self.attn1(normed, normed, rope=layout.rope, mask=layout.mask)
+        x, normed = self.norm2(x, attended, gate1, dtype)
+        attended = self.attn2(normed, context, mask=layout.text_mask)
+        x, normed = residual_modulated_norm(x, attended, shift2, scale2, eps=self.eps, dtype=dtype)
+        return gated_residual(x, self.ffn(normed), gate2)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+class ResidualLayerNorm(nn.LayerNorm):
+    """Adds a gated branch to the residual stream, and takes the LayerNorm of the sum in the dtype of the next matmul."""
+
+    def forward(self, x: Tensor, branch: Tensor, gate: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return residual_affine_norm(x, branch, self.weight, self.bias, gate=gate, eps=self.eps, dtype=dtype)
 
 
 class FeedForward(nn.Module):
@@ -62,4 +65,4 @@ class GELUProjection(nn.Module):
         self.proj = nn.Linear(dim, ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return gelu_tanh(self.proj(x))

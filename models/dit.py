@@ -4,6 +4,7 @@ Modules are named as in diffusers' `WanTransformer3DModel`, so a `state_dict` mo
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import DiTBlock, modulate
-from .embeddings import ConditionEmbedder, Fp32LayerNorm, Fp32Linear, Fp32RMSNorm, PatchEmbedding
-from .rope import rope_table
+from ..kernels import modulated_norm
+from .attention import HeadsRMSNorm
+from .blocks import DiTBlock
+from .embeddings import ConditionEmbedder, Fp32Linear, PatchEmbedding
+from .token_layout import AttentionPattern, SelfAttentionConfig, TokenLayout, packed_layout, token_layout
 
 
 @dataclass
@@ -32,6 +35,8 @@ class DiTConfig:
     eps: float = 1e-6  # added to variances in the norms
     rope_max_seq_len: int = 1024  # largest token count along one axis
     gradient_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
+    # Which video tokens attend to each other.
+    self_attention: SelfAttentionConfig = field(default_factory=SelfAttentionConfig)
 
     @property
     def attention_head_dim(self) -> int:
@@ -64,7 +69,7 @@ class DiTConfig:
             )
         if self.eps <= 0:
             found.append(f"{field}.eps={self.eps} must be greater than 0")
-        return found
+        return found + self.self_attention.faults(f"{field}.self_attention")
 
     def to_diffusers(self) -> dict[str, Any]:
         """The contents of a diffusers `config.json` for this model."""
@@ -86,6 +91,12 @@ class DiTConfig:
             "qk_norm": "rms_norm_across_heads",
             "rope_max_seq_len": self.rope_max_seq_len,
             "text_dim": self.text_dim,
+            # Ours: diffusers knows full attention only, and passes over a key it does not know.
+            **(
+                {}
+                if self.self_attention == SelfAttentionConfig()
+                else {"self_attention": self.self_attention.to_json()}
+            ),
         }
 
     @classmethod
@@ -111,7 +122,9 @@ class DiTConfig:
         if missing:
             raise ValueError(f"config.json: {', '.join(missing)} missing; they are needed to build the transformer")
         dim = config["num_attention_heads"] * config["attention_head_dim"]
-        return cls(dim=dim, **{name: config[name] for name in sizes} | {"patch_size": list(config["patch_size"])})
+        pattern = SelfAttentionConfig.from_json(config.get("self_attention", {}))
+        values = {name: config[name] for name in sizes} | {"patch_size": list(config["patch_size"])}
+        return cls(dim=dim, self_attention=pattern, **values)
 
 
 class DiT(nn.Module):
@@ -132,37 +145,91 @@ class DiT(nn.Module):
             DiTBlock(config.num_attention_heads, config.attention_head_dim, config.ffn_dim, config.eps)
             for _ in range(config.num_layers)
         )
-        self.norm_out = Fp32LayerNorm(dim, config.eps, elementwise_affine=False)
         self.proj_out = Fp32Linear(dim, math.prod(config.patch_size) * config.out_channels)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
         self.reset_parameters()
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """Timestep in [0, 1000], float32: one per sample [B], or one per token [B, L] (Wan 2.2's clean first frame).
+        """Timestep in [0, 1000], float32: one per sample [B], or [B, R] for R runs of equally many tokens in raster order, such
+        as one per token (R = L, for Wan 2.2's clean first frame) or per frame of tokens.
 
-        Raises ValueError for latents that patches do not tile, a grid beyond `rope_max_seq_len`, or a half-precision
-        timestep, which cannot tell 999 from 1000.
+        Raises ValueError for latents that patches do not tile, a grid beyond `rope_max_seq_len`, a timestep of another shape,
+        or in half precision, which cannot tell 999 from 1000.
         """
+        config = self.config
         grid = self._token_grid(latents)
+        timestep = self._timestep_rows(timestep, math.prod(grid))  # [B, R]
+        layout = token_layout(config.self_attention, grid, config.attention_head_dim, latents.device)
+        x = self.patch_embedding(latents).float()  # [B, L, D]
+        if layout.order is not None:
+            x = layout.order.to_tiles(x)
+            if timestep.shape[1] > 1:
+                timestep = layout.order.to_tiles(timestep.repeat_interleave(math.prod(grid) // timestep.shape[1], 1))
+        tokens = self._run_blocks(x, *self.condition_embedder(timestep, text), layout)
+        if layout.order is not None:
+            tokens = layout.order.to_raster(tokens)
+        return self._unpatchify(tokens, grid)
+
+    def forward_packed(self, clips: Sequence[Tensor], timestep: Tensor, text: Sequence[Tensor]) -> list[Tensor]:
+        """Velocities of clips of any shapes [C, T, H, W], computed in one row without padding.
+
+        Timestep [clips] in [0, 1000]; text features [S, text_dim] of each clip, S as it comes. Each token has a modulation row of
+        its own here, 24 D bytes, which at large widths is what limits the row.
+
+        Raises ValueError as `forward` does, and where self-attention has a sparse pattern.
+        """
+        config = self.config
+        if config.self_attention.pattern is not AttentionPattern.full:
+            raise ValueError(
+                f"self_attention.pattern={config.self_attention.pattern.name} must be full to pack clips into one row"
+            )
+        if not len(clips) == len(timestep) == len(text) or timestep.ndim != 1:
+            raise ValueError(
+                f"{len(clips)} clips need as many timesteps and texts (given: {list(timestep.shape)} and {len(text)})"
+            )
+        grids = [self._token_grid(clip.unsqueeze(0)) for clip in clips]
+        lengths = [math.prod(grid) for grid in grids]
+        device = clips[0].device
+        layout = packed_layout(
+            grids,
+            [len(features) for features in text],
+            positions=config.rope_max_seq_len,
+            head_dim=config.attention_head_dim,
+            device=device,
+        )
+        x = torch.cat([self.patch_embedding(clip.unsqueeze(0)) for clip in clips], dim=1).float()  # [1, L, D]
+        row = timestep.repeat_interleave(torch.tensor(lengths, device=device)).unsqueeze(0)  # [1, L]
+        context = torch.cat(list(text)).unsqueeze(0)  # [1, S, text_dim]
+        tokens = self._run_blocks(x, *self.condition_embedder(self._timestep_rows(row, sum(lengths)), context), layout)
+        parts = tokens.split(lengths, dim=1)
+        return [self._unpatchify(part, grid).squeeze(0) for part, grid in zip(parts, grids, strict=True)]
+
+    def _run_blocks(
+        self, x: Tensor, embedding: Tensor, modulation: Tensor, context: Tensor, layout: TokenLayout
+    ) -> Tensor:
+        """Tokens [B, L, D] through the blocks and the head -> [B, L, pt*ph*pw*C]."""
+        for block in self.blocks:
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                # Nothing in a block is random, so no generator state has to be kept.
+                x = checkpoint(block, x, context, modulation, layout, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, context, modulation, layout)
+        shift, scale = (self.scale_shift_table.float() + embedding.unsqueeze(-2)).unbind(-2)  # [B, R, D] each
+        return self.proj_out(modulated_norm(x, shift, scale, eps=self.config.eps, dtype=torch.float32))
+
+    @staticmethod
+    def _timestep_rows(timestep: Tensor, tokens: int) -> Tensor:
+        """The timestep as [B, R], R a divisor of L."""
         if timestep.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(
                 f"timestep.dtype={timestep.dtype} must be float32 (half precision cannot tell 999 from 1000)"
             )
-        if timestep.ndim == 1:
-            timestep = timestep.unsqueeze(1)  # [B, 1] broadcasts over the tokens
-        embedding, modulation, context = self.condition_embedder(timestep, text)
-        rope = rope_table(*grid, self.config.attention_head_dim, latents.device)
-
-        x = self.patch_embedding(latents).float()  # [B, L, D]
-        for block in self.blocks:
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                # Nothing in a block is random, so no generator state has to be kept.
-                x = checkpoint(block, x, context, modulation, rope, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, context, modulation, rope)
-
-        shift, scale = (self.scale_shift_table.float() + embedding.unsqueeze(-2)).unbind(-2)  # [B, 1|L, D] each
-        return self._unpatchify(self.proj_out(modulate(self.norm_out(x), shift, scale)), grid)
+        rows = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
+        if rows.ndim != 2 or tokens % rows.shape[1]:
+            raise ValueError(
+                f"timestep {list(timestep.shape)} must be [B], or [B, R] with R a divisor of the {tokens} tokens"
+            )
+        return rows
 
     def _token_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Tokens along frames, rows and columns."""
@@ -196,7 +263,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
                 module.reset_parameters()
-            elif isinstance(module, Fp32RMSNorm):
+            elif isinstance(module, HeadsRMSNorm):
                 nn.init.ones_(module.weight)
         for embedder in (self.condition_embedder.time_embedder, self.condition_embedder.text_embedder):
             nn.init.normal_(embedder.linear_1.weight, std=0.02)

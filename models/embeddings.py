@@ -1,7 +1,6 @@
 """Layers around the blocks: patch, time and text embedding, and the norms and Linears that stay float32 under bf16 weights."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,44 +34,6 @@ class Fp32LayerNorm(nn.LayerNorm):
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
-
-
-class Fp32RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim, computed and returned in float32."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            return CpuRMSNorm.apply(x.float(), self.weight.float(), self.eps)
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
-
-
-class CpuRMSNorm(torch.autograd.Function):
-    """RMSNorm with its backward written out: torch has a fused kernel for it on CUDA, but 20 small ones on the CPU.
-
-    With n = x / rms(x): dx = (g w - n mean(g w n)) / rms(x), dw = sum(g n). It saves a tenth of a small model's step.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        inverse_rms = square.div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
-        normed = x * inverse_rms
-        ctx.save_for_backward(normed, inverse_rms, weight)
-        return normed * weight
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        normed, inverse_rms, weight = ctx.saved_tensors
-        grad_normed = grad * normed
-        grad_weight = grad_normed.flatten(0, -2).sum(0)
-        mean = (grad_normed @ weight).unsqueeze(-1) / weight.numel()  # [..., 1]
-        grad_x = (grad * weight).addcmul_(normed, mean, value=-1).mul_(inverse_rms)
-        return grad_x, grad_weight, None
 
 
 class PatchEmbedding(nn.Conv3d):

@@ -5,6 +5,7 @@ import math
 import torch
 
 from .dit import DiT, DiTConfig
+from .token_layout import token_layout
 
 
 def count_parameters(config: DiTConfig) -> int:
@@ -16,6 +17,16 @@ def count_parameters(config: DiTConfig) -> int:
 def count_tokens(config: DiTConfig, latent_shape: tuple[int, int, int]) -> int:
     """Video tokens L of latents of (frames, height, width)."""
     return math.prod(length // step for length, step in zip(latent_shape, config.patch_size, strict=True))
+
+
+def attended_pairs(config: DiTConfig, latent_shape: tuple[int, int, int]) -> int:
+    """Pairs of video tokens that self-attention computes: all, or those in the tiles that the pattern's mask lists."""
+    frames, rows, columns = (n // step for n, step in zip(latent_shape, config.patch_size, strict=True))
+    grid = (frames, rows, columns)
+    layout = token_layout(config.self_attention, grid, config.attention_head_dim, torch.device("cpu"))
+    if layout.mask is None:
+        return math.prod(grid) ** 2
+    return round(layout.mask.density * layout.mask.query_low.shape[-1] ** 2)
 
 
 def forward_flops(config: DiTConfig, latent_shape: tuple[int, int, int], text_tokens: int) -> int:
@@ -33,7 +44,8 @@ def forward_flops(config: DiTConfig, latent_shape: tuple[int, int, int], text_to
     # Self-attention q, k, v, out; cross-attention q, out; feed-forward up, down.
     block = tokens * (4 * dim * dim + 2 * dim * dim + 2 * dim * config.ffn_dim)
     block += text_tokens * 2 * dim * dim  # cross-attention k, v
-    block += 2 * dim * tokens * (tokens + text_tokens)  # scores, and values weighted by them
+    # Scores, and values weighted by them.
+    block += 2 * dim * (attended_pairs(config, latent_shape) + tokens * text_tokens)
     return 2 * (tokens * per_video_token + text_tokens * per_text_token + per_sample + config.num_layers * block)
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from muybridge.kernels.norm_rope import build_rope, rope_axis_pairs
 from muybridge.models.dit import DiT, DiTConfig
 from muybridge.models.embeddings import timestep_sinusoid
-from muybridge.models.rope import rope_axis_dims, rope_table
 from muybridge.models.weights import load_config, load_state_dict, load_weights, save_model
 
 diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
@@ -100,14 +100,14 @@ def test_a_timestep_for_each_token_agrees(pair: tuple[DiT, nn.Module]) -> None:
 def test_rope_tables_agree(head_dim: int) -> None:
     grid = (3, 5, 7)
     cosines, sines = wan.WanRotaryPosEmbed(head_dim, (1, 2, 2), 64)(torch.empty(1, 1, 3, 10, 14))
-    table = rope_table(*grid, head_dim, torch.device("cpu"))
-    torch.testing.assert_close(table.real.squeeze(1), cosines[0, :, 0, 0::2], atol=1e-6, rtol=0)
-    torch.testing.assert_close(table.imag.squeeze(1), sines[0, :, 0, 1::2], atol=1e-6, rtol=0)
+    rotations = build_rope(*grid, head_width=head_dim, device=torch.device("cpu")).rotations
+    torch.testing.assert_close(rotations.real.squeeze(1), cosines[0, :, 0, 0::2], atol=1e-6, rtol=0)
+    torch.testing.assert_close(rotations.imag.squeeze(1), sines[0, :, 0, 1::2], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("head_dim", "dims"), [(24, (8, 8, 8)), (40, (16, 12, 12)), (128, (44, 42, 42))])
 def test_rope_splits_the_head_as_wan_does(head_dim: int, dims: tuple[int, int, int]) -> None:
-    assert rope_axis_dims(head_dim) == dims
+    assert tuple(2 * pairs for pairs in rope_axis_pairs(head_dim)) == dims
 
 
 def test_timestep_sinusoid_agrees() -> None:

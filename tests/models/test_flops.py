@@ -28,7 +28,7 @@ def test_tokens_are_latents_over_patches() -> None:
 
 def test_forward_flops_are_those_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention is written as two matmuls here, because torch counts those on every device."""
-    monkeypatch.setattr(attention, "attention", lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v)
+    monkeypatch.setattr(attention, "attention", lambda q, k, v, mask: torch.softmax(q @ k.mT, -1) @ v)
     config = DiTConfig(
         in_channels=4,
         out_channels=6,
