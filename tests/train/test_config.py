@@ -109,7 +109,7 @@ def test_processes_count_in_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_environment_variable_stops_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUYBRIDGE_KERNELS", "attention=fast")
-    with pytest.raises(ValueError, match="MUYBRIDGE_KERNELS='attention=fast'.*must be one of attention=auto"):
+    with pytest.raises(ValueError, match=r"MUYBRIDGE_KERNELS='attention=fast'.*must be one of attention=auto"):
         load_train_config(["+experiment=quickstart", "dry_run=true"])
 
 
