@@ -11,7 +11,7 @@ import numpy as np
 
 from .decode import DecodeError, Decoder, available_decoder, has_decoder, probe, read_frames_with_fallback
 from .images import is_image, open_image, read_image, upright_size
-from .packet_scan import scan_packets
+from .packet_scan import claimed_end, scan_packets
 from .quality import measure_quality, sample_times
 from .storage import read_range
 
@@ -138,10 +138,8 @@ def _video_facts(data: bytes) -> dict[str, Any]:
         with av.open(io.BytesIO(data), mode="r") as container:
             stream: Any = container.streams.best("video")  # as `decode` chooses it
             codec = stream.codec_context
-            # Between two frames a cut leaves no other trace: what is there decodes. The header's count of frames is no help, since
-            # it has those too that an edit list hides.
-            if any(entry.pos + entry.size > len(data) for entry in stream.index_entries):
-                raise DecodeError("damaged video data: it is cut, its header names frames beyond its end")
+            if claimed_end(data, stream.index_entries) > len(data):
+                raise DecodeError(f"damaged video data: it is cut (after {len(data)} bytes)")
             times = sorted(float(p.pts * p.time_base) for p in container.demux(stream) if p.pts is not None)
             gaps = np.diff(times)
             return {

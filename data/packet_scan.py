@@ -1,4 +1,4 @@
-"""What a container says of its video, from packets and the first frame alone: a hundredth of the cost of decoding all of it.
+"""What a container says of its video, from packets and the first frame alone: 5 to 10 % of the cost of decoding it all.
 
 It notices files that are cut, not bits that are flipped inside a packet.
 """
@@ -30,6 +30,30 @@ def scan_packets(data: bytes) -> VideoInfo:
             return _scan(container, stream)
     except av.FFmpegError as error:
         raise DecodeError(f"not a readable video file: {' '.join(str(error).split())[:160]}") from error
+
+
+def claimed_end(data: bytes, entries: Any) -> int:
+    """Where a file should end, as far as its container tells: in mp4 after the last frame of its table, which `entries` are.
+
+    Between two frames a cut leaves no other trace, for what is there decodes. The header's count of frames is no help, since it
+    counts those too that an edit list hides.
+    """
+    frames_end = max((entry.pos + entry.size for entry in entries), default=0)
+    return max(frames_end, _matroska_end(data))
+
+
+def _matroska_end(data: bytes) -> int:
+    # Two elements make the file (RFC 9559): the EBML header and the segment. 0 for other files and segments of unknown size.
+    offset = 0
+    for element in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):
+        if data[offset : offset + 4] != element or len(data) < offset + 12:
+            return 0
+        width = 9 - data[offset + 4].bit_length()  # of the size in bytes: zeros before the first set bit, plus 1
+        size = int.from_bytes(data[offset + 4 : offset + 4 + width], "big") - (1 << 7 * width)
+        if width > 8 or not 0 <= size < (1 << 7 * width) - 1:
+            return 0
+        offset += 4 + width + size
+    return offset
 
 
 def _scan(container: Any, stream: Any) -> VideoInfo:

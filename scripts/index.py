@@ -53,7 +53,7 @@ def index_shards(
     check_target(out)
     if is_up_to_date(source, out, settings):
         index = ClipIndex.open(out)
-        say(f"{out} holds the index of {len(index)} clips in {len(index.shard_names)} shards, none of which changed.")
+        say(f"{out} holds the index of {len(index)} clips in {len(index.shard_names)} shards; nothing changed.")
         say("Nothing to do.")
         return index
     with _Bar() as bar:
@@ -74,7 +74,9 @@ def index_shards(
     minutes = index.column("duration_seconds")[~index.column("is_image")].sum() / 60
     images = int(index.column("is_image").sum())
     kinds = f"{minutes:.1f} minutes of video" + (f", {images} images" if images else "")
-    read = f"{report.read_shards} of {report.shards} shards were read, the others had not changed"
+    read = f"read {report.read_shards} of {report.shards} shards" + (
+        ", the others had not changed" if report.read_shards < report.shards - len(report.damaged) else ""
+    )
     say(f"Wrote the index of {len(index)} clips ({kinds}) to {out}; {read}.")
     if report.rejections:
         say(f"Left out {len(report.rejections)}; the reasons are in {out / REPORT_NAME}.")

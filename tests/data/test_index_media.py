@@ -262,6 +262,19 @@ def test_packets_tell_of_cut_files(numbered: Any) -> None:
                 inspect_media(fast[:cut], decode=whole)
 
 
+def test_cut_matroska_files_are_noticed(numbered: Any) -> None:
+    data = numbered.encode([40 * i for i in range(50)], container="matroska")
+    for cut in range(len(data) // 2, len(data), 41):
+        for whole in (True, False):
+            with pytest.raises(DecodeError, match=rf"damaged video data: it is cut \(after {cut} bytes\)"):
+                inspect_media(data[:cut], decode=whole)
+    assert inspect_media(data).frames == 50
+    segment = data.index(b"\x18S\x80g") + 4
+    assert data[segment] == 1  # a size of 8 bytes
+    streamed = data[:segment] + b"\x01" + b"\xff" * 7 + data[segment + 8 :]  # of unknown size, as a recorder leaves it
+    assert inspect_media(streamed).frames == 50
+
+
 def between_frames(data: bytes) -> int:
     """A place where a cut leaves whole frames only."""
     with av.open(io.BytesIO(data)) as container:

@@ -60,7 +60,7 @@ def rejected(index: ClipIndex) -> dict[str, str]:
 
 @pytest.mark.parametrize("form", ["bytes", "struct", "path"])
 def test_parquet_tables_hold_paths_or_bytes(video: bytes, tmp_path: Path, form: str) -> None:
-    cells: list[Any] = [video, picture(9), None, b"<html>", video]
+    cells: list[Any] = [video, picture(9), picture(8), None, b"<html>"]
     if form == "struct":
         cells = [{"bytes": cell, "path": f"{n}.mp4"} for n, cell in enumerate(cells)]
     if form == "path":
@@ -68,22 +68,22 @@ def test_parquet_tables_hold_paths_or_bytes(video: bytes, tmp_path: Path, form: 
             if cell is not None:
                 (tmp_path / f"{n}.mp4").write_bytes(cell)
         cells = [f"{n}.mp4" for n in range(len(cells))]
-    captions = ["a dog", "a grey", "none", "a page", ""]
+    captions = ["a dog", "", "a grey", "none", "a page"]
     table = pa.table({"id": [1, 2, 3, 4, 5], "video": cells, "caption": captions})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
     index = prepare(tmp_path / "t.parquet", tmp_path / "out")
     assert [clip.caption for clip in clips(index)] == ["a dog", "a grey"]
-    assert [media(index, row) for row in range(2)] == [video, picture(9)]
+    assert [media(index, row) for row in range(2)] == [video, picture(8)]
     assert [clip.is_image for clip in clips(index)] == [False, True]
     with tarfile.open(index.shards[0]) as tar:
         names = [Path(member.name).suffix for member in tar]
     assert names == [".mp4", ".txt", *([".mp4", ".txt"] if form == "path" else [".png", ".txt"])]
-    names = ["2.mp4", "3.mp4", "4.mp4"] if form == "path" else ["row 2", "row 3", "row 4"]
+    names = ["1.mp4", "3.mp4", "4.mp4"] if form == "path" else ["row 1", "row 3", "row 4"]
     reasons = rejected(index)
     assert sorted(reasons) == names
-    assert reasons[names[0]] == ("no such file" if form == "path" else "the file is empty")
-    assert reasons[names[1]].startswith("not a readable video file")
-    assert reasons[names[2]] == "no caption (its caption is empty or not text)"
+    assert reasons[names[0]] == "no caption (its caption is empty or not text)"
+    assert reasons[names[1]] == ("no such file" if form == "path" else "the file is empty")
+    assert reasons[names[2]].startswith("not a readable video file")
     assert not (tmp_path / "out" / ".spool").exists()
 
 

@@ -91,6 +91,15 @@ def test_cuts_within_a_block_are_noticed_too() -> None:
                 listing(data[:cut])
 
 
+def test_a_cut_says_what_is_missing() -> None:
+    with pytest.raises(TarError, match=r"cut in the middle of a\.mp4: 600 of its 700 bytes are missing \(byte 0\)"):
+        listing(make_tar()[: BLOCK + 100])
+    with pytest.raises(TarError, match=r"cut in the padding after a\.mp4 \(byte 1300\)"):
+        listing(make_tar()[:1300])
+    with pytest.raises(TarError, match=r"cut in the middle of a header: 100 of 512 bytes are left \(byte 1536\)"):
+        listing(make_tar()[:1636])
+
+
 def test_every_flipped_bit_of_a_header_is_noticed() -> None:
     data = make_tar({"a.mp4": b"A" * 700, "b.mp4": b"B"})
     place = 3 * BLOCK  # the second header
