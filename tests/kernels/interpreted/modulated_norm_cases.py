@@ -27,16 +27,6 @@ PLACES = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cheap_helper_calls() -> None:
-    """The interpreter rewires triton.language at every call of a helper, which takes 3/4 of the time; once is enough."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    interpreter._patch_lang(tl.sum.fn)  # for the helpers of Triton itself, which see another module than ours do
-    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
-
-
 @dataclass(frozen=True)
 class Case:
     """Where in a block (one of PLACES), sizes, and the dtypes of the stream and of branch and norm."""
