@@ -18,7 +18,7 @@ from .captions import (
     captions_from_json,
     clean_caption,
 )
-from .storage import RangeReader, find_shards
+from .storage import TAR_ENDINGS, RangeReader, find_shards
 from .tar_members import TarError
 from .tar_samples import CAPTION_EXTENSIONS, DEFAULT_CAPTION_FIELD, CaptionRules, read_samples
 
@@ -67,7 +67,7 @@ def find_sources(source: Path, rules: CaptionRules | None = None) -> list[Source
             kinds = ", ".join([*sorted(VIDEO_EXTENSIONS), *sorted(IMAGE_EXTENSIONS)])
             raise ValueError(f"SRC={source} holds no videos or images ({kinds})")
         remedy = f"put the caption of {sources[0].name} into {Path(sources[0].name).with_suffix('.txt')}, and so on"
-    elif ".tar" in source.suffixes:
+    elif source.name.lower().endswith(TAR_ENDINGS):
         sources = _from_tars(source, rules)
         remedy = "see --caption-field and --default-caption"
     else:
@@ -242,10 +242,11 @@ def _parquet_rows(table: Path) -> Iterator[dict[str, object]]:
                 if name not in heavy and name.lower() in (*VIDEO_COLUMNS, *CAPTION_COLUMNS)
             ]
             rows = file.read(columns=light).to_pylist() if light else [{} for _ in range(file.metadata.num_rows)]
+            others = dict.fromkeys(schema.names)  # to name them where no column fits
     except pa.ArrowException as error:
         raise ValueError(f"SRC={table} is not a parquet table: {error}") from error
     for row in rows:
-        yield {**row, **{name: _Bytes() for name in heavy}}
+        yield {**others, **row, **{name: _Bytes() for name in heavy}}
 
 
 def _is_binary(kind: Any) -> bool:

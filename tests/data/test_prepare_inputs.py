@@ -87,6 +87,12 @@ def test_parquet_tables_hold_paths_or_bytes(video: bytes, tmp_path: Path, form: 
     assert not (tmp_path / "out" / ".spool").exists()
 
 
+def test_a_parquet_table_without_the_usual_columns_says_what_it_has(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["a"], "caption": ["b"], "blob": [b"c"]}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"one of the columns video, path, .*; it has url, caption, blob"):
+        find_sources(tmp_path / "t.parquet")
+
+
 def test_tars_are_made_into_shards_of_ours(video: bytes, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     members = {

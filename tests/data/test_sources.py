@@ -100,6 +100,9 @@ def test_tables_may_use_any_of_the_usual_column_names(tmp_path: Path, video: str
         ({"t.jsonl": '{"video": "a", "cap": "b"}\n{oops\n'}, "t.jsonl", "line 2 is not JSON"),
         ({"t.jsonl": '["a", "b"]\n'}, "t.jsonl", "line 1 must be a JSON object"),
         ({"t.csv": b"video,caption\na,\xff\n"}, "t.csv", r"is not UTF-8 text \(byte 16\)"),
+        ({"t.parquet": "PAR1 no more"}, "t.parquet", "is not a parquet table"),
+        ({"a.tar.gz": b"\x1f\x8b\x08"}, "a.tar.gz", r"1 tars cannot be used:\n  a\.tar\.gz: compressed with gzip"),
+        ({"in/a.tar": b""}, "in", r"1 tars cannot be used:\n  a\.tar: empty: 0 bytes"),
         ({"t.xlsx": "x"}, "t.xlsx", r"must be a folder, a \.csv, \.jsonl or \.parquet table, or a \.tar"),
     ],
 )
