@@ -127,18 +127,16 @@ def _cases(
     name = f"{dtype}/{head_width}/{'masked' if masked else 'dense'}"
     lists = ["tiles_ptr", "counts_ptr"]
     rules = ["query_low_ptr", "query_high_ptr", "key_position_ptr"]
-    constants: dict[str, Any]
     if launches.grad_query is not None:
-        constants = launch_constants(launches.grad_query, head_width) | {"DESCRIBED": launches.grad_query.descriptors}
-        absent = [] if masked else [*rules, *(f"key_{x}" for x in lists)]
-        constants |= dict.fromkeys(absent)
+        launch, absent = launches.grad_query, [] if masked else [*rules, *(f"key_{x}" for x in lists)]
+        sizes = launch_constants(launch, head_width)
+        constants = {**sizes, "DESCRIBED": launch.descriptors, **dict.fromkeys(absent)}
         case = f"attention_grad_query/{name}"
-        yield _case(case, grad_query_kernel, launches.grad_query, dtype, constants, architecture)
-    launch = launches.grad_key_value
-    constants = launch_constants(launch, head_width) | {"DESCRIBED": launch.descriptors}
-    constants["BULK_ADD"] = fused and launch.descriptors
-    absent = [] if masked else [*rules, *(f"query_{x}" for x in lists)]
-    constants |= dict.fromkeys(absent if fused else [*absent, "grad_q_sums"])
+        yield _case(case, grad_query_kernel, launch, dtype, constants, architecture)
+    launch, absent = launches.grad_key_value, [] if masked else [*rules, *(f"query_{x}" for x in lists)]
+    bulk_add, absent = fused and launch.descriptors, absent if fused else [*absent, "grad_q_sums"]
+    sizes = launch_constants(launch, head_width)
+    constants = {**sizes, "DESCRIBED": launch.descriptors, "BULK_ADD": bulk_add, **dict.fromkeys(absent)}
     case = f"attention_{'fused_backward' if fused else 'grad_key_value'}/{name}"
     yield _case(case, grad_key_value_kernel, launch, dtype, constants, architecture)
 

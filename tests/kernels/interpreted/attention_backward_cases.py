@@ -94,13 +94,12 @@ MASKS: dict[str, Callable[[], Mask]] = {
 }
 
 
-def plain_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Output, log-sum-exp to base 2, and gradients by autograd, in the inputs' dtype."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+def plain_backward(inputs: list[Tensor], allowed: Tensor, scale: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output, log-sum-exp to base 2, and gradients by autograd, in the inputs' dtype; inputs are grad_out, q, k and v."""
+    grad_out, *rest = inputs
+    leaves = [x.detach().requires_grad_() for x in rest]
     scores = leaves[0] @ leaves[1].mT * scale
-    scores = scores.masked_fill(~allowed[:, None], torch.finfo(q.dtype).min)
+    scores = scores.masked_fill(~allowed[:, None], torch.finfo(grad_out.dtype).min)
     out = (torch.softmax(scores, -1) * allowed[:, None]) @ leaves[2]
     lse = torch.logsumexp(scores.detach(), -1) / math.log(2)
     lse = torch.where(allowed.any(-1)[:, None], lse, math.inf)
@@ -114,6 +113,25 @@ def normals(batch: int, heads: int, query_length: int, key_length: int, head_wid
     return [torch.randn(batch, heads, n, head_width, generator=generator, dtype=torch.float64) for n in lengths]
 
 
+def run(
+    inputs: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    dtype: torch.dtype,
+    launches: Launches,
+    *,
+    mask: Mask | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, q, k, v = (x.to(dtype) for x in inputs)
+    tensors = mask.tensors if mask else ()
+    deterministic = launches.grad_query is not None
+    return run_backward(
+        grad_out, q, k, v, out.to(dtype), lse.float(), tensors,
+        scale=scale, deterministic=deterministic, launches=launches,
+    )  # fmt: skip
+
+
 def check(
     inputs: list[Tensor],
     dtype: torch.dtype,
@@ -124,16 +142,13 @@ def check(
 ) -> list[Tensor]:
     """Holds every gradient to twice the error of eager code in the same dtype, plus the floor of attention_cases.py."""
     inputs = [x.to(dtype).double() for x in inputs]
-    grad_out, q, k, v = inputs
+    _, q, k, _ = inputs
     query_length, key_length, head_width = q.shape[2], k.shape[2], q.shape[3]
     scale = head_width**-0.5 if scale is None else scale
     allowed = torch.ones(1, query_length, key_length, dtype=torch.bool) if mask is None else mask.allowed
-    out, lse, exact = plain_backward(grad_out, q, k, v, allowed, scale)
-    _, _, eager = plain_backward(*(x.to(dtype) for x in inputs), allowed, scale)
-    ours = run_backward(
-        *(x.to(dtype) for x in inputs), out.to(dtype), lse.float(), mask.tensors if mask else (),
-        scale=scale, deterministic=launches.grad_query is not None, launches=launches,
-    )  # fmt: skip
+    out, lse, exact = plain_backward(inputs, allowed, scale)
+    _, _, eager = plain_backward([x.to(dtype) for x in inputs], allowed, scale)
+    ours = run(inputs, out, lse, dtype, launches, mask=mask, scale=scale)
     largest_score = (q @ k.mT * scale).abs().max()
     growth = max(1, scale * max(query_length, key_length) ** 0.5)
     sums = 2 * torch.finfo(torch.float32).eps * (head_width**0.5 + largest_score) * growth
@@ -203,7 +218,8 @@ def test_any_documents(lengths: list[tuple[int, int]], hopper: bool, determinist
     lengths = [*lengths, (1, 1)]
     mask = documents([[queries for queries, _ in lengths]], [[keys for _, keys in lengths]])
     launches = tables(16, hopper=hopper, masked=True, deterministic=deterministic)
-    check(normals(1, 1, *mask.allowed.shape[1:], 16), torch.float16, launches, mask=mask)
+    _, query_length, key_length = mask.allowed.shape
+    check(normals(1, 1, query_length, key_length, 16), torch.float16, launches, mask=mask)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -231,11 +247,10 @@ def test_every_tensor_has_strides_of_its_own(hopper: bool) -> None:
         v.mT.contiguous().mT,
     ]
     allowed = torch.ones(1, 20, 37, dtype=torch.bool)
-    out, lse, _ = plain_backward(*(x.double() for x in moved), allowed, 0.25)
+    out, lse, _ = plain_backward([x.double() for x in moved], allowed, 0.25)
     launches = tables(16, hopper=hopper, masked=False, deterministic=True)
     first, second = (
-        run_backward(*x, out.half(), lse.float(), (), scale=0.25, deterministic=True, launches=launches)
-        for x in (moved, [x.contiguous() for x in moved])
+        run(x, out, lse, torch.float16, launches, scale=0.25) for x in (moved, [x.contiguous() for x in moved])
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
