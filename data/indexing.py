@@ -17,6 +17,7 @@ from .decode import DecodeError
 from .index import (
     INDEX_NAME,
     MANIFEST_NAME,
+    SIDECAR_FOLDER,
     Clip,
     ClipIndex,
     ShardRecord,
@@ -33,7 +34,7 @@ from .tar_members import TarError
 from .tar_samples import CaptionRules, Rejection, Sample, read_samples, reason_class
 from .workers import WorkerPool
 
-REPORT_NAME = "rejected.jsonl"
+REPORT_NAME = f"{SIDECAR_FOLDER}/rejected.jsonl"  # not beside the shards, where `prepare` has its own
 CONTAINERS = ["mp4", "matroska", "image"]
 
 _FACTS_AT_A_TIME = 16
@@ -96,8 +97,8 @@ def build_index(
     Every sidecar is kept as soon as its shard is done, so an interrupted call continues where it was. Raises ValueError, naming
     all shards that cannot be read, unless `skip_damaged`; and if a larger share of samples than `max_rejected_share` is left out.
     """
+    check_target(source, out)
     names = [_name_in_manifest(out, shard) for shard in find_shards(source)]
-    check_target(out)
     out.mkdir(parents=True, exist_ok=True)
     report = IndexReport(shards=len(names))
     facts = _all_facts(out, names, report)
@@ -135,21 +136,29 @@ def is_up_to_date(source: str, out: Path, settings: IndexSettings) -> bool:
     return all(name in facts and _is_current(out, name, facts[name], settings.described()) for name in names)
 
 
-def check_target(out: Path) -> None:
-    """Raises ValueError if the folder holds something that an index would overwrite."""
+def check_target(source: str, out: Path) -> None:
+    """Raises ValueError if the folder holds something that the index of these shards would overwrite."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT={out} must be a folder")
     manifest = read_manifest(out)
-    if manifest is not None and manifest["kind"] != "raw":
+    if manifest is None:
+        foreign = [name for name in (MANIFEST_NAME, INDEX_NAME) if (out / name).exists()]
+        if foreign:
+            raise ValueError(f"OUT={out} has a {foreign[0]} that is not ours; choose another folder")
+        return
+    if manifest["kind"] != "raw":
         raise ValueError(f"OUT={out} holds {manifest['kind']}; choose another folder")
-    ours = [name for name in (MANIFEST_NAME, INDEX_NAME, REPORT_NAME) if (out / name).exists()]
-    # Without a manifest, a report is that of an earlier call that found too many faults to finish.
-    if manifest is None and set(ours) - {REPORT_NAME}:
-        raise ValueError(f"OUT={out} has a {ours[0]} that is not ours; choose another folder")
+    if not manifest["description"].get("indexed"):
+        names = {_name_in_manifest(out, shard) for shard in find_shards(source)}
+        others = [shard["name"] for shard in manifest["shards"] if shard["name"] not in names]
+        if others or not manifest["complete"]:
+            made_from = manifest["description"].get("source")
+            raise ValueError(f"OUT={out} holds a dataset of its own, made from {made_from}; choose another folder")
 
 
 def write_report(path: Path, rejections: list[Rejection]) -> None:
     """Writes one JSON object a line: shard, offset (bytes), key and reason of everything that is left out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(rejection)) + "\n" for rejection in rejections)
 

@@ -22,9 +22,8 @@ _MAX_LABELS_BYTES = 1024
 class CaptionRules:
     """Where captions are, and what becomes of samples without one or with two."""
 
-    field: str | None = (
-        None  # of a JSON file, "a.b" for nested objects; null reads text files first, then JSON's "caption"
-    )
+    # Of a JSON file, "a.b" for nested objects; null reads text files first, then the field "caption" of JSON files.
+    field: str | None = None
     default: str | None = None  # for samples without a caption; null leaves them out
     first_of_duplicates: bool = False  # else a key that comes twice makes the shard unusable
 

@@ -50,7 +50,7 @@ def index_shards(
     skip_damaged: bool,
 ) -> ClipIndex:
     """Indexes shards with a progress bar, and says what was left out. Raises ValueError as `indexing.build_index` does."""
-    check_target(out)
+    check_target(source, out)
     if is_up_to_date(source, out, settings):
         index = ClipIndex.open(out)
         say(f"{out} holds the index of {len(index)} clips in {len(index.shard_names)} shards; nothing changed.")

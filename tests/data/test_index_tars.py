@@ -261,7 +261,7 @@ def test_members_are_grouped_by_key(video: bytes, tmp_path: Path) -> None:
         "k" * 1100: "key too long: 1100 bytes, more than 1024",
     }
     assert report.warnings == [f"{tmp_path / 't.tar'}: 2 samples whose members do not lie together, such as a"]
-    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "index" / "rejected.jsonl").read_text().splitlines()]
     assert [line["offset"] for line in lines] == sorted(line["offset"] for line in lines)
     with tarfile.open(tmp_path / "t.tar") as tar:
         offsets = {member.name: member.offset for member in tar}
@@ -346,7 +346,7 @@ def test_too_many_rejections_are_an_error_that_names_the_commonest(video: bytes,
     ):
         build(shard, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
-    assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "out" / "index" / "rejected.jsonl").read_text().splitlines()) == 3
     assert build(shard, tmp_path / "out", max_rejected_share=0.6)[1].read_shards == 0
     with pytest.raises(ValueError, match=r"none of its 1 samples can be used: the file is empty \(1\)"):
         build(write_tar(tmp_path / "u.tar", pairs(b"", "e")), tmp_path / "none", max_rejected_share=1.0)
@@ -369,6 +369,12 @@ def test_what_is_not_ours_is_left_alone(video: bytes, tmp_path: Path) -> None:
         writer.close()
     with pytest.raises(ValueError, match=r"OUT=.*cache holds latents"):
         build(folder, tmp_path / "cache")
+    with DatasetWriter(tmp_path / "ours", kind="raw", description={"source": "videos"}) as writer:
+        writer.add(Clip("k", "c", 1, 1, 1, 1.0, 8, 8, True), b"x", extension="mp4")
+        before = writer.close()
+    with pytest.raises(ValueError, match=r"OUT=.*ours holds a dataset of its own, made from videos"):
+        build(folder, before.folder)
+    assert rows(ClipIndex.open(before.folder)) == rows(before)
 
 
 def test_a_replaced_shard_stops_the_run_with_a_remedy(video: bytes, tmp_path: Path) -> None:

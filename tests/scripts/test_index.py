@@ -41,7 +41,7 @@ def test_a_folder_is_indexed_in_place(tmp_path: Path, capsys: pytest.CaptureFixt
     for part in (
         "damaged image",
         f"Wrote the index of 3 clips (0.0 minutes of video, 3 images) to {folder}; read 1 of 1 shards.",
-        f"Left out 2; the reasons are in {folder / 'rejected.jsonl'}.",
+        f"Left out 2; the reasons are in {folder / 'index' / 'rejected.jsonl'}.",
         f"Next: muybridge train +experiment=NAME data.path={folder}",
     ):
         assert part in said
