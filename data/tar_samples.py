@@ -167,12 +167,13 @@ _CAPTION_READ_BYTES = (1 << 20) + 1  # enough to see that one is too large
 
 
 def _labels(reader: RangeReader, member: Member) -> str:
-    # `prepare` keeps labels in the JSON beside a text caption; whole records of a scraper would only swell the index.
+    # `prepare` keeps labels in the JSON beside a text caption, in this very form; a scraper's records would only swell the index.
     if member.size > _MAX_LABELS_BYTES:
         return ""
+    data = reader.read(member.offset, member.size)
     try:
-        value: Any = parse_json(reader.read(member.offset, member.size), name=member.name)
+        value: Any = parse_json(data, name=member.name)
     except CaptionError:
         return ""
     labels = json_labels(value) if isinstance(value, dict) else ""
-    return labels if labels.isascii() or not any("\ud800" <= c <= "\udfff" for c in labels) else ""
+    return labels if labels.encode(errors="surrogatepass") == data else ""

@@ -74,6 +74,7 @@ def test_stock_tars_are_indexed_and_trained_on_as_they_are(video: bytes, numbere
             ("one.json", '{"colour": "red"}'),
             ("two.PNG", image.getvalue()),
             ("two.caption", "\ufeffa  cat"),
+            ("two.json", '{"url": "http://x", "sha256": "0"}'),  # not in the order that ours have
         ],
     )
     write_tar(folder / "sub" / "b.tar", [("x/three.mkv", variable), ("x/three.json", '{"caption": ["a", "b"]}')])
@@ -93,6 +94,7 @@ def test_stock_tars_are_indexed_and_trained_on_as_they_are(video: bytes, numbere
     assert (one.is_image, one.has_audio, one.is_variable_rate, one.is_hdr) == (False, False, False, False)
     assert (one.caption, one.label_values, one.caption_choices) == ("a dog", {"colour": "red"}, "")
     assert (two.is_image, two.frames, two.width, two.height, two.caption) == (True, 1, 96, 64, "a cat")
+    assert two.labels == ""
     assert three.is_variable_rate
     assert (three.caption, three.captions, index.captions(2)) == ("a", ["a", "b"], ["a", "b"])
     assert index.column("caption_checksum").tolist() == [zlib.crc32(text) for text in (b"a dog", b"a cat", b"a\nb")]
