@@ -31,8 +31,8 @@ from .attention_backward_kernels import (
     grad_query_kernel,
 )
 from .attention_backward_launches import ROWS_LAUNCH, Launches, choose_launches
+from .attention_mask import MASK_TILE
 from .attention_tiles import (
-    MASK_TILE,
     Launch,
     MaskTensors,
     can_describe,

@@ -11,7 +11,8 @@ from .attention_backward_kernels import (
     grad_key_value_kernel,
     grad_query_kernel,
 )
-from .attention_tiles import MASK_TILE, Launch, launch_constants, padded_head_width
+from .attention_mask import MASK_TILE
+from .attention_tiles import Launch, launch_constants, padded_head_width
 from .compile_case import CompileCase
 
 # Keyed by the head width padded to 64, 128 or 256; see attention_forward.py for the rules of the tables. A load is under way for

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import empty_token_major
+from .attention_mask import MASK_TILE
 from .attention_tiles import (
-    MASK_TILE,
     Launch,
     MaskTensors,
     can_describe,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Queries and keys of one tile. Every launch's tile sizes divide it.
 MASK_TILE = 128
 _LARGEST = torch.iinfo(torch.int32).max
 

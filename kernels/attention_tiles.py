@@ -10,9 +10,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Queries and keys of one tile of a mask. Every launch's tile sizes divide it.
-MASK_TILE = 128
-
 
 @dataclasses.dataclass(frozen=True)
 class Launch:

@@ -37,8 +37,9 @@ class KernelsConfig:
     attention: Backend = Backend.auto
     # Norms, rotary positions, gates, GELU and the optimizer's update: auto, own or reference.
     pointwise: Backend = Backend.auto
-    # Attention's own backward pass repeats bit for bit; false adds dQ atomically, which is faster and does not.
-    deterministic: bool = True
+    # Own attention's backward pass in one kernel, which adds dQ atomically: faster, but it does not repeat bit for bit. Nor need
+    # cuDNN's: for that on a GPU, set attention=own.
+    fused_backward: bool = False
 
     def faults(self, field: str) -> list[str]:
         """All breaches of these settings' own rules, and those of the environment variable that overrides them."""
@@ -77,6 +78,7 @@ TABLE = (
         architectures=(9, 10),
         masks=("none",),
         head_width_limit=128,
+        shortest=2,
         half_precision=True,
     ),
     Rule("attention", Backend.own, "serves every mask, dtype and head width"),
@@ -106,13 +108,16 @@ def settings() -> KernelsConfig:
 
 @contextmanager
 def forced(
-    *, attention: Backend | None = None, pointwise: Backend | None = None, deterministic: bool | None = None
+    *, attention: Backend | None = None, pointwise: Backend | None = None, fused_backward: bool | None = None
 ) -> Iterator[None]:
     """Run the body with some settings replaced."""
     global _settings
     kept = settings()
-    given = {"attention": attention, "pointwise": pointwise, "deterministic": deterministic}
-    _settings = replace(kept, **{name: value for name, value in given.items() if value is not None})
+    _settings = KernelsConfig(
+        attention=kept.attention if attention is None else attention,
+        pointwise=kept.pointwise if pointwise is None else pointwise,
+        fused_backward=kept.fused_backward if fused_backward is None else fused_backward,
+    )
     try:
         yield
     finally:
@@ -120,8 +125,8 @@ def forced(
 
 
 def is_deterministic() -> bool:
-    """Whether attention's own backward pass must repeat bit for bit."""
-    return settings().deterministic
+    """Whether own attention's backward pass must repeat bit for bit."""
+    return not settings().fused_backward
 
 
 def attention_backend(q: Tensor, *, mask: str, key_length: int) -> Backend:
@@ -175,9 +180,8 @@ def _choose(
     return backend
 
 
-@torch.compiler.assume_constant_result
 def _architecture(device_index: int) -> int:
-    return torch.cuda.get_device_capability(device_index)[0]
+    return torch.cuda.get_device_properties(device_index).major  # a constant to torch.compile
 
 
 _logged: set[tuple[object, ...]] = set()
@@ -193,12 +197,12 @@ def _log_once(op: str, backend: Backend, x: Tensor, mask: str, head_width: int) 
 
 
 def _overridden(config: KernelsConfig) -> KernelsConfig:
-    """The settings with those that MUYBRIDGE_KERNELS names (as attention=own,deterministic=false) replaced."""
+    """The settings with those that MUYBRIDGE_KERNELS names (as attention=own,fused_backward=true) replaced."""
     text = os.environ.get(ENVIRONMENT_VARIABLE, "")
     allowed: dict[str, dict[str, object]] = {
         "attention": dict(Backend.__members__),
         "pointwise": {name: backend for name, backend in Backend.__members__.items() if name != "cudnn"},
-        "deterministic": {"true": True, "false": False},
+        "fused_backward": {"true": True, "false": False},
     }
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = item.partition("=")

@@ -157,6 +157,7 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
     """Median step of a configured diffusion model on random latents and text features, in one process."""
     import torch
 
+    from ..kernels.dispatch import configure
     from ..models.diffusion.objective import rectified_flow_loss
     from ..models.dit import DiT
     from ..models.flops import count_parameters, count_tokens, training_flops
@@ -168,6 +169,7 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
     config = load_train_config([*options.overrides, "dry_run=true"])
     batch, shape = config.micro_batch, config.latent_shape()
     device = initialise_distributed(config.deepspeed)
+    configure(config.kernels)
     torch.manual_seed(config.seed)
     with device:
         model = DiT(config.model)

@@ -95,12 +95,12 @@ def build_attention(problem: Problem, device: torch.device) -> Contest:
         "cudnn": partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION),
         "flash": partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION),
         "efficient": partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION),
-        "own_fused_dq": partial(forced, attention=Backend.own, deterministic=False),
+        "own_fused_dq": partial(forced, attention=Backend.own, fused_backward=True),
         "own_specialized": partial(own_with_launches, specialized),
         "own_pointers": partial(own_with_launches, by_pointers),
     }
     if device.type == "cuda":
-        contexts["own"] = partial(forced, attention=Backend.own, deterministic=True)
+        contexts["own"] = partial(forced, attention=Backend.own, fused_backward=False)
     chosen = attention_backend(q, mask="none" if mask is None else mask.kind, key_length=length)
     return Contest(_rotated([q, k, v]), functions, chosen.value, contexts)
 
@@ -193,7 +193,7 @@ def own_with_launches(change: Callable[[str, int, Any], Any]) -> Iterator[None]:
     for name, table in tables.items():
         table.update({width: change(name, width, launch) for width, launch in kept[name].items()})
     try:
-        with forced(attention=Backend.own, deterministic=True):
+        with forced(attention=Backend.own, fused_backward=False):
             yield
     finally:
         for name, table in tables.items():

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from muybridge.kernels import attention
+from muybridge.kernels.dispatch import Backend, attention_backend, forced
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -58,7 +59,8 @@ def exact_matmuls_and_poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised tensors with NaN
-    yield
+    with forced(attention=Backend.own):
+        yield
     torch.use_deterministic_algorithms(False)
 
 
@@ -119,3 +121,12 @@ def test_compile_and_checkpoint_change_nothing() -> None:
     recomputed = run(lambda *x: checkpoint(attention, *x, use_reentrant=False), q, k, v, grad_out)
     for results in (compiled, recomputed):
         assert all(torch.equal(a, b) for a, b in zip(plain, results, strict=True))
+
+
+@pytest.mark.parametrize("head_width", [64, 128])
+def test_the_backend_that_the_table_names_matches_mathematics(head_width: int) -> None:
+    tensors_of_table = tensors(1000, 777, head_width, torch.bfloat16)
+    with forced(attention=Backend.auto):
+        if attention_backend(tensors_of_table[0], mask="none", key_length=777) is Backend.own:
+            pytest.skip("the table names our own kernels on this GPU, which the other tests cover")
+        check(*tensors_of_table)

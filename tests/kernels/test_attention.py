@@ -215,7 +215,7 @@ def test_settings_reach_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_module, "attention_forward", record)
     q, k, v = inputs(device="meta")
     attention(q, k, v)
-    with forced(deterministic=False):
+    with forced(fused_backward=True):
         attention(q, k, v, scale=0.5, mask=text_mask().to("meta"))
     assert calls == [(0, 0.25, True), (7, 0.5, False)]
 

@@ -64,7 +64,7 @@ def test_settings_force_a_backend(backend: Backend) -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_the_environment_overrides_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "attention=own, pointwise=reference,deterministic=false")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "attention=own, pointwise=reference,fused_backward=true")
     assert attention(heads()) is Backend.own  # also where nothing was configured
     dispatch.configure(KernelsConfig(attention=Backend.reference))
     assert attention(heads()) is Backend.own
@@ -72,7 +72,7 @@ def test_the_environment_overrides_the_settings(monkeypatch: pytest.MonkeyPatch)
     assert not dispatch.is_deterministic()
 
 
-@pytest.mark.parametrize("text", ["attention=fast", "attention", "speed=own", "pointwise=cudnn", "deterministic=no"])
+@pytest.mark.parametrize("text", ["attention=fast", "attention", "speed=own", "pointwise=cudnn", "fused_backward=no"])
 def test_a_wrong_environment_variable_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, text)
     with pytest.raises(ValueError, match=f"MUYBRIDGE_KERNELS='{text}'.*attention=auto|own|cudnn|reference"):
@@ -97,7 +97,7 @@ def test_cudnn_refuses_what_it_cannot_serve() -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_forced_ends_with_its_block() -> None:
-    with dispatch.forced(attention=Backend.own, deterministic=False):
+    with dispatch.forced(attention=Backend.own, fused_backward=True):
         assert attention(heads()) is Backend.own
         assert not dispatch.is_deterministic()
     assert attention(heads()) is Backend.cudnn

@@ -127,7 +127,7 @@ def masked(head_width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def fused(head_width: int) -> Tensor:
-    with forced(deterministic=False):
+    with forced(fused_backward=True):
         return attention(*heads(head_width))
 
 
