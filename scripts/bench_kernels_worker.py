@@ -15,6 +15,8 @@ from functools import partial
 from typing import Any, TextIO
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 from torch import Tensor
 
 from .bench_kernels_contestants import Contest, build_contest
