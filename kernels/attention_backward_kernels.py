@@ -158,9 +158,14 @@ def grad_key_value_kernel(
                 query_high = tl.load(query_high_ptr + mask * query_length + rows, mask=rows < query_length, other=0)
                 allowed = (query_low[None, :] <= key_position[:, None]) & (key_position[:, None] < query_high[None, :])
                 scores = tl.where(allowed, scores, float("-inf"))
-        elif FUSED:  # noqa: SIM102 (decided when compiling). Otherwise keys past the end only reach rows that are not stored.
+        elif FUSED:  # else keys past the end only reach rows that are not stored
             if first_key + BLOCK_S > key_length:
                 scores = tl.where(keys[:, None] < key_length, scores, float("-inf"))
+        elif DESCRIBED and BLOCK_K <= 128:  # noqa: SIM102 (decided when compiling)
+            # Queries past the end weigh 0 by their lse. The branch is for Hopper's assembler, which without any in this loop makes
+            # each product wait for the one before.
+            if start + BLOCK_L > query_length:
+                scores = tl.where(rows[None, :] < query_length, scores, float("-inf"))
         weights = tl.math.exp2(scores * scale_log2 - lse[None, :])
         grad_out = _load_tile(
             grad_out_rows, batch, head, start, stride_gb, stride_gn, stride_gl, query_length,
@@ -170,18 +175,29 @@ def grad_key_value_kernel(
         delta = _load_numbers(delta_rows, sequence, start, padded_length, BLOCK_L, DESCRIBED)
         grad_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
         grad_scores = (weights * (grad_weights - delta[None, :])).to(q.dtype)
-        if FUSED:
-            share = tl.dot(tl.trans(k), grad_scores, input_precision="ieee")  # [BLOCK_K, BLOCK_L]
-            first_sum = (sequence * (padded_length // TILE) + start // TILE) * BLOCK_K
-            if BULK_ADD:
-                grad_q_sums.atomic_add([first_sum.to(tl.int32), start % TILE], share)
-            else:
-                offsets = (first_sum + columns)[:, None] * TILE + (start % TILE + tl.arange(0, BLOCK_L))[None, :]
-                tl.atomic_add(grad_q_sums + offsets, share, sem="relaxed")
+        # Hopper's assembler makes all products wait for each other if dQ comes before dK; for others that order saves registers.
+        if FUSED and not DESCRIBED:
+            _add_grad_query(grad_q_sums, k, grad_scores, sequence, start, columns, padded_length, TILE, BULK_ADD)
         grad_k = tl.dot(grad_scores, q, grad_k, input_precision="ieee")
+        if FUSED and DESCRIBED:
+            _add_grad_query(grad_q_sums, k, grad_scores, sequence, start, columns, padded_length, TILE, BULK_ADD)
     offset = batch * stride_dkb + head * stride_dkn
     store_rows(grad_k_ptr + offset, grad_k * scale, keys, columns, stride_dkl, key_length, HEAD_WIDTH)
     store_rows(grad_v_ptr + offset, grad_v, keys, columns, stride_dkl, key_length, HEAD_WIDTH)
+
+
+@triton.jit
+def _add_grad_query(
+    grad_q_sums, k, grad_scores, sequence, start, columns, padded_length, TILE: tl.constexpr, BULK_ADD: tl.constexpr
+):  # fmt: skip
+    """Adds K^T dS^T, [BLOCK_K, BLOCK_L], to the sums of the queries from `start` on."""
+    share = tl.dot(tl.trans(k), grad_scores, input_precision="ieee")
+    first_sum = (sequence * (padded_length // TILE) + start // TILE) * columns.shape[0]
+    if BULK_ADD:
+        grad_q_sums.atomic_add([first_sum.to(tl.int32), start % TILE], share)
+    else:
+        places = start % TILE + tl.arange(0, grad_scores.shape[1])
+        tl.atomic_add(grad_q_sums + (first_sum + columns)[:, None] * TILE + places[None, :], share, sem="relaxed")
 
 
 @triton.jit

@@ -28,12 +28,12 @@ HOPPER_GRAD_KEY_VALUE = {
     256: Launch(32, 64, 8, 3, descriptors=True),
 }
 HOPPER_MASKED_GRAD_KEY_VALUE = HOPPER_GRAD_KEY_VALUE | {256: Launch(16, 64, 8, 2, descriptors=True)}
-# 128 keys halve the sums' traffic, but with a mask the registers only last for 64.
+# 128 keys halve the sums' traffic, but with a mask the registers only last for 64, and for 32 queries.
 HOPPER_FUSED = {
     64: Launch(64, 128, 8, 3, descriptors=True),
     128: Launch(32, 128, 8, 3, descriptors=True),
 }
-HOPPER_MASKED_FUSED = HOPPER_FUSED | {128: Launch(64, 64, 8, 3, descriptors=True)}
+HOPPER_MASKED_FUSED = HOPPER_FUSED | {128: Launch(32, 64, 8, 3, descriptors=True)}
 AMPERE_GRAD_QUERY = {
     64: Launch(64, 64, 4, 2),
     128: Launch(64, 64, 8, 2),

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from muybridge.kernels.attention_backward import run_backward
 from muybridge.kernels.attention_backward_launches import Launches, choose_launches
-from muybridge.kernels.attention_tiles import MASK_TILE, Launch, MaskTensors
+from muybridge.kernels.attention_mask import MASK_TILE
+from muybridge.kernels.attention_tiles import Launch, MaskTensors
 
 NAMES = ("grad_q", "grad_k", "grad_v")
 FORMS = [
