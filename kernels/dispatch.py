@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -199,7 +200,7 @@ def _log_once(op: str, backend: Backend, x: Tensor, mask: str, head_width: int) 
 def _overridden(config: KernelsConfig) -> KernelsConfig:
     """The settings with those that MUYBRIDGE_KERNELS names (as attention=own,fused_backward=true) replaced."""
     text = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    allowed: dict[str, dict[str, object]] = {
+    allowed: dict[str, dict[str, Any]] = {
         "attention": dict(Backend.__members__),
         "pointwise": {name: backend for name, backend in Backend.__members__.items() if name != "cudnn"},
         "fused_backward": {"true": True, "false": False},

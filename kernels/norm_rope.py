@@ -54,9 +54,15 @@ class Rope:
         described = ", ".join(_describe(n, t) for n, t in (("table", table), ("coordinates", coordinates)))
         raise ValueError(f"Rope: {described}: {rule}")
 
-    @cached_property
+    @property
     def rotations(self) -> Tensor:
         """Unit complex numbers [L, 1, K/2] or [B, L, 1, K/2], for machines without the kernel: one product turns all heads."""
+        if torch.compiler.is_compiling():  # which cannot look into a cached property
+            return _rotations(self.table, self.coordinates, self.axis_pairs)
+        return self._cached_rotations
+
+    @cached_property
+    def _cached_rotations(self) -> Tensor:
         # Born under inference mode (sampling between two training steps), it could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             return _rotations(self.table, self.coordinates, self.axis_pairs)

@@ -165,7 +165,7 @@ class DiT(nn.Module):
             x = layout.order.to_tiles(x)
             if timestep.shape[1] > 1:
                 timestep = layout.order.to_tiles(timestep.repeat_interleave(math.prod(grid) // timestep.shape[1], 1))
-        tokens = self._run_blocks(x, *self.condition_embedder(timestep, text), layout)
+        tokens = self._run_blocks(x, timestep, text, layout)
         if layout.order is not None:
             tokens = layout.order.to_raster(tokens)
         return self._unpatchify(tokens, grid)
@@ -200,14 +200,13 @@ class DiT(nn.Module):
         x = torch.cat([self.patch_embedding(clip.unsqueeze(0)) for clip in clips], dim=1).float()  # [1, L, D]
         row = timestep.repeat_interleave(torch.tensor(lengths, device=device)).unsqueeze(0)  # [1, L]
         context = torch.cat(list(text)).unsqueeze(0)  # [1, S, text_dim]
-        tokens = self._run_blocks(x, *self.condition_embedder(self._timestep_rows(row, sum(lengths)), context), layout)
+        tokens = self._run_blocks(x, self._timestep_rows(row, sum(lengths)), context, layout)
         parts = tokens.split(lengths, dim=1)
         return [self._unpatchify(part, grid).squeeze(0) for part, grid in zip(parts, grids, strict=True)]
 
-    def _run_blocks(
-        self, x: Tensor, embedding: Tensor, modulation: Tensor, context: Tensor, layout: TokenLayout
-    ) -> Tensor:
-        """Tokens [B, L, D] through the blocks and the head -> [B, L, pt*ph*pw*C]."""
+    def _run_blocks(self, x: Tensor, timestep: Tensor, text: Tensor, layout: TokenLayout) -> Tensor:
+        """Tokens [B, L, D] through the blocks and the head -> [B, L, pt*ph*pw*C]; timestep [B, R], text [B, S, text_dim]."""
+        embedding, modulation, context = self.condition_embedder(timestep, text)
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random, so no generator state has to be kept.

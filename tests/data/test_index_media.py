@@ -129,7 +129,8 @@ def test_images_of_all_modes_come_out_as_rgb(mode: str) -> None:
     data = picture("JPEG" if mode == "CMYK" else "PNG", mode)
     assert inspect_media(data).pixel_format == mode
     pixels = read_image(data)
-    assert (pixels.shape, pixels.dtype) == ((32, 48, 3), np.uint8)
+    assert pixels.shape == (32, 48, 3)
+    assert pixels.dtype == np.uint8
     assert pixels[:, :4].mean() < 40 < 215 < pixels[:, -4:].mean()
 
 
