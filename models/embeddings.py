@@ -1,6 +1,7 @@
 """Layers around the blocks: patch, time and text embedding, and the norms and Linears that stay float32 under bf16 weights."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,11 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Casts nothing in its body; meta tensors know no autocast."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
 class Fp32Linear(nn.Linear):
     """A Linear that computes in float32 whatever the dtype of its weight, under autocast too.
 
@@ -22,7 +28,7 @@ class Fp32Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
+        with no_autocast(input.device.type):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(input.float(), self.weight.float(), bias)
 

@@ -152,3 +152,18 @@ def test_flops_count_the_pairs_that_are_computed() -> None:
     tokens, tiles = 21 * 30 * 52, 256
     computed = attended_pairs(causal, (21, 60, 104)) / tokens**2
     assert 0.5 < computed < 0.5 + 1 / 21 + 1 / tiles
+
+
+@pytest.mark.parametrize("pattern", AttentionPattern)
+def test_bf16_weights_fit_the_kernels_contracts(pattern: AttentionPattern) -> None:
+    """On meta tensors every kernel's own checks run, as on a GPU, and nothing is computed: here at the size of the 1.3B model."""
+    config = DiTConfig(num_layers=1, self_attention=SelfAttentionConfig(pattern))
+    with torch.device("meta"):
+        model = DiT(config).bfloat16()
+        latents, timestep, text = torch.randn(1, 16, 21, 60, 104), torch.rand(1, 21), torch.randn(1, 512, 4096)
+    velocity = model(latents, timestep, text)
+    assert (velocity.shape, velocity.dtype) == (latents.shape, torch.float32)
+    velocity.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.bfloat16, name
