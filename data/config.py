@@ -22,6 +22,9 @@ class DataConfig:
     path: str = ""  # dataset folder, as `muybridge prepare` writes it
     access: Access = Access.raw  # whether the clips of `path` are decoded, or their cached latents are read
     latents: str | None = None  # folder of the latent caches, which `muybridge encode` writes; null for none
+    # Which clips are taken, such as 'motion > 0.5 and not is_hdr', see `row_filter`; null takes all. A latent cache holds the clips
+    # of the filter that it was made with, and is refused with another one.
+    filter: str | None = None
     frames: int = 9  # of a training clip; 1 + a multiple of 4
     fps: float = 8.0  # frame rate of a training clip, whatever the video's own
     height: int = 64  # pixels
@@ -41,6 +44,11 @@ class DataConfig:
             found.append(
                 f"{field}.latents must name a folder with {field}.access=latents; make it with: muybridge encode"
             )
+        if self.filter is not None:
+            from .row_filter import expression_fault
+
+            if fault := expression_fault(self.filter, field=f"{field}.filter"):
+                found.append(fault)
         if self.frames < 1 or self.frames % 4 != 1:
             found.append(
                 f"{field}.frames={self.frames} must be 1 + a multiple of 4 (the autoencoder's temporal stride)"

@@ -31,6 +31,7 @@ def cache_description(source: ClipIndex, config: DataConfig, *, vae_fingerprint:
         "source": str(source.folder),
         "source_fingerprint": source.fingerprint,
         "transform": config.transform(),
+        "filter": config.filter,
         "vae_fingerprint": vae_fingerprint,
     }
 
@@ -92,13 +93,13 @@ class LatentCache:
         where = f"data.path={index.folder}"
         if index.manifest["kind"] != "latents":
             raise ValueError(f"{where} holds {index.manifest['kind']} clips; encode them first: muybridge encode")
-        wanted: dict[str, Any] = {"transform": config.transform()}
+        wanted: dict[str, Any] = {"transform": config.transform(), "filter": config.filter}
         if vae_fingerprint is not None:
             wanted["vae_fingerprint"] = vae_fingerprint
         if stale := _differences(index.manifest["description"], wanted):
             raise ValueError(f"{where} is stale: {', '.join(stale)}; make it again with: muybridge encode")
         self.rows = np.arange(len(index))
-        self.excluded: dict[int, str] = {}
+        self.excluded: dict[str, np.ndarray] = {}  # the cache holds what was taken when it was made
         self.counts: dict[str, int] = {}
         self.pool = None
         self._index = index

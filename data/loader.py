@@ -82,7 +82,7 @@ class VideoLoader:
         self._unreadable = 0
 
     def __len__(self) -> int:
-        """Clips that can be drawn: those long enough for the training clip."""
+        """Clips that can be drawn: those of the filter that are long enough for the training clip."""
         return len(self._source.rows)
 
     @property
@@ -97,13 +97,15 @@ class VideoLoader:
             self._seed,
             self.plan.global_batch,
         ]
+        if self._config.filter is not None:  # a fingerprint from before there were filters stays as it was
+            content.append(self._config.filter)
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
     def state(self) -> dict[str, int]:
         """Rows in use and left out, and since the start: failed reads, decodes by the other decoder, decoder crashes."""
         return {
             "rows": len(self),
-            "excluded_rows": len(self._source.excluded),
+            "excluded_rows": len(self.index) - len(self),
             "unreadable_clips": self._unreadable,
             **self._source.counts,
         }
@@ -202,9 +204,16 @@ class VideoLoader:
         )
 
     def _report_excluded(self) -> None:
-        excluded = [f"{self.index.text('key', row)}: {why}" for row, why in self._source.excluded.items()]
-        shown = "; ".join(excluded[:_SHOWN]) + ("; ..." if len(excluded) > _SHOWN else "")
-        if len(self._source.rows) == 0:
-            raise ValueError(f"data.path={self.index.folder}: none of its {len(excluded)} clips fits: {shown}")
-        if excluded:
-            _log.warning("%d of %d clips are left out: %s", len(excluded), len(self.index), shown)
+        durations = self.index.column("duration_seconds")
+        reasons = []
+        for reason, rows in self._source.excluded.items():
+            shown = [f"{self.index.text('key', row)} ({durations[row]:.2f} s)" for row in rows[:_SHOWN].tolist()]
+            reasons.append(f"{len(rows)} {reason}: {', '.join(shown)}{', ...' if len(rows) > _SHOWN else ''}")
+        if len(self) == 0:
+            self._source.close()
+            raise ValueError(
+                f"data.path={self.index.folder}: none of its {len(self.index)} clips fits; {'; '.join(reasons)}"
+            )
+        if reasons:
+            left_out = len(self.index) - len(self)
+            _log.warning("%d of %d clips are left out; %s", left_out, len(self.index), "; ".join(reasons))

@@ -15,6 +15,7 @@ from .decode import Decoder, frame_times, has_decoder
 from .index import ClipIndex
 from .pixels import to_pixels
 from .plan import keyed_uniform
+from .row_filter import select_rows
 from .workers import WorkerDied, WorkerPool
 
 _log = logging.getLogger(__name__)
@@ -36,12 +37,15 @@ class RawClips:
         durations = index.column("duration_seconds")
         last_starts = durations - index.column("fps_denominator") / index.column("fps_numerator")
         self._slack_seconds = last_starts - span
-        fits = self._slack_seconds >= -_SLACK_TOLERANCE_SECONDS
-        self.rows = np.flatnonzero(fits)
-        self.excluded = {
-            int(row): f"{durations[row]:.2f} s is too short for {config.frames} frames at {config.fps:g} fps"
-            for row in np.flatnonzero(~fits)
+        is_chosen = np.zeros(len(index), dtype=bool)
+        is_chosen[select_rows(index, config.filter or "")] = True
+        is_long_enough = self._slack_seconds >= -_SLACK_TOLERANCE_SECONDS
+        self.rows = np.flatnonzero(is_chosen & is_long_enough)
+        reasons = {
+            f"not in data.filter={config.filter!r}": ~is_chosen,
+            f"too short for {config.frames} frames at {config.fps:g} fps": is_chosen & ~is_long_enough,
         }
+        self.excluded = {reason: np.flatnonzero(rows) for reason, rows in reasons.items() if rows.any()}
 
     def read(self, row: int, pass_number: int | None) -> np.ndarray:
         """Frames of a row, uint8 [T, H, W, 3]; without a pass, the middle of the clip and of the picture.

@@ -6,11 +6,10 @@ import ast
 import difflib
 import operator
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-
-from .index import ClipIndex
 
 NUMBERS = (
     *("size", "frames", "duration_seconds", "width", "height", "bit_depth", "fps", "aspect"),
@@ -29,7 +28,18 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 
 
-def select_rows(index: ClipIndex, expression: str, *, field: str = "data.filter") -> np.ndarray:
+class Columns(Protocol):
+    """What a filter needs of an index."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    def __len__(self) -> int: ...
+
+    def column(self, name: str) -> np.ndarray: ...
+
+
+def select_rows(index: Columns, expression: str, *, field: str = "data.filter") -> np.ndarray:
     """The rows, int64 and ascending, for which the expression holds; an empty expression takes all.
 
     Columns are `NUMBERS` (fps and aspect, which is width / height, are computed) and `FLAGS`, which stand alone. Raises ValueError,
@@ -51,9 +61,28 @@ def select_rows(index: ClipIndex, expression: str, *, field: str = "data.filter"
     return np.flatnonzero(mask).astype(np.int64)
 
 
+def expression_fault(expression: str, *, field: str = "data.filter") -> str | None:
+    """What is wrong with an expression whatever the index, as a message that names `field`; None if nothing is."""
+    try:
+        select_rows(_NoRows(), expression, field=field)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+class _NoRows:
+    folder = Path()
+
+    def __len__(self) -> int:
+        return 0
+
+    def column(self, name: str) -> np.ndarray:
+        return np.zeros(0, dtype=bool if name in FLAGS else float)
+
+
 class _Evaluation:
     # Walks over the parsed expression; only the nodes named here have a meaning, and nothing is ever run as code.
-    def __init__(self, index: ClipIndex, where: str) -> None:
+    def __init__(self, index: Columns, where: str) -> None:
         self._index = index
         self._where = where
 
@@ -102,8 +131,8 @@ class _Evaluation:
         values = self._index.column(name)
         if missing := int(np.isnan(values).sum()) if values.dtype.kind == "f" else 0:
             raise ValueError(
-                f"{self._where}: {name} was not measured for {missing} of {len(values)} clips; measure it with --quality "
-                f"(muybridge prepare or muybridge index)"
+                f"{self._where}: {name} was not measured for {missing} of {len(values)} clips of {self._index.folder}; "
+                f"measure it with --quality (muybridge prepare or muybridge index)"
             )
         return values
 

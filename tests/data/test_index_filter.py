@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from muybridge.data.index import Clip, ClipIndex
-from muybridge.data.row_filter import select_rows
+from muybridge.data.row_filter import expression_fault, select_rows
 from muybridge.data.shards import DatasetWriter
 
 
@@ -65,6 +65,7 @@ def test_expressions_choose_rows(index: ClipIndex, expression: str, rows: list[i
     chosen = select_rows(index, expression)
     assert chosen.dtype == np.int64
     assert chosen.tolist() == rows
+    assert expression_fault(expression) is None
 
 
 @pytest.mark.parametrize(
@@ -95,11 +96,12 @@ def test_anything_else_is_refused(index: ClipIndex, expression: str, reason: str
     with pytest.raises(ValueError, match=reason) as caught:
         select_rows(index, expression)
     assert "data.filter" in str(caught.value)
+    assert expression_fault(expression) == str(caught.value)  # without an index
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
     index = write(tmp_path, [make_clip(0), make_clip(1, luma=None)])
-    with pytest.raises(ValueError, match="luma was not measured for 1 of 2 clips; measure it with --quality"):
+    with pytest.raises(ValueError, match=r"luma was not measured for 1 of 2 clips of .*; measure it with --quality"):
         select_rows(index, "luma > 0", field="data.datasets.a.filter")
     assert select_rows(index, "motion > 0").tolist() == [0, 1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,20 @@ def test_stale_latents_are_refused(dataset: ClipIndex, tmp_path: Path) -> None:
         build(tmp_path / "latents", height=32)
     with pytest.raises(ValueError, match=r"holds latents; set data\.access=latents"):
         build(tmp_path / "latents", access=Access.raw)
+
+
+def test_a_cache_of_chosen_clips_is_for_the_same_filter(dataset: ClipIndex, tmp_path: Path) -> None:
+    chosen = replace(VIDEO, filter="size > 0 and width > 1")
+    with LatentWriter(tmp_path / "latents", dataset, chosen, vae_fingerprint="vae-1") as writer:
+        for row in (1, 4):
+            writer.add(row, latents_of(row))
+        writer.close()
+    loader = build(tmp_path / "latents", filter=chosen.filter)
+    assert [key for batch in loader.every_row(2) for key in batch.keys] == ["000001_clip", "000004_clip"]
+    with pytest.raises(ValueError, match=r"is stale: its filter is size > 0 and width > 1, not None"):
+        build(tmp_path / "latents")
+    assert has_latents(tmp_path / "latents", dataset, chosen, vae_fingerprint="vae-1")
+    assert not has_latents(tmp_path / "latents", dataset, VIDEO, vae_fingerprint="vae-1")
 
 
 def test_a_finished_cache_is_recognised(dataset: ClipIndex, tmp_path: Path) -> None:

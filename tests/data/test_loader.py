@@ -176,13 +176,32 @@ def test_clips_that_are_too_short_are_left_out_at_the_start(
     loader = build(settings(dataset))
     assert len(loader) == 10
     assert loader.state()["excluded_rows"] == 1
-    assert "1 of 11 clips are left out: 000004_clip: 0.50 s is too short for 5 frames at 8 fps" in caplog.text
+    assert "1 of 11 clips are left out; 1 too short for 5 frames at 8 fps: 000004_clip (0.50 s)" in caplog.text
     assert 4 not in {row for [batch] in islice(loader.steps(0), 5) for row in batch.rows.tolist()}
+
+
+def test_a_filter_leaves_rows_out(dataset: ClipIndex, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = np.sort(dataset.column("size"))
+    expression = f"size >= {sizes[2]} and size <= {sizes[8]}"
+    loader = build(settings(dataset, filter=expression))
+    taken = [row for row in range(11) if sizes[2] <= dataset.clip(row).size <= sizes[8]]
+    assert len(loader) == len(taken) < 11
+    assert f"clips are left out; {11 - len(taken)} not in data.filter='size >= " in caplog.text
+    assert {row for [batch] in islice(loader.steps(0), 4) for row in batch.rows.tolist()} == set(taken)
+    assert [row for batch in loader.every_row(4) for row in batch.rows.tolist()] == taken
+    with pytest.raises(ValueError, match=r"none of its 11 clips fits; 11 not in data.filter='size < 0': 000000_clip"):
+        build(settings(dataset, filter="size < 0"))
+    with pytest.raises(ValueError, match=r"data.filter='sise < 0': there is no column sise; did you mean size"):
+        build(settings(dataset, filter="sise < 0"))
+    with pytest.raises(
+        ValueError, match=r"data.filter='luma < 9': luma was not measured for 11 of 11 clips of .*train"
+    ):
+        build(settings(dataset, filter="luma < 9"))
 
 
 def test_a_dataset_without_a_clip_that_fits_is_refused(dataset: ClipIndex) -> None:
     build(settings(dataset, frames=9))  # nine frames are exactly what there is
-    with pytest.raises(ValueError, match=r"none of its 11 clips fits: 000000_clip: 1\.12 s is too short for 13 frames"):
+    with pytest.raises(ValueError, match=r"none of its 11 clips fits; 11 too short for 13 .*: 000000_clip \(1\.12 s\)"):
         build(settings(dataset, frames=13))
     with pytest.raises(ValueError, match="none of its 11 clips fits"):
         build(settings(dataset, frames=9, fps=7.0))
@@ -206,9 +225,15 @@ def test_the_fingerprint_changes_with_what_changes_the_samples(dataset: ClipInde
     for same in (settings(dataset, workers=1, prefetch=5), settings(dataset, decoder=Decoder.pyav)):
         assert build(same).fingerprint == plain
     assert build(settings(dataset), micro_batch=1, world_size=2).fingerprint == plain
-    changes: list[dict[str, Any]] = [{"frames": 1}, {"fps": 4.0}, {"height": 32}, {"caption_dropout": 0.0}]
+    changes: list[dict[str, Any]] = [
+        {"frames": 1},
+        {"fps": 4.0},
+        {"height": 32},
+        {"caption_dropout": 0.0},
+        {"filter": "width > 1"},
+    ]
     others = [build(settings(dataset, **change)).fingerprint for change in changes]
-    assert len({plain, *others, build(settings(dataset), seed=4).fingerprint}) == 6
+    assert len({plain, *others, build(settings(dataset), seed=4).fingerprint}) == 7
 
 
 @pytest.mark.skipif(not has_decoder(Decoder.pyav), reason="PyAV is not installed")

@@ -154,6 +154,20 @@ def test_flops_count_the_pairs_that_are_computed() -> None:
     assert 0.5 < computed < 0.5 + 1 / 21 + 1 / tiles
 
 
+def test_a_block_compiles_in_one_graph() -> None:
+    pattern = SelfAttentionConfig(AttentionPattern.sliding_tile, tile=[1, 2, 2])
+    block = build(pattern).blocks[0]
+    layout = token_layout(pattern, (2, 4, 4), 32, torch.device("cpu"))
+    assert layout.order is not None
+    x = torch.randn(2, layout.order.length, 64, requires_grad=True)
+    inputs = (x, torch.randn(2, 5, 64), torch.randn(2, 1, 6, 64), layout)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    outputs = [function(*inputs) for function in (block, compiled)]
+    torch.testing.assert_close(*outputs)
+    expected, actual = (torch.autograd.grad(out.square().mean(), [x, *block.parameters()]) for out in outputs)
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("pattern", AttentionPattern)
 def test_bf16_weights_fit_the_kernels_contracts(pattern: AttentionPattern) -> None:
     """On meta tensors every kernel's own checks run, as on a GPU, and nothing is computed: here at the size of the 1.3B model."""

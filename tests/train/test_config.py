@@ -29,6 +29,7 @@ MISTAKES = {
     "no such choice": (["task=music"], "task=music"),
     "null where a value is needed": (["steps=null"], "steps=None"),
     "frames": (["data.frames=50"], "data.frames=50 must be 1 + a multiple of 4"),
+    "filter": (["data.filter='lumma > 2'"], "data.filter='lumma > 2': there is no column lumma; did you mean luma?"),
     "height": (["data.height=60"], "data.height=60 must be a multiple of"),
     "width": (["data.width=68"], "data.width=68 must be a multiple of"),
     "heads": (["model.num_attention_heads=7"], "model.num_attention_heads=7 must divide model.dim=192"),
