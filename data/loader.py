@@ -120,7 +120,7 @@ class VideoLoader:
             yield [self._batch(step, clips[i : i + micro_batch]) for i in range(0, len(clips), micro_batch)]
 
     def every_row(self, batch_size: int) -> Iterator[VideoBatch]:
-        """Each row that fits once, in order, captions kept, from the middle of clip and picture; the last batch may be smaller.
+        """Each row that fits once, in order: its first caption, the middle of clip and picture; the last batch may be smaller.
 
         For encoding and validation: independent of rank and seed. A row that cannot be read is left out, counted and logged.
         """
@@ -173,11 +173,16 @@ class VideoLoader:
             except DecodeError as error:
                 reasons.append(self._note_unreadable(row, error))
                 continue
-            dropped = keyed_uniform(self._seed, "caption", row, slot.pass_number) < self._config.caption_dropout
-            return _ReadClip(slot.position, row, "" if dropped else self.index.text("caption", row), clip)
+            return _ReadClip(slot.position, row, self._draw_caption(row, slot.pass_number), clip)
         raise UnreadableDataError(
             f"{_CANDIDATES} clips of {self.index.folder} in a row cannot be read: {'; '.join(reasons[:_SHOWN])}"
         )
+
+    def _draw_caption(self, row: int, pass_number: int) -> str:
+        if keyed_uniform(self._seed, "caption", row, pass_number) < self._config.caption_dropout:
+            return ""
+        captions = self.index.captions(row)
+        return captions[keyed_bits(self._seed, "caption_choice", row, pass_number) % len(captions)]
 
     def _read_row(self, row: int) -> _ReadClip | None:
         try:
