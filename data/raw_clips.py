@@ -1,4 +1,4 @@
-"""Encoded videos as a source of training clips: which rows are long enough, and how one is read."""
+"""Encoded videos and still images as a source of training clips: which rows fit, and how one is read."""
 
 from __future__ import annotations
 
@@ -40,10 +40,12 @@ class RawClips:
         is_chosen = np.zeros(len(index), dtype=bool)
         is_chosen[select_rows(index, config.filter or "")] = True
         is_long_enough = self._slack_seconds >= -_SLACK_TOLERANCE_SECONDS
-        self.rows = np.flatnonzero(is_chosen & is_long_enough)
+        has_frames = np.ones(len(index), dtype=bool) if config.frames == 1 else ~index.column("is_image")
+        self.rows = np.flatnonzero(is_chosen & has_frames & is_long_enough)
         reasons = {
             f"not in data.filter={config.filter!r}": ~is_chosen,
-            f"too short for {config.frames} frames at {config.fps:g} fps": is_chosen & ~is_long_enough,
+            f"still images, which have no {config.frames} frames": is_chosen & ~has_frames,
+            f"too short for {config.frames} frames at {config.fps:g} fps": is_chosen & has_frames & ~is_long_enough,
         }
         self.excluded = {reason: np.flatnonzero(rows) for reason, rows in reasons.items() if rows.any()}
 

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from typing import Any, BinaryIO
 
 from .decode import DecodeError, Decoder, read_frames_with_fallback
+from .images import is_image, read_image
 from .media_info import index_fields, inspect_media, inspect_range
 from .mp4 import write_mp4
 from .resize import cover_crop
@@ -50,14 +51,20 @@ def read_clip(
     crop_x: float,
     crop_y: float,
 ) -> tuple[dict[str, Any], bytes]:
-    """Reads a clip out of a shard; answers with the decoder used and frames uint8 [T, height, width, 3]."""
+    """Reads a clip out of a shard; answers with the decoder used and frames uint8 [T, height, width, 3].
+
+    A still image is a clip of one frame, whatever the times.
+    """
     try:
         data = read_range(shard, offset, size)
     except EOFError as error:
         raise DecodeError(f"the shard was changed or is damaged: {error}") from error
     if zlib.crc32(data) != checksum:
         raise DecodeError("checksum differs from the index: the shard was changed or is damaged")
-    frames, used = read_frames_with_fallback(data, times_seconds, decoder=Decoder(decoder), seekable=seekable)
+    if is_image(data):
+        frames, used = read_image(data)[None], Decoder(decoder)
+    else:
+        frames, used = read_frames_with_fallback(data, times_seconds, decoder=Decoder(decoder), seekable=seekable)
     frames = cover_crop(frames, height=height, width=width, crop_x=crop_x, crop_y=crop_y)
     return {"decoder": used.value}, frames.tobytes()
 
