@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import torch
 from safetensors.torch import save
 
 from .config import DataConfig
-from .decode import DecodeError
 from .index import ClipIndex, read_manifest
+from .media_bytes import checked
 from .shards import DatasetWriter, remove_dataset
 
 _TENSOR_NAME = "latents"
@@ -107,12 +106,15 @@ class LatentCache:
         self._shards: dict[int, mmap.mmap] = {}
 
     def read(self, row: int, pass_number: int | None) -> np.ndarray:
-        """Latents of a row, float32 [z, T', H', W']. Raises DecodeError."""
+        """Latents of a row, float32 [z, T', H', W']. Raises DatasetChangedError."""
         del pass_number  # latents are the same in every pass
         shard, offset, size, checksum = (int(column[row]) for column in self._columns)
-        data = memoryview(self._mapped(shard))[offset : offset + size]
-        if zlib.crc32(data) != checksum:
-            raise DecodeError("checksum differs from the index: the shard was changed or is damaged")
+        data = checked(
+            lambda: memoryview(self._mapped(shard))[offset : offset + size],
+            shard=self._index.shard_names[shard],
+            key=self._index.text("key", row),
+            checksum=checksum,
+        )
         # A safetensors file: the header's length, the header (JSON), the tensors. The checksum says it is what we wrote.
         start = 8 + int.from_bytes(data[:8], "little")
         tensor = json.loads(str(data[8:start], "utf-8"))[_TENSOR_NAME]

@@ -113,7 +113,8 @@ class VideoLoader:
     def steps(self, start_step: int) -> Iterator[list[VideoBatch]]:
         """Endless: for each step from `start_step` on, this rank's batches, one per micro-step.
 
-        Raises UnreadableDataError when several rows in a row cannot be read.
+        Raises UnreadableDataError when several rows in a row cannot be decoded, DatasetChangedError when bytes are not those of
+        the index, and TransientReadError when the storage does not answer: what cannot be repeated is not replaced.
         """
         micro_batch = self._micro_batch
         for step, clips in zip(count(start_step), self._read_ahead(self._local_slots(start_step), self._read_slot)):

@@ -13,6 +13,7 @@ from . import worker
 from .config import DataConfig
 from .decode import Decoder, frame_times, has_decoder
 from .index import ClipIndex
+from .media_bytes import read_media
 from .pixels import to_pixels
 from .plan import keyed_uniform
 from .row_filter import select_rows
@@ -52,7 +53,7 @@ class RawClips:
     def read(self, row: int, pass_number: int | None) -> np.ndarray:
         """Frames of a row, uint8 [T, H, W, 3]; without a pass, the middle of the clip and of the picture.
 
-        Raises DecodeError.
+        Raises DecodeError, DatasetChangedError and OSError, see `media_bytes.read_media`.
         """
         start, crop_x, crop_y = (
             (0.5, 0.5, 0.5)
@@ -60,11 +61,16 @@ class RawClips:
             else (keyed_uniform(self._seed, purpose, row, pass_number) for purpose in ("start", "crop_x", "crop_y"))
         )
         clip, config = self._index.clip(row), self._config
+        # Read here and not in the decoding process, whose time limit is for decoding: a slow storage is no fault of the clip.
+        data = read_media(
+            self._index.shard_names[clip.shard],
+            key=clip.key,
+            offset=clip.offset,
+            size=clip.size,
+            checksum=clip.checksum,
+        )
         request = {
-            "shard": self._index.shard_names[clip.shard],
-            "offset": clip.offset,
-            "size": clip.size,
-            "checksum": clip.checksum,
+            "data": data,
             "times_seconds": frame_times(
                 config.frames, fps=config.fps, start_seconds=start * max(0.0, float(self._slack_seconds[row]))
             ),
@@ -83,16 +89,16 @@ class RawClips:
 
     def _run(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes | bytearray]:
         if self.pool is None:
-            return worker.read_clip(**request)
+            return worker.decode_clip(**request)
         try:
-            return self.pool.call("read_clip", **request)
+            return self.pool.call("decode_clip", **request)
         except WorkerDied as error:
             with self._lock:
                 self.counts["decoder_crashes"] += 1
             # Once more in a fresh process, with the decoder that is less easily crashed.
             _log.warning("%s; trying once more", error)
             safer = Decoder.pyav if has_decoder(Decoder.pyav) else self._config.decoder
-            return self.pool.call("read_clip", **{**request, "decoder": safer.value})
+            return self.pool.call("decode_clip", **{**request, "decoder": safer.value})
 
     def assemble(self, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
         """The fields of a `VideoBatch` that the clips fill."""

@@ -5,6 +5,7 @@ A file is named by a local path or a URL. Local paths never need the libraries f
 
 from __future__ import annotations
 
+import errno
 import glob
 import itertools
 import os
@@ -25,6 +26,13 @@ T = TypeVar("T")
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 _TIMEOUT_SECONDS = 60.0
+_PASSING_FAULTS = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+)  # of network file systems
 _ATTEMPTS = 5
 _FIRST_WAIT_SECONDS = 0.5  # doubled at each attempt, with jitter so that a thousand workers do not come back at once
 # The end of one sample, its caption and the next header lie within a block or two: a shard's headers and captions then cost one
@@ -45,7 +53,7 @@ _EXTRAS = {
 
 
 class TransientReadError(OSError):
-    """A remote file could not be read though it may be later: a timeout, a lost connection or a server's fault."""
+    """A file could not be read though it may be later: a timeout, a lost connection or a server's fault."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,7 @@ def read_range(name: str, offset: int, size: int) -> bytes:
     if size == 0:
         return b""
     if not is_remote(name):
-        with open(name, "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+        data = _retried(name, lambda: _local_range(name, offset, size))
     elif _is_http(name):
         data = _retried(name, lambda: _http_range(name, offset, size)[0])
     else:
@@ -194,6 +200,17 @@ def _retried(name: str, read: Callable[[], T]) -> T:
         time.sleep(wait * random.uniform(0.5, 1.5))
         wait *= 2
     raise AssertionError("unreachable")
+
+
+def _local_range(name: str, offset: int, size: int) -> bytes:
+    try:
+        with open(name, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        if error.errno in _PASSING_FAULTS:
+            raise TransientReadError(error.strerror) from error
+        raise
 
 
 def _http_range(name: str, offset: int, size: int) -> tuple[bytes, Message]:

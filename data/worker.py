@@ -12,7 +12,6 @@ import os
 import signal
 import struct
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, BinaryIO
@@ -23,7 +22,6 @@ from .media_info import index_fields, inspect_media, inspect_range
 from .mp4 import write_mp4
 from .resize import cover_crop
 from .scenes import inspect_scenes
-from .storage import read_range
 from .synthetic import FPS, draw_clip, render_clip
 
 LENGTHS = struct.Struct("<IQ")  # of the header and of the payload, in bytes
@@ -38,11 +36,8 @@ def synthesize(seed: int, split: str, number: int) -> tuple[dict[str, Any], byte
     return {**info, "caption": clip.caption, "labels": asdict(clip.combination)}, file.getvalue()
 
 
-def read_clip(
-    shard: str,
-    offset: int,
-    size: int,
-    checksum: int,
+def decode_clip(
+    data: bytes,
     times_seconds: list[float],
     seekable: bool,
     decoder: str,
@@ -51,16 +46,10 @@ def read_clip(
     crop_x: float,
     crop_y: float,
 ) -> tuple[dict[str, Any], bytes]:
-    """Reads a clip out of a shard; answers with the decoder used and frames uint8 [T, height, width, 3].
+    """Decodes a clip; answers with the decoder used and frames uint8 [T, height, width, 3].
 
     A still image is a clip of one frame, whatever the times.
     """
-    try:
-        data = read_range(shard, offset, size)
-    except EOFError as error:
-        raise DecodeError(f"the shard was changed or is damaged: {error}") from error
-    if zlib.crc32(data) != checksum:
-        raise DecodeError("checksum differs from the index: the shard was changed or is damaged")
     if is_image(data):
         frames, used = read_image(data)[None], Decoder(decoder)
     else:
@@ -73,7 +62,7 @@ OPERATIONS: dict[str, Callable[..., tuple[dict[str, Any], bytes]]] = {
     "inspect_range": inspect_range,
     "inspect_scenes": inspect_scenes,
     "synthesize": synthesize,
-    "read_clip": read_clip,
+    "decode_clip": decode_clip,
 }
 
 
@@ -88,10 +77,15 @@ def read_message(file: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
 
 def write_message(file: BinaryIO, header: dict[str, Any], payload: bytes = b"") -> None:
     """Writes one message and flushes."""
-    text = json.dumps(header).encode()
-    file.write(LENGTHS.pack(len(text), len(payload)) + text)
+    file.write(packed_header(header, len(payload)))
     file.write(payload)
     file.flush()
+
+
+def packed_header(header: dict[str, Any], payload_bytes: int) -> bytes:
+    """What comes before the payload of a message."""
+    text = json.dumps(header).encode()
+    return LENGTHS.pack(len(text), payload_bytes) + text
 
 
 def main() -> None:
@@ -103,11 +97,12 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a native library prints must not land between the answers
     while (message := read_message(requests)) is not None:
-        header, _ = message
+        header, data = message
+        arguments = {**header["arguments"], **({"data": data} if header["has_data"] else {})}
         # The parent kills a worker that hangs; should the parent be gone, the alarm ends even a hang in native code.
         signal.alarm(int(header["timeout_seconds"]) + 5)
         try:
-            result, payload = OPERATIONS[header["operation"]](**header["arguments"])
+            result, payload = OPERATIONS[header["operation"]](**arguments)
             answer: dict[str, Any] = {"result": result}
         except DecodeError as error:
             answer, payload = {"unreadable": str(error)}, b""

@@ -7,6 +7,7 @@ one request it was working on.
 from __future__ import annotations
 
 import json
+import os
 import select
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from .decode import DecodeError
-from .worker import LENGTHS, write_message
+from .worker import LENGTHS, packed_header
 
 T = TypeVar("T")
 
@@ -37,19 +38,27 @@ class WorkerProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def call(
-        self, operation: str, arguments: dict[str, Any], *, timeout_seconds: float
+        self, operation: str, arguments: dict[str, Any], *, timeout_seconds: float, data: bytes | None = None
     ) -> tuple[dict[str, Any], bytearray]:
-        """Runs one of `worker.OPERATIONS`; returns its result and payload.
+        """Runs one of `worker.OPERATIONS`, with `data` as its argument of this name; returns its result and payload.
 
         Raises DecodeError if the data are at fault (WorkerDied where the process did not survive them), else RuntimeError.
         """
         deadline = time.monotonic() + timeout_seconds
         if self._process is None:
             self._process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            assert self._process.stdin is not None
+            os.set_blocking(self._process.stdin.fileno(), False)  # a process that does not read must not stop us
             deadline += _START_SECONDS
-        request = {"operation": operation, "arguments": arguments, "timeout_seconds": timeout_seconds}
+        request = {
+            "operation": operation,
+            "arguments": arguments,
+            "timeout_seconds": timeout_seconds,
+            "has_data": data is not None,
+        }
         try:
-            write_message(self._process.stdin, request)  # type: ignore[arg-type]
+            self._write(packed_header(request, len(data or b"")), deadline)
+            self._write(data or b"", deadline)
             header_bytes, payload_bytes = LENGTHS.unpack(self._read(LENGTHS.size, deadline))
             answer = json.loads(self._read(header_bytes, deadline))
             payload = self._read(payload_bytes, deadline)
@@ -75,6 +84,18 @@ class WorkerProcess:
             pipe.close()
         self._process = None
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+    def _write(self, data: bytes, deadline: float) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        pipe = self._process.stdin
+        poll = select.poll()
+        poll.register(pipe, select.POLLOUT)
+        left = memoryview(data)
+        while left:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise TimeoutError
+            left = left[pipe.write(left) or 0 :]
 
     def _read(self, size: int, deadline: float) -> bytearray:
         assert self._process is not None
@@ -112,14 +133,14 @@ class WorkerPool:
         """Runs a function of ours in a thread of the pool, where it may use `call` repeatedly."""
         return self._executor.submit(function, *arguments)
 
-    def call(self, operation: str, **arguments: Any) -> tuple[dict[str, Any], bytearray]:
+    def call(self, operation: str, *, data: bytes | None = None, **arguments: Any) -> tuple[dict[str, Any], bytearray]:
         """Runs a request in the process of the calling thread, which must be one of the pool's."""
         process = getattr(self._local, "process", None)
         if process is None:
             process = self._local.process = WorkerProcess()
             with self._lock:
                 self._processes.append(process)
-        return process.call(operation, arguments, timeout_seconds=self._timeout_seconds)
+        return process.call(operation, arguments, timeout_seconds=self._timeout_seconds, data=data)
 
     def __enter__(self) -> WorkerPool:
         return self

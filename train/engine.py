@@ -284,12 +284,12 @@ def initialise_distributed(config: EngineConfig) -> torch.device:
     return device
 
 
-def exit_process(code: int) -> NoReturn:
+def exit_process(code: int, *, alone: bool = False) -> NoReturn:
     """Leave at once: gloo's worker threads can abort a process that finalises Python after its work is done.
 
-    Ranks wait for each other only where all of them come here together: done (0) and an agreed stop (75).
+    Ranks wait for each other only where all of them come here together, done (0) or for an agreed stop (75), and not `alone`.
     """
-    if dist.is_initialized() and code in (EXIT_DONE, EXIT_REQUEUE):
+    if dist.is_initialized() and code in (EXIT_DONE, EXIT_REQUEUE) and not alone:
         dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()

@@ -20,6 +20,8 @@ import yaml
 
 from ..data.config import Access, DataConfig
 from ..data.loader import VideoLoader
+from ..data.media_bytes import DatasetChangedError
+from ..data.storage import TransientReadError
 from ..models.vae.folder import vae_fingerprint
 from ..models.weights import load_weights
 from .checkpoint import (
@@ -66,8 +68,15 @@ class Diverged(RuntimeError):
 def train(config: TrainConfig) -> NoReturn:
     """Run or resume training and end the process with the run's exit code."""
     device = initialise_distributed(config.deepspeed)
+    alone = False
     try:
         code = Trainer(config, device).run()
+    except DatasetChangedError as error:  # on the rank that reads the clip
+        print(f"muybridge: {error}", file=sys.stderr)
+        code = EXIT_CONFIG
+    except TransientReadError as error:
+        print(f"muybridge: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
+        code, alone = EXIT_REQUEUE, True
     except ValueError as error:  # the same mistake on every rank: say it once
         if dist.get_rank() == 0:
             print(f"muybridge: {error}", file=sys.stderr)
@@ -89,7 +98,7 @@ def train(config: TrainConfig) -> NoReturn:
         # One rank's failure must end the others too, and a rank that waits for nobody lets the launcher do that.
         traceback.print_exc()
         code = 1
-    exit_process(code)
+    exit_process(code, alone=alone)
 
 
 class Trainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from muybridge.data.config import Access, DataConfig
 from muybridge.data.index import ClipIndex
 from muybridge.data.latent_cache import LatentWriter, has_latents
 from muybridge.data.loader import VideoLoader
+from muybridge.data.media_bytes import DatasetChangedError
 
 VIDEO = DataConfig(frames=9, fps=8.0, height=64, width=64)
 
@@ -132,13 +134,15 @@ def test_missing_latents_are_named_with_a_remedy(dataset: ClipIndex, tmp_path: P
         build(tmp_path / "gone")
 
 
-def test_damaged_latents_are_replaced_and_counted(dataset: ClipIndex, tmp_path: Path) -> None:
+def test_damaged_latents_end_the_run(dataset: ClipIndex, tmp_path: Path) -> None:
     cache = write(tmp_path / "latents", dataset)
     clip = cache.clip(6)
     with cache.shards[clip.shard].open("r+b") as file:
         file.seek(clip.offset + clip.size - 8)
         file.write(b"\xff" * 8)
     loader = build(tmp_path / "latents")
-    rows = {row for step in islice(loader.steps(0), 6) for batch in step for row in batch.rows.tolist()}
-    assert rows == set(range(11)) - {6}
-    assert loader.state()["unreadable_clips"] >= 2
+    shard = str(cache.shards[clip.shard])
+    with pytest.raises(
+        DatasetChangedError, match=f"changed under the run: {re.escape(shard)}, clip 000006_clip: the checksum"
+    ):
+        list(islice(loader.steps(0), 6))

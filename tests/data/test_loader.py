@@ -17,7 +17,10 @@ from muybridge.data.config import Access, DataConfig
 from muybridge.data.decode import Decoder, has_decoder
 from muybridge.data.index import ClipIndex
 from muybridge.data.loader import UnreadableDataError, VideoLoader
+from muybridge.data.media_bytes import DatasetChangedError
 from muybridge.data.pixels import to_frames
+from muybridge.data.shards import DatasetWriter
+from muybridge.data.storage import read_range
 from muybridge.data.synthetic import draw_clip, render_clip
 
 GLOBAL_BATCH = 4
@@ -121,17 +124,14 @@ def test_every_row_comes_once_in_order(dataset: ClipIndex, workers: int) -> None
 
 @pytest.fixture
 def damaged(dataset: ClipIndex, tmp_path: Path) -> Callable[[list[int]], ClipIndex]:
-    """Makes a copy of the dataset with the bytes of some rows overwritten after it was indexed."""
+    """Makes a copy of the dataset in which some rows were damaged before anyone took their checksum."""
 
     def damage(rows: list[int]) -> ClipIndex:
-        shutil.copytree(dataset.folder, tmp_path / "damaged")
-        index = ClipIndex.open(tmp_path / "damaged")
-        for row in rows:
-            clip = index.clip(row)
-            with index.shards[clip.shard].open("r+b") as file:
-                file.seek(clip.offset + clip.size // 2)
-                file.write(b"\x00" * 64)
-        return index
+        with DatasetWriter(tmp_path / "damaged", kind="raw", description={}, shard_bytes=10_000) as writer:
+            for row, clip in enumerate(map(dataset.clip, range(len(dataset)))):
+                media = read_range(dataset.shard_names[clip.shard], clip.offset, clip.size)
+                writer.add(clip, media[:64] if row in rows else media, extension="mp4")
+            return writer.close()
 
     return damage
 
@@ -144,7 +144,7 @@ def test_unreadable_clips_are_replaced_the_same_way_every_time(
     loader = build(config)
     run = list(islice(loader.steps(0), 6))
     assert loader.state()["unreadable_clips"] >= 4  # each once a pass, in two passes
-    assert "000002_clip: checksum differs" in caplog.text
+    assert "cannot read clip 000002_clip: " in caplog.text
     whole = steps(settings(dataset), 0, 6)
     for [found], [undamaged] in zip(run, whole):
         bad = torch.isin(undamaged.rows, torch.tensor([2, 7]))
@@ -160,8 +160,35 @@ def test_unreadable_clips_are_replaced_the_same_way_every_time(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_dataset_that_is_all_damaged_ends_the_run(damaged: Callable[[list[int]], ClipIndex], workers: int) -> None:
     index = damaged(list(range(11)))
-    with pytest.raises(UnreadableDataError, match=r"8 clips of .*damaged in a row cannot be read: .*checksum differs"):
+    with pytest.raises(UnreadableDataError, match=r"8 clips of .*damaged in a row cannot be read: "):
         steps(settings(index, workers=workers), 0, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("change", ["a flipped byte", "cut", "gone"])
+def test_a_dataset_that_changes_under_the_run_ends_it(
+    dataset: ClipIndex, tmp_path: Path, workers: int, change: str
+) -> None:
+    shutil.copytree(dataset.folder, tmp_path / "copy")
+    index = ClipIndex.open(tmp_path / "copy")
+    loader = build(settings(index, workers=workers))
+    clip = index.clip(10)
+    shard = index.shards[clip.shard]
+    data = bytearray(shard.read_bytes())
+    if change == "a flipped byte":
+        data[clip.offset + clip.size // 2] ^= 1
+        shard.write_bytes(data)
+    elif change == "cut":
+        shard.write_bytes(data[: clip.offset + 5])
+    else:
+        shard.unlink()
+    reason = {"a flipped byte": "the checksum of its", "cut": "ends at byte", "gone": "No such file"}[change]
+    with pytest.raises(DatasetChangedError, match=rf"dataset changed under the run: {shard}, clip .*{reason}"):
+        list(islice(loader.steps(0), 3))
+    with pytest.raises(DatasetChangedError, match="dataset changed under the run"):
+        list(loader.every_row(4))
+    loader.close()
+    assert loader.state()["unreadable_clips"] == 0
 
 
 def test_clips_that_are_too_short_are_left_out_at_the_start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import tarfile
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from muybridge.data import storage
 from muybridge.data.config import DataConfig
@@ -37,6 +39,7 @@ class FileServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.failures = 0  # of the next requests
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -53,6 +56,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(302, {"Location": f"{self.server.url}/{name.removeprefix('moved/')}"})
         if "private" in name:
             return self._answer(403, {})
+        if self.server.failures > 0:
+            self.server.failures -= 1
+            return self._answer(500 + self.server.failures % 4, {})
         if "broken" in name or ("flaky" in name and tries <= 2):
             return self._answer(503, {})
         if name not in self.server.files:
@@ -176,6 +182,49 @@ def test_shards_over_http_are_indexed_and_trained_on(server: FileServer, numbere
     del server.files["s-000.tar"]
     with pytest.raises(ValueError, match=r"s-000\.tar is missing, .*s-001\.tar has 20480 bytes, not 10240"):
         ClipIndex.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_passing_faults_of_the_storage_change_no_sample_and_lasting_ones_end_the_run(
+    server: FileServer, numbered: Any, tmp_path: Path, workers: int
+) -> None:
+    video = numbered.encode([40 * i for i in range(25)])
+    server.files["s.tar"] = tar_of(
+        {f"k{n}.{end}": data for n in range(4) for end, data in (("mp4", video), ("txt", b"c"))}
+    )
+    build_index(f"{server.url}/s.tar", tmp_path, settings=IndexSettings(), workers=1, timeout_seconds=20.0)
+    config = DataConfig(path=str(tmp_path), frames=9, fps=9.0, workers=workers, prefetch=0, timeout_seconds=20.0)
+    loader = VideoLoader(config, global_batch=2, micro_batch=2, rank=0, world_size=1, seed=0)
+    [expected] = next(loader.steps(3))
+    server.failures = 4
+    [batch] = next(loader.steps(3))
+    assert server.failures == 0
+    assert batch.keys == expected.keys
+    assert torch.equal(batch.pixels, expected.pixels)  # type: ignore[arg-type]
+    for read in (loader.steps(3), loader.every_row(2)):
+        server.failures = 1000
+        with pytest.raises(TransientReadError, match=r"s\.tar cannot be read after 5 attempts: status 50"):
+            next(read)
+    server.failures = 0
+    assert loader.state()["unreadable_clips"] == 0
+    loader.close()
+
+
+def test_a_stale_network_file_is_a_passing_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tar").write_bytes(b"abc")
+    faults = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+
+    def open_or_fail(*arguments: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return open(*arguments)
+
+    monkeypatch.setattr(storage, "_FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(storage, "open", open_or_fail, raising=False)
+    assert read_range(str(tmp_path / "a.tar"), 1, 2) == b"bc"
+    faults += [OSError(errno.EIO, "Input/output error")] * 5
+    with pytest.raises(TransientReadError, match=r"a\.tar cannot be read after 5 attempts: Input/output error"):
+        read_range(str(tmp_path / "a.tar"), 1, 2)
 
 
 def test_bad_remote_shards_are_all_named(server: FileServer, tmp_path: Path) -> None:

@@ -25,10 +25,11 @@ def crash(): os.kill(os.getpid(), signal.SIGSEGV)
 def hang(): time.sleep(1000)
 def echo(value): return {"value": value, "pid": os.getpid()}, bytes(value)
 def chatter(): print("noise from a native library", flush=True); return {}, b""
+def count(data): return {"bytes": len(data), "sum": sum(data[::4096])}, b""
 def unreadable(): raise DecodeError("bad stream")
 def bug(): raise KeyError("oops")
 
-worker.OPERATIONS.update(crash=crash, hang=hang, echo=echo, chatter=chatter, unreadable=unreadable, bug=bug)
+worker.OPERATIONS.update(crash=crash, hang=hang, echo=echo, chatter=chatter, unreadable=unreadable, bug=bug, count=count)
 worker.main()
 """
 
@@ -49,6 +50,21 @@ def test_answers_come_back_with_their_payload(pool: WorkerPool) -> None:
         result, payload = future.result()
         assert result["value"] == n
         assert payload == bytes(n)
+
+
+def test_data_arrive_whole(pool: WorkerPool) -> None:
+    for data in (b"", b"\x01", b"\x01" * 5_000_000):
+        answer, _ = pool.submit("count", data=data).result()
+        assert answer == {"bytes": len(data), "sum": len(data[::4096])}
+
+
+def test_a_process_that_takes_no_data_costs_its_time(pool: WorkerPool) -> None:
+    os.kill(pool.submit("echo", value=0).result()[0]["pid"], signal.SIGSTOP)
+    pool._timeout_seconds = 0.3
+    with pytest.raises(WorkerDied, match=r"decoding took longer than 0\.3 s"):
+        pool.submit("count", data=bytes(5_000_000)).result()
+    pool._timeout_seconds = 10.0
+    assert pool.submit("echo", value=1).result()[0]["value"] == 1
 
 
 def test_a_crash_costs_one_request(pool: WorkerPool) -> None:
