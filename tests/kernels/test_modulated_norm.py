@@ -1,5 +1,6 @@
 """The residual and its norm as the models call them, on the CPU: contract, gradients, compile, checkpointing, fake tensors."""
 
+import importlib
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -169,7 +170,8 @@ def test_dispatch_is_asked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         return dispatch.Backend.own
 
     for module in ("modulated_norm", "gated_residual"):
-        monkeypatch.setattr(f"muybridge.kernels.{module}.pointwise_backend", choose)
+        # As an attribute of the package the module's name is the function.
+        monkeypatch.setattr(importlib.import_module(f"muybridge.kernels.{module}"), "pointwise_backend", choose)
     tensors = inputs()
     for ours, expected in zip(public_block(*tensors), operator_block(*tensors), strict=True):
         assert torch.equal(ours, expected)
