@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +103,7 @@ class LatentCache:
         self._index = index
         self._columns = [index.column(name) for name in ("shard", "offset", "size", "checksum")]
         self._shards: dict[int, mmap.mmap] = {}
+        self._blank: np.ndarray | None = None
 
     def read(self, row: int, pass_number: int | None) -> np.ndarray:
         """Latents of a row, float32 [z, T', H', W']. Raises DatasetChangedError."""
@@ -122,9 +122,12 @@ class LatentCache:
         values = np.frombuffer(data[start + first : start + last], dtype=_DTYPES[tensor["dtype"]])
         return values.reshape(tensor["shape"]).astype(np.float32, copy=False)
 
-    def assemble(self, clips: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-        """The fields of a `VideoBatch` that the clips fill."""
-        return {"latents": torch.from_numpy(np.stack(clips))}
+    def assemble(self, clips: list[np.ndarray | None]) -> dict[str, torch.Tensor]:
+        """The fields of a `VideoBatch` that the clips fill; None stands for a ghost."""
+        if self._blank is None and any(clip is None for clip in clips):
+            self._blank = np.zeros_like(self.read(0, None))
+        filled = [self._blank if clip is None else clip for clip in clips]
+        return {"latents": torch.from_numpy(np.stack([latents for latents in filled if latents is not None]))}
 
     def close(self) -> None:
         """Nothing to end; the maps go with their last reader."""

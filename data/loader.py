@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from .config import Access, DataConfig
 from .decode import DecodeError
 from .index import ClipIndex
 from .latent_cache import LatentCache
-from .plan import PLAN_VERSION, Plan, Slot, keyed_bits, keyed_uniform
+from .plan import GHOST_ROW, PLAN_VERSION, Plan, Slot, keyed_bits, keyed_uniform
 from .raw_clips import RawClips
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,11 @@ class _ReadClip:
     slot: int
     row: int
     caption: str
-    clip: np.ndarray
+    clip: np.ndarray | None  # None for a ghost
+
+    @classmethod
+    def ghost(cls, slot: int) -> _ReadClip:
+        return cls(slot, GHOST_ROW, "", None)
 
 
 class VideoLoader:
@@ -77,7 +81,7 @@ class VideoLoader:
             self._source = RawClips(self.index, config, seed=seed)
         self._report_excluded()
         self.plan = Plan(rows=len(self._source.rows), global_batch=global_batch, seed=seed)
-        self.plan.local_slots(0, rank=rank, world_size=world_size, micro_batch=micro_batch)  # checks the arithmetic
+        self.plan.local_slots(0, rank=rank, world_size=world_size, micro_batch=micro_batch)  # checks the numbers
         self._lock = threading.Lock()
         self._unreadable = 0
 
@@ -119,6 +123,17 @@ class VideoLoader:
         micro_batch = self._micro_batch
         for step, clips in zip(count(start_step), self._read_ahead(self._local_slots(start_step), self._read_slot)):
             yield [self._batch(step, clips[i : i + micro_batch]) for i in range(0, len(clips), micro_batch)]
+
+    def each_once(self, clips: int) -> Iterator[VideoBatch]:
+        """For validation: this rank's share of `clips` clips, or of all if there are fewer, the same ones every time.
+
+        Each comes once on some rank, with its first caption, from the middle of clip and picture. All ranks get as many batches,
+        filled up with ghosts; a clip that cannot be decoded becomes one as well.
+        """
+        plan = Plan(rows=len(self), global_batch=min(clips, len(self)), seed=self._seed)
+        groups = plan.local_slots(0, rank=self._rank, world_size=self._world_size, micro_batch=self._micro_batch)
+        for found in self._read_ahead(groups, self._read_once):
+            yield self._batch(0, found)
 
     def every_row(self, batch_size: int) -> Iterator[VideoBatch]:
         """Each row that fits once, in order: its first caption, the middle of clip and picture; the last batch may be smaller.
@@ -162,6 +177,8 @@ class VideoLoader:
                     future.cancel()
 
     def _read_slot(self, slot: Slot) -> _ReadClip:
+        if slot.row == GHOST_ROW:
+            return _ReadClip.ghost(slot.position)
         rows = self._source.rows
         planned = int(rows[slot.row])
         reasons = []
@@ -185,6 +202,10 @@ class VideoLoader:
         captions = self.index.captions(row)
         return captions[keyed_bits(self._seed, "caption_choice", row, pass_number) % len(captions)]
 
+    def _read_once(self, slot: Slot) -> _ReadClip:
+        found = None if slot.row == GHOST_ROW else self._read_row(int(self._source.rows[slot.row]))
+        return _ReadClip.ghost(slot.position) if found is None else replace(found, slot=slot.position)
+
     def _read_row(self, row: int) -> _ReadClip | None:
         try:
             return _ReadClip(row, row, self.index.text("caption", row), self._source.read(row, None))
@@ -204,7 +225,8 @@ class VideoLoader:
             step=step,
             slots=torch.tensor([clip.slot for clip in clips]),
             rows=torch.tensor([clip.row for clip in clips]),
-            keys=[self.index.text("key", clip.row) for clip in clips],
+            weights=torch.tensor([float(clip.clip is not None) for clip in clips]),
+            keys=["" if clip.row == GHOST_ROW else self.index.text("key", clip.row) for clip in clips],
             captions=[clip.caption for clip in clips],
             **self._source.assemble([clip.clip for clip in clips]),
         )

@@ -12,17 +12,22 @@ from functools import lru_cache
 
 PLAN_VERSION = 1  # part of the data fingerprint: raise it when any draw below changes
 
+GHOST_ROW = -1
+
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One place in the global batch of a step, and the clip that fills it."""
+    """One place in the global batch of a step, and the clip that fills it.
+
+    A ghost lies behind the global batch, holds no clip and counts for nothing: it only fills up a micro-batch.
+    """
 
     step: int
     position: int  # in the global batch
-    row: int
+    row: int  # GHOST_ROW for a ghost
     pass_number: int  # how often this row was drawn before
 
 
@@ -101,19 +106,21 @@ class Plan:
         return slots
 
     def local_slots(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> list[list[Slot]]:
-        """One rank's slots, one list per micro-step.
+        """One rank's slots, one list of `micro_batch` per micro-step; as many lists on every rank, filled up with ghosts.
 
         In micro-step m rank r takes `micro_batch` slots from position (m * world_size + r) * micro_batch on.
         """
-        slots = self.slots(step)
-        return [slots[i : i + micro_batch] for i in self._starts(rank, world_size, micro_batch)]
-
-    def _starts(self, rank: int, world_size: int, micro_batch: int) -> range:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} must be in 0..{world_size - 1}")
-        if micro_batch < 1 or self.global_batch % (world_size * micro_batch):
-            raise ValueError(
-                f"global_batch={self.global_batch} must be a multiple of "
-                f"world_size * micro_batch = {world_size} * {micro_batch}"
-            )
-        return range(rank * micro_batch, self.global_batch, world_size * micro_batch)
+        together = world_size * micro_batch
+        places = micro_steps(self.global_batch, world_size=world_size, micro_batch=micro_batch) * together
+        ghosts = [Slot(step, position, GHOST_ROW, 0) for position in range(self.global_batch, places)]
+        slots = self.slots(step) + ghosts
+        return [slots[i : i + micro_batch] for i in range(rank * micro_batch, places, together)]
+
+
+def micro_steps(global_batch: int, *, world_size: int, micro_batch: int) -> int:
+    """Micro-batches of each rank in one step: the least whose places hold the global batch."""
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch={micro_batch} must be positive")
+    return -(-global_batch // (world_size * micro_batch))

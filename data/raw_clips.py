@@ -100,9 +100,15 @@ class RawClips:
             safer = Decoder.pyav if has_decoder(Decoder.pyav) else self._config.decoder
             return self.pool.call("decode_clip", **{**request, "decoder": safer.value})
 
-    def assemble(self, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
-        """The fields of a `VideoBatch` that the clips fill."""
-        return {"pixels": to_pixels(np.stack(clips))}
+    def assemble(self, clips: list[np.ndarray | None]) -> dict[str, torch.Tensor]:
+        """The fields of a `VideoBatch` that the clips fill; None stands for a ghost."""
+        config = self._config
+        blank = np.zeros((config.frames, config.height, config.width, 3), dtype=np.uint8)
+        pixels = to_pixels(np.stack([blank if clip is None else clip for clip in clips]))
+        for place, clip in enumerate(clips):
+            if clip is None:
+                pixels[place] = 0.0
+        return {"pixels": pixels}
 
     def close(self) -> None:
         """Ends the decoding processes."""

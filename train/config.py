@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..data.config import Access, DataConfig
+from ..data.plan import micro_steps
 from ..kernels.dispatch import KernelsConfig
 from ..models.diffusion.noise_schedule import NoiseScheduleConfig
 from ..models.diffusion.samplers import SamplerConfig
@@ -74,7 +75,7 @@ class TrainConfig:
     seed: int = 0
     # Optimizer steps of the whole run.
     steps: int = 0
-    # Samples of one optimizer step over all ranks.
+    # Samples of one optimizer step over all ranks. Where micro_batch x processes does not divide it, places stay empty (ghosts).
     global_batch: int = 0
     # Samples of one forward on one rank; the accumulation steps follow from it.
     micro_batch: int = 0
@@ -101,7 +102,11 @@ class TrainConfig:
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of one rank in one step."""
-        return self.global_batch // (self.micro_batch * world_size)
+        return micro_steps(self.global_batch, world_size=world_size, micro_batch=self.micro_batch)
+
+    def ghost_share(self, world_size: int) -> float:
+        """The share of a step's places that hold no sample, and are computed for nothing."""
+        return 1 - self.global_batch / (self.accumulation(world_size) * self.micro_batch * world_size)
 
     def training_data(self) -> DataConfig:
         """The data settings with `path` at what is read: the clips or their latents."""
@@ -133,11 +138,6 @@ class TrainConfig:
                 found.append(
                     f"{name}={getattr(self, name)} must be at least 1 (an experiment sets it: +experiment=NAME)"
                 )
-        if min(self.global_batch, self.micro_batch) >= 1 and self.global_batch % (self.micro_batch * world_size):
-            found.append(
-                f"global_batch={self.global_batch} must be a multiple of micro_batch x processes = "
-                f"{self.micro_batch} x {world_size}"
-            )
         if self.threads < 0:
             found.append(f"threads={self.threads} must be 0 (torch decides) or more")
         part_faults = []

@@ -162,7 +162,7 @@ class Engine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch's mean loss (DeepSpeed divides by the accumulation steps)."""
+        """Accumulate the gradient of a micro-batch's loss; a step averages it over micro-batches and ranks."""
         self._engine.backward(loss)
 
     def step(self, lr: float) -> StepResult | None:

@@ -22,7 +22,8 @@ class MetricsWindow:
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._samples = self._skipped = self._steps = 0
+        self._skipped = self._steps = 0
+        self._samples: Tensor | float = 0.0
         self.begin()
 
     def begin(self) -> None:
@@ -40,11 +41,11 @@ class MetricsWindow:
     def data_arrived(self) -> None:
         self._data_seconds += time.perf_counter() - self._asked
 
-    def add(self, losses: Tensor, terms: dict[str, Tensor]) -> None:
-        """The losses of a micro-batch and their terms, each [B]."""
-        self._samples += losses.numel()
+    def add(self, losses: Tensor, terms: dict[str, Tensor], weights: Tensor) -> None:
+        """The losses of a micro-batch, their terms and weights, each [B]."""
+        self._samples = weights.sum() + self._samples
         for name, values in {"loss": losses.detach(), **terms}.items():
-            total = values.float().sum()
+            total = (values.float() * weights).sum()
             self._sums[name] = self._sums[name].to(total.device) + total if name in self._sums else total
 
     def end_step(self, *, applied: bool) -> None:
@@ -55,7 +56,7 @@ class MetricsWindow:
     def close(self, result: StepResult, lr: float) -> dict[str, float]:
         """Means over the window and over all ranks, and the speed since the run or the last row began. Collective."""
         names = list(self._sums)
-        totals = torch.stack([*self._sums.values(), torch.full_like(self._sums["loss"], self._samples)])
+        totals = torch.stack([*self._sums.values(), torch.as_tensor(self._samples)])
         dist.all_reduce(totals)
         *sums, samples = totals.tolist()
         row = {name: total / samples for name, total in zip(names, sums, strict=True)}
@@ -75,7 +76,7 @@ class MetricsWindow:
         """The sums of every rank, for a checkpoint. Collective."""
         own = {
             "sums": {name: total.item() for name, total in self._sums.items()},
-            "samples": self._samples,
+            "samples": float(self._samples),
             "skipped": self._skipped,
         }
         everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()

@@ -55,6 +55,7 @@ from .validate import sample_videos, validation_losses
 # Settings that decide what a step computes: a resumed run must not change them.
 FIXED_ON_RESUME = ("seed", "global_batch", "task")
 MAX_SKIPPED_IN_A_ROW = 20
+GHOST_SHARE_WORTH_A_NOTE = 0.03
 CURE_FOR_DIVERGENCE = (
     "nothing newer than the last checkpoint was kept: lower optimizer.lr or optimizer.gradient_clipping and run again to "
     "resume from there"
@@ -107,6 +108,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config = config
         self.rank, world = dist.get_rank(), dist.get_world_size()
+        # On average: a step averages over micro-batches and ranks, and its loss is the mean over samples.
+        self.samples_per_micro_batch = config.global_batch / (config.accumulation(world) * world)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
         if config.threads:
@@ -154,6 +157,11 @@ class Trainer:
             )
             if resume_from is not None:
                 self.tracker.note(f"resumed from {resume_from}")
+            if (share := config.ghost_share(world)) > GHOST_SHARE_WORTH_A_NOTE:
+                self.tracker.note(
+                    f"muybridge: {share:.0%} of the computation is for nothing: global_batch={config.global_batch} is no multiple "
+                    f"of micro_batch x processes = {config.micro_batch} x {world}"
+                )
         # Last, so that Ctrl-C during set-up still ends at once.
         self.stop_request = StopRequest(self.run_dir / "STOP")
 
@@ -214,10 +222,11 @@ class Trainer:
     def _optimizer_step(self, micro_batches: list[Any], lr: float) -> StepResult:
         result = None
         for batch in micro_batches:
-            losses = self.task.losses(self.engine, batch.to(self.task.device))
-            self.engine.backward(losses.total.mean())
+            batch = batch.to(self.task.device)
+            losses = self.task.losses(self.engine, batch)
+            self.engine.backward((losses.total * batch.weights).sum() / self.samples_per_micro_batch)
             result = self.engine.step(lr)
-            self.window.add(losses.total, losses.terms)
+            self.window.add(losses.total, losses.terms, batch.weights)
         assert result is not None, "the last micro-batch of a step updates the weights"
         return result
 

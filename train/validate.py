@@ -22,7 +22,7 @@ class ValidationConfig:
     every_steps: int = 0
     # Prepared dataset of held-out clips for the validation loss; null leaves the loss out.
     path: str | None = None
-    # Clips for the loss, the same ones each time; rounded up to whole batches.
+    # Clips for the loss, the same ones each time; all where there are fewer.
     clips: int = 64
     # Prompts of the sample videos; none leaves them out (diffusion runs only).
     prompts: list[str] = field(default_factory=list)
@@ -40,22 +40,25 @@ class ValidationConfig:
 
 @torch.no_grad()
 def validation_losses(engine: "Engine", task: "Task", loader: "VideoLoader", *, clips: int) -> dict[str, float]:
-    """Mean loss and terms over the first `clips` of the validation set, with the same noise each time. Collective."""
+    """Mean loss and terms over `clips` of the validation set, each once, with the same noise each time. Collective.
+
+    Empty where not one of them can be read.
+    """
     sums: dict[str, torch.Tensor] = {}
-    seen = 0
+    seen = torch.zeros((), device=task.device)
     engine.eval()
-    for batches in loader.steps(0):
-        for batch in batches:
-            losses = task.losses(engine, batch.to(task.device), purpose="validation/")
-            for name, values in {"loss": losses.total, **losses.terms}.items():
-                sums[name] = sums.get(name, torch.zeros((), device=task.device)) + values.float().sum()
-            seen += len(batch)
-        if seen * dist.get_world_size() >= clips:
-            break
+    for batch in loader.each_once(clips):
+        batch = batch.to(task.device)
+        losses = task.losses(engine, batch, purpose="validation/")
+        for name, values in {"loss": losses.total, **losses.terms}.items():
+            sums[name] = sums.get(name, torch.zeros((), device=task.device)) + (values.float() * batch.weights).sum()
+        seen += batch.weights.sum()
     engine.train()
     names = sorted(sums)
-    totals = torch.stack([sums[name] for name in names] + [torch.tensor(float(seen), device=task.device)])
+    totals = torch.stack([*(sums[name] for name in names), seen])
     dist.all_reduce(totals)
+    if totals[-1] == 0:
+        return {}
     return {f"validation_{name}": (total / totals[-1]).item() for name, total in zip(names, totals, strict=False)}
 
 

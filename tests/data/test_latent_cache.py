@@ -65,6 +65,20 @@ def test_latents_come_back_with_their_captions(dataset: ClipIndex, tmp_path: Pat
     assert cache.clip(3).label_values == dataset.clip(3).label_values
 
 
+def test_a_batch_of_ghosts_has_the_shape_of_the_others(dataset: ClipIndex, tmp_path: Path) -> None:
+    write(tmp_path / "latents", dataset)
+    loader = build(tmp_path / "latents")
+    *_, last = loader.each_once(5)  # in batches of two
+    assert last.latents is not None
+    assert (last.weights.tolist(), last.latents.shape) == ([1.0, 0.0], (2, 4, 3, 2, 2))
+    assert not last.latents[1].any()
+    config = DataConfig(path=str(tmp_path / "latents"), latents="x", access=Access.latents)
+    other = VideoLoader(config, global_batch=1, micro_batch=2, rank=1, world_size=2, seed=0)
+    [ghosts] = next(other.steps(0))
+    assert ghosts.weights.tolist() == [0.0, 0.0]
+    assert torch.equal(ghosts.latents, torch.zeros(2, 4, 3, 2, 2))
+
+
 def test_half_precision_latents_are_read_as_float32(dataset: ClipIndex, tmp_path: Path) -> None:
     write(tmp_path / "latents", dataset, torch.float16)
     batch = next(build(tmp_path / "latents").every_row(11))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muybridge.data.plan import Permutation, Plan, keyed_uniform
+from muybridge.data.plan import GHOST_ROW, Permutation, Plan, keyed_uniform
 
 
 @settings(max_examples=60, deadline=None)
@@ -55,21 +55,25 @@ def test_every_row_exactly_once_a_pass(rows: int, global_batch: int, seed: int, 
     rows=st.integers(1, 1000),
     world_size=st.integers(1, 6),
     micro_batch=st.integers(1, 4),
-    micro_steps=st.integers(1, 3),
+    global_batch=st.integers(1, 60),
     step=st.integers(0, 10**6),
     seed=st.integers(0, 2**32),
 )
 def test_ranks_and_micro_steps_partition_the_step(
-    rows: int, world_size: int, micro_batch: int, micro_steps: int, step: int, seed: int
+    rows: int, world_size: int, micro_batch: int, global_batch: int, step: int, seed: int
 ) -> None:
-    plan = Plan(rows, world_size * micro_batch * micro_steps, seed)
+    plan = Plan(rows, global_batch, seed)
     local = [
         plan.local_slots(step, rank=rank, world_size=world_size, micro_batch=micro_batch) for rank in range(world_size)
     ]
     assert all(len(slots) == micro_batch for mine in local for slots in mine)
-    in_order = [slot for m in range(micro_steps) for mine in local for slot in mine[m]]
-    assert in_order == plan.slots(step)
-    assert [slot.position for slot in in_order] == list(range(plan.global_batch))
+    (accumulation,) = {len(mine) for mine in local}
+    in_order = [slot for m in range(accumulation) for mine in local for slot in mine[m]]
+    assert in_order[:global_batch] == plan.slots(step)
+    assert [slot.position for slot in in_order] == list(range(accumulation * world_size * micro_batch))
+    ghosts = in_order[global_batch:]
+    assert all(slot.row == GHOST_ROW for slot in ghosts)
+    assert len(ghosts) < world_size * micro_batch
 
 
 @settings(max_examples=30, deadline=None)
@@ -98,8 +102,8 @@ def test_keyed_uniform_is_uniform() -> None:
     assert max(Counter((values * 10).astype(int).tolist()).values()) < 400 + 5 * np.sqrt(400)
 
 
-def test_batch_arithmetic_that_does_not_close_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"global_batch=8 must be a multiple of world_size \* micro_batch = 3 \* 1"):
-        Plan(10, 8, 0).local_slots(0, rank=0, world_size=3, micro_batch=1)
+def test_a_rank_or_micro_batch_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="micro_batch=0 must be positive"):
+        Plan(10, 8, 0).local_slots(0, rank=0, world_size=3, micro_batch=0)
     with pytest.raises(ValueError, match=r"rank=2 must be in 0..1"):
         Plan(10, 8, 0).local_slots(0, rank=2, world_size=2, micro_batch=1)

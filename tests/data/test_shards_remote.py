@@ -200,7 +200,7 @@ def test_passing_faults_of_the_storage_change_no_sample_and_lasting_ones_end_the
     [batch] = next(loader.steps(3))
     assert server.failures == 0
     assert batch.keys == expected.keys
-    assert torch.equal(batch.pixels, expected.pixels)  # type: ignore[arg-type]
+    assert torch.equal(batch.pixels, expected.pixels)
     for read in (loader.steps(3), loader.every_row(2)):
         server.failures = 1000
         with pytest.raises(TransientReadError, match=r"s\.tar cannot be read after 5 attempts: status 50"):

@@ -61,12 +61,23 @@ def runs(
     fp32 = "deepspeed.precision=fp32"
     stages = [f"deepspeed=zero{zero}" for zero in range(4)]
     two = {f"zero{zero}-w2": [stage, fp32] for zero, stage in enumerate(stages)}
+    # Nor do the seven clips of their validation fill its batches.
+    (root / "latents").mkdir()
+    for split in ("train", "validation"):
+        (root / "latents" / split).symlink_to(toy_folder / "latents" / "train")
+    uneven = [
+        *("deepspeed=zero1", fp32, "global_batch=5", f"data.latents={root / 'latents'}"),
+        *("validation.path=in-latents", "validation.every_steps=10", "validation.clips=7"),
+    ]
+    two["uneven-w2"] = [*uneven, "micro_batch=2"]
     two["elastic"] = ["deepspeed=zero2", fp32, "steps=10"]
     # ZeRO-3 last: it replaces torch's linear layer for the rest of the process, whose other rounding would show elsewhere.
     one = {
         "story": story_settings(root / "story"),
         **{f"zero{zero}-w1": [stage, fp32] for zero, stage in enumerate(stages[:3])},
         "larger micro-batch": ["deepspeed=zero1", fp32, "micro_batch=8"],
+        "uneven-w1": [*uneven, "micro_batch=2"],
+        "even": [*uneven, "micro_batch=5"],
         "bf16": ["deepspeed=zero1"],
         "other seed": [f"run_dir={root / 'zero0-w1'}", "deepspeed=zero0", "seed=1"],
         "other batch": [f"run_dir={root / 'zero0-w1'}", "deepspeed=zero0", "global_batch=16"],
@@ -120,6 +131,18 @@ def test_twenty_steps_have_the_same_losses_at_every_stage_and_world_size(
 def test_accumulated_micro_batches_equal_a_larger_one(runs: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     root, _ = runs
     assert losses(root / "larger micro-batch") == pytest.approx(losses(root / "zero1-w1"), rel=2e-5)
+
+
+def test_places_without_a_sample_count_for_nothing(runs: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    root, _ = runs
+    for run in ("uneven-w1", "uneven-w2"):
+        for name, count in (("loss", 20), ("grad_norm", 20), ("validation_loss", 2)):
+            expected = [row[name] for row in read_rows(root / "even") if name in row]
+            assert len(expected) == count
+            assert [row[name] for row in read_rows(root / run) if name in row] == pytest.approx(expected, rel=2e-5), (
+                run,
+                name,
+            )
 
 
 def test_bf16_has_nearly_the_losses_of_fp32(runs: tuple[Path, dict[str, dict[str, Any]]]) -> None:

@@ -38,7 +38,8 @@ def test_a_row_is_the_mean_over_all_samples_of_all_ranks(monkeypatch: pytest.Mon
     # The other rank had losses 1 and 2 and terms 5 and 5.
     monkeypatch.setattr(throughput, "dist", FakeGroup([torch.tensor([3.0, 10.0, 2.0])]).as_dist())
     window = MetricsWindow(global_batch=4)
-    window.add(torch.tensor([4.0, 5.0]), {"kl": torch.tensor([1.0, 1.0])})
+    # A ghost counts for nothing.
+    window.add(torch.tensor([4.0, 5.0, 9.0]), {"kl": torch.tensor([1.0, 1.0, 7.0])}, torch.tensor([1.0, 1.0, 0.0]))
     window.end_step(applied=True)
     row = window.close(RESULT, lr=0.1)
     assert (row["loss"], row["kl"]) == (3.0, 3.0)
@@ -55,7 +56,7 @@ def test_a_window_taken_up_from_a_checkpoint_gives_the_same_row(monkeypatch: pyt
         for window in (whole, first if number < 4 else second):
             if number == 4 and window is second:
                 second.restore(first.state())
-            window.add(batch, {})
+            window.add(batch, {}, torch.ones(3))
             window.end_step(applied=number != 2)
     expected, got = whole.close(RESULT, lr=0.1), second.close(RESULT, lr=0.1)
     for name in ("loss", "skipped_steps"):
@@ -68,7 +69,7 @@ def test_the_sums_of_more_ranks_all_come_back(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
     window = MetricsWindow(global_batch=2)
     window.restore(saved)
-    window.add(torch.tensor([4.0, 0.0]), {})
+    window.add(torch.tensor([4.0, 0.0]), {}, torch.ones(2))
     window.end_step(applied=True)
     assert window.close(RESULT, lr=0.1)["loss"] == pytest.approx(10 / 8)
 
@@ -89,7 +90,7 @@ def test_a_row_closes_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
     window = MetricsWindow(global_batch=1)
     for loss in (1.0, 7.0):
-        window.add(torch.tensor([loss]), {})
+        window.add(torch.tensor([loss]), {}, torch.ones(1))
         window.end_step(applied=True)
         assert window.close(RESULT, lr=0.1)["loss"] == loss
     assert window.state() == [{"sums": {}, "samples": 0, "skipped": 0}]
