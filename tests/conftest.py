@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import muybridge
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Once = Callable[[str, Callable[[Path], object]], Path]
 

@@ -1,6 +1,8 @@
 """What pip installs is what the checkout holds."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -59,3 +61,10 @@ def normalised(requirement: str) -> str:
     match = re.match(r"[\w.-]+", requirement)
     assert match, requirement
     return re.sub(r"[-_.]+", "-", match.group()).lower()
+
+
+def test_the_folders_cannot_be_imported_by_their_bare_names_where_python_starts_in_the_checkout() -> None:
+    """Libraries that look for a package `kernels` would load a second copy of ours, and its operators would take over."""
+    program = "import importlib.util as u, muybridge.kernels; print(u.find_spec('kernels'), u.find_spec('data'))"
+    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["None", "None"]
