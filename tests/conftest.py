@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import muybridge
+# Before any other package looks for one called `kernels`, see there.
+importlib.import_module("muybridge")
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Once = Callable[[str, Callable[[Path], object]], Path]
