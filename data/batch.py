@@ -24,15 +24,18 @@ class VideoBatch:
     captions: list[str]  # "" where the caption was dropped
     pixels: torch.Tensor | None = None  # float32 [B, 3, T, H, W] in [-1, 1]
     latents: torch.Tensor | None = None  # float32 [B, z, T', H', W']
+    # A frozen text encoder's features of each caption, bfloat16 [S, D], from a latent cache that holds them; no rows for a ghost.
+    text: list[torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device | str) -> VideoBatch:
-        """The same batch with weights, pixels and latents on `device`."""
+        """The same batch with weights, pixels, latents and text on `device`."""
         return replace(
             self,
             weights=self.weights.to(device, non_blocking=True),
             pixels=None if self.pixels is None else self.pixels.to(device, non_blocking=True),
             latents=None if self.latents is None else self.latents.to(device, non_blocking=True),
+            text=None if self.text is None else [rows.to(device, non_blocking=True) for rows in self.text],
         )

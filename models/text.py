@@ -1,5 +1,6 @@
 """Text encoders: a small one of our own that reads bytes and trains along with the DiT, and frozen umT5 from a local folder."""
 
+import hashlib
 import html
 import re
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ BYTES_PER_WORD = 16
 PADDING = 0
 # A word starts with this byte in no text, because UTF-8 never uses it.
 START_BYTE = 0xFF
+# Of how a caption becomes features (cleaning, tokens, number format): raise it when that changes, so that cached ones are refused.
+UMT5_VERSION = 1
+_HASHED_BYTES, _HASH_STRIDE = 1 << 20, 1 << 24
 
 
 class TextEncoderKind(StrEnum):
@@ -177,19 +181,56 @@ class Umt5TextEncoder(nn.Module):
         """Stay in evaluation mode whatever is asked: a frozen T5 would otherwise apply its dropout."""
         return super().train(False)
 
-    @torch.no_grad()
     def encode(self, captions: list[str]) -> Tensor:
         """Features [B, max_tokens, dim] of the captions; rows after the end-of-text token are zero, as Wan was trained."""
+        return pad_features(self.encode_unpadded(captions), self.config.max_tokens)
+
+    @torch.no_grad()
+    def encode_unpadded(self, captions: list[str]) -> list[Tensor]:
+        """Features [S, dim] of each caption, whose own tokens, up to the end-of-text token, are S <= max_tokens."""
         batch = self.tokenizer(
             [clean_caption(caption) for caption in captions],
-            padding="max_length",
+            padding="max_length",  # whatever else is in the batch: a caption's features do not depend on its neighbours
+            padding_side="right",
             max_length=self.config.max_tokens,
             truncation=True,
             return_tensors="pt",
         )
-        mask = batch.attention_mask.to(self.model.device)
-        features = self.model(batch.input_ids.to(self.model.device), mask).last_hidden_state
-        return features.masked_fill(mask.unsqueeze(-1) == 0, 0)
+        lengths = batch.attention_mask.sum(1).tolist()  # counted before the copy to a GPU, which nothing then waits for
+        device = self.model.device
+        features = self.model(batch.input_ids.to(device), batch.attention_mask.to(device)).last_hidden_state
+        return [rows[:length] for rows, length in zip(features, lengths, strict=True)]
+
+
+def pad_features(features: list[Tensor], max_tokens: int) -> Tensor:
+    """Features [S, dim] of each of B captions as [B, max_tokens, dim], with zeros behind."""
+    padded = features[0].new_zeros(len(features), max_tokens, features[0].shape[-1])
+    for row, rows in zip(padded, features, strict=True):
+        row[: len(rows)] = rows
+    return padded
+
+
+def text_fingerprint(config: TextEncoderConfig) -> str | None:
+    """Changes with the features of a frozen encoder: its weights, tokenizer, `max_tokens` and the cleaning of captions.
+
+    None for an encoder that trains along. Of a file of gigabytes a part of every 16 MiB is read: that touches each of a large
+    model's matrices, in a second instead of ten. Raises ValueError where the folder is not there.
+    """
+    if config.kind is TextEncoderKind.bytes:
+        return None
+    digest = hashlib.blake2b(f"{UMT5_VERSION} {config.max_tokens}".encode(), digest_size=16)
+    for name in ("text_encoder", "tokenizer"):
+        folder = Path(config.path or "") / name
+        if not folder.is_dir():
+            raise ValueError(f"text.path={config.path} must be a folder with {name}/")
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            size = path.stat().st_size
+            digest.update(f"{name}/{path.relative_to(folder)} {size}".encode())
+            with open(path, "rb") as file:
+                for start in range(0, size, _HASH_STRIDE):
+                    file.seek(start)
+                    digest.update(file.read(_HASHED_BYTES if size > 4 * _HASH_STRIDE else _HASH_STRIDE))
+    return digest.hexdigest()
 
 
 def clean_caption(caption: str) -> str:

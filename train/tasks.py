@@ -16,7 +16,7 @@ from ..data.batch import VideoBatch
 from ..kernels.dispatch import configure
 from ..models.diffusion.objective import keyed_noise, keyed_noise_levels, rectified_flow_loss
 from ..models.dit import DiT
-from ..models.text import ByteTextEncoder, TextEncoderKind, Umt5TextEncoder
+from ..models.text import ByteTextEncoder, TextEncoderKind, Umt5TextEncoder, pad_features
 from ..models.text_to_video import TextToVideoModel
 from ..models.vae import VideoVAE
 from ..models.vae.folder import load_vae
@@ -64,8 +64,15 @@ class TextToVideoTask(Task):
         super().__init__(config, device)
         self._reads_bytes = config.text.kind is TextEncoderKind.bytes
         self._tokenizer = ByteTextEncoder(config.text) if self._reads_bytes else None
-        self._umt5 = None if self._reads_bytes else Umt5TextEncoder(config.text).to(device)
+        self._umt5: Umt5TextEncoder | None = None
         self._vae: VideoVAE | None = None
+
+    @property
+    def umt5(self) -> Umt5TextEncoder:
+        """The frozen text encoder, read when it is first needed: a run on a latent cache needs it for prompts only."""
+        if self._umt5 is None:
+            self._umt5 = Umt5TextEncoder(self.config.text).to(self.device)
+        return self._umt5
 
     @property
     def vae(self) -> VideoVAE:
@@ -86,8 +93,7 @@ class TextToVideoTask(Task):
         """What the model takes as text: byte tokens for the encoder trained along, features of a frozen one."""
         if self._tokenizer is not None:
             return self._tokenizer.tokenize(captions).to(self.device)
-        assert self._umt5 is not None
-        return self._umt5.encode(captions)
+        return self.umt5.encode(captions)
 
     def losses(self, model: Callable[..., Any], batch: VideoBatch, *, purpose: str = "") -> SampleLosses:
         latents = batch.latents
@@ -100,7 +106,10 @@ class TextToVideoTask(Task):
         noise_levels = keyed_noise_levels(
             seed, batch.step, slots, self.config.objective, self.device, purpose=f"{purpose}noise_level"
         )
-        text = self.encode_text(batch.captions)
+        if batch.text is None:
+            text = self.encode_text(batch.captions)
+        else:
+            text = pad_features(batch.text, self.config.text.max_tokens)
         return SampleLosses(rectified_flow_loss(model, latents, text, noise, noise_levels))
 
     def export(self, folder: Path, weights: dict[str, Tensor], clips: Iterator[VideoBatch]) -> Path:

@@ -1,5 +1,6 @@
 """The frozen umT5 encoder against what diffusers' Wan pipeline does with the same folder."""
 
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from muybridge.models.text import TextEncoderConfig, TextEncoderKind, Umt5TextEncoder, clean_caption
+from muybridge.models.text import (
+    TextEncoderConfig,
+    TextEncoderKind,
+    Umt5TextEncoder,
+    clean_caption,
+    pad_features,
+    text_fingerprint,
+)
 
 transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
 tokenizers = pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
@@ -83,3 +91,36 @@ def test_a_missing_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'muybridge\[text\]'"):
         build(folder)
+
+
+def test_unpadded_features_become_those_of_a_batch(folder: Path) -> None:
+    captions = ["a red circle moves", "", "left " * 40, "a"]
+    encoder = build(folder)
+    unpadded = encoder.encode_unpadded(captions)
+    assert [len(rows) for rows in unpadded] == [5, 1, MAX_TOKENS, 2]
+    padded = pad_features(unpadded, MAX_TOKENS)
+    assert torch.equal(padded, encoder.encode(captions))
+    assert not padded[1, 1:].any()
+    alone = [encoder.encode_unpadded([caption])[0] for caption in captions]
+    for one, among_others in zip(alone, unpadded, strict=True):  # another matrix product may be taken for another batch
+        torch.testing.assert_close(one, among_others, rtol=0, atol=1e-6)
+
+
+def test_the_fingerprint_follows_what_the_features_depend_on(folder: Path, tmp_path: Path) -> None:
+    def fingerprint(path: Path, **overrides: object) -> str | None:
+        settings: dict = {"kind": TextEncoderKind.umt5, "dim": 32, "max_tokens": MAX_TOKENS, "path": str(path)}
+        return text_fingerprint(TextEncoderConfig(**settings | overrides))
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before = fingerprint(copy)
+    assert before == fingerprint(folder)
+    assert fingerprint(copy, max_tokens=MAX_TOKENS + 1) != before
+    assert fingerprint(copy, kind=TextEncoderKind.bytes) is None
+    for name in ("text_encoder/model.safetensors", "tokenizer/tokenizer.json"):
+        data = (copy / name).read_bytes()
+        (copy / name).write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+        assert fingerprint(copy) != before
+        (copy / name).write_bytes(data)
+    assert fingerprint(copy) == before
+    with pytest.raises(ValueError, match=r"text\.path=.*nowhere must be a folder with text_encoder/"):
+        fingerprint(tmp_path / "nowhere")
