@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections import Counter
 from typing import Any
 
 MAX_CAPTION_BYTES = 1 << 20
@@ -33,27 +34,21 @@ def caption_from_text(data: bytes, *, name: str) -> str:
 def captions_from_json(data: bytes, *, field: str, name: str) -> list[str]:
     """The captions at `field` ("caption", or "a.b" for nested objects) of a JSON file: of a string one, of a list all of them.
 
-    Raises CaptionError.
+    Of a list of objects the path goes on in each; what stands beside it, such as weights, is not read. Raises CaptionError.
     """
-    value = parse_json(data, name=name)
+    values = [parse_json(data, name=name)]
     path: list[str] = []
     for part in field.split("."):
-        where = f"its {'.'.join(path)}" if path else "it"
-        if not isinstance(value, dict):
-            raise CaptionError(
-                f"caption of a wrong type: {name}: {where} is {_kind(value)}, not an object with {part!r}"
-            )
-        if part not in value:
-            raise NoCaptionError(f"no caption ({name}: {where} has no field {part!r}; it has {_listed(value)})")
-        value = value[part]
+        values = _stepped(values, part, where=f"its {'.'.join(path)}" if path else "it", name=name)
         path.append(part)
-    values = value if isinstance(value, list) else [value]
-    for item in values:
+    is_list = len(values) > 1 or isinstance(values[0], list)
+    texts = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    for item in texts:
         if item is not None and not isinstance(item, str):
-            inside = f"; name one of its fields: {field}.{next(iter(item))}" if isinstance(item, dict) and item else ""
-            part = "a list with " if isinstance(value, list) else ""
+            inside = f"; name one of its fields: {field}.{_listed([next(iter(item))])}" if _is_object(item) else ""
+            part = "a list with " if is_list else ""
             raise CaptionError(f"caption of a wrong type: {name}: its {field} is {part}{_kind(item)}, not text{inside}")
-    captions = [caption for caption in (clean_caption(item) for item in values if item) if caption]
+    captions = [caption for caption in (clean_caption(item) for item in texts if item) if caption]
     if not captions:
         raise NoCaptionError(f"no caption ({name}: its {field} is empty)")
     return captions
@@ -79,6 +74,28 @@ def clean_caption(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def printable(text: str) -> str:
+    """A name from a file as an error can show it: without control characters and half characters."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _stepped(values: list[Any], part: str, *, where: str, name: str) -> list[Any]:
+    # The field `part` of each object; a list of objects stands for all of them.
+    found: list[Any] = []
+    others: list[str] = []
+    for value in values:
+        for item in value if isinstance(value, list) and all(map(_is_object, value)) else [value]:
+            if not isinstance(item, dict):
+                raise CaptionError(
+                    f"caption of a wrong type: {name}: {where} is {_kind(item)}, not an object with {part!r}"
+                )
+            found += [item[part]] if part in item else []
+            others += item
+    if not found:
+        raise NoCaptionError(f"no caption ({name}: {where} has no field {part!r}; it has {_listed(others)})")
+    return found
+
+
 def _decode(data: bytes, name: str) -> str:
     if len(data) > MAX_CAPTION_BYTES:
         raise CaptionError(f"caption file is too large: {name} has more than 1 MiB")
@@ -95,8 +112,8 @@ def _refuse_constant(text: str) -> None:
 def _object_without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} comes twice in an object")
+        twin = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {printable(twin[:200])!r} comes twice in an object")
     return found
 
 
@@ -105,6 +122,10 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "null")
 
 
-def _listed(value: dict[str, Any]) -> str:
-    names = list(value)
-    return (", ".join(names[:8]) + (", ..." if len(names) > 8 else ""))[:200] or "none"
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) > 0
+
+
+def _listed(names: list[str]) -> str:
+    names = list(dict.fromkeys(names))
+    return printable((", ".join(names[:8]) + (", ..." if len(names) > 8 else ""))[:200]) or "none"

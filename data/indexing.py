@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .index import (
 )
 from .storage import FileFacts, RangeReader, file_facts, find_shards, is_remote
 from .tar_members import TarError
-from .tar_samples import CaptionRules, Rejection, Sample, read_samples, reason_class
+from .tar_samples import CaptionRules, Rejection, Sample, ShardContent, read_samples, reason_class
 from .workers import WorkerPool
 
 REPORT_NAME = f"{SIDECAR_FOLDER}/rejected.jsonl"  # not beside the shards, where `prepare` has its own
@@ -64,7 +65,7 @@ class IndexReport:
     clips: int = 0
     rejections: list[Rejection] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)  # shards that cannot be used, with the reason
+    damaged: dict[str, str] = field(default_factory=dict)  # shards that cannot be used, each with the reason
 
     def counts(self) -> Counter[str]:
         """How many samples were left out for each class of reasons."""
@@ -99,6 +100,7 @@ def build_index(
     """
     check_target(source, out)
     names = [_name_in_manifest(out, shard) for shard in find_shards(source)]
+    earlier = {shard["name"]: shard for shard in (read_manifest(out) or {"shards": []})["shards"]}
     out.mkdir(parents=True, exist_ok=True)
     report = IndexReport(shards=len(names))
     facts = _all_facts(out, names, report)
@@ -106,18 +108,20 @@ def build_index(
     stale = [name for name in names if name in facts and not _is_current(out, name, facts[name], wanted)]
     progress = progress or Progress()
     progress.start(sum(facts[name].size for name in stale))
-    bad: dict[str, str] = {}
     with _pool_that_stops(workers, timeout_seconds) as (pool, stop):
-        jobs = {name: pool.run(_index_shard, out, name, settings, pool, progress, stop) for name in stale}
+        jobs = {
+            name: pool.run(_index_shard, out, name, settings, earlier.get(name, {}), pool, progress, stop)
+            for name in stale
+        }
         for name, job in jobs.items():
             if fault := job.result():
-                bad[name] = fault
+                report.damaged[name] = fault
     report.read_shards = len(stale)
-    report.damaged += [f"{name}: {fault}" for name, fault in bad.items()]
-    good = [name for name in names if name in facts and name not in bad]
+    good = [name for name in names if name not in report.damaged]
     for name in good:
         _add_to_report(report, out, name)
-    write_report(out / REPORT_NAME, report.rejections)
+    whole_shards = [Rejection(name, 0, "", reason) for name, reason in report.damaged.items()]
+    write_report(out / REPORT_NAME, [*whole_shards, *report.rejections])
     _check_report(report, source, out, max_rejected_share=max_rejected_share, skip_damaged=skip_damaged)
     description = {"source": source, "indexed": wanted}
     write_manifest(out, {"complete": True, "kind": "raw", "description": description, **merge_sidecars(out, good)})
@@ -157,7 +161,7 @@ def check_target(source: str, out: Path) -> None:
 
 
 def write_report(path: Path, rejections: list[Rejection]) -> None:
-    """Writes one JSON object a line: shard, offset (bytes), key and reason of everything that is left out."""
+    """Writes one JSON object a line: shard, offset (bytes), key ("" for a whole shard) and reason of everything left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(rejection)) + "\n" for rejection in rejections)
@@ -182,7 +186,7 @@ def _all_facts(out: Path, names: list[str], report: IndexReport) -> dict[str, Fi
         for name, facts in zip(names, threads.map(facts_of, names)):
             if isinstance(facts, OSError):
                 reason = "does not exist" if isinstance(facts, FileNotFoundError) else f"cannot be read: {facts}"
-                report.damaged.append(f"{name}: {reason}")
+                report.damaged[name] = reason
             else:
                 found[name] = facts
     return found
@@ -209,17 +213,23 @@ def _pool_that_stops(workers: int, timeout_seconds: float) -> Iterator[tuple[Wor
 
 
 def _index_shard(
-    out: Path, name: str, settings: IndexSettings, pool: WorkerPool, progress: Progress, stop: threading.Event
+    out: Path,
+    name: str,
+    settings: IndexSettings,
+    earlier: dict[str, Any],
+    pool: WorkerPool,
+    progress: Progress,
+    stop: threading.Event,
 ) -> str:
-    # Writes the sidecar of one shard; returns why that cannot be, else "". Runs in a thread of the pool.
-    previous = read_record(sidecar_path(out, name))
+    # Writes the sidecar of one shard; returns why that cannot be, else "". Runs in a thread of the pool. `earlier` is what the
+    # manifest says of the shard.
     done = 0
     try:
         with RangeReader(located(out, name)) as reader:
             content = read_samples(reader, settings.captions, shard=name)
             facts = reader.facts
-            if not content.has_end and previous is not None and facts.size < previous.facts.size:
-                raise TarError(f"cut: it had {previous.facts.size} bytes when it was indexed before", facts.size)
+            if not content.has_end:
+                _check_against_earlier(content, facts, read_record(sidecar_path(out, name)), earlier)
         if content.duplicates:
             more = f" and {len(content.duplicates) - 1} more" if len(content.duplicates) > 1 else ""
             first = content.duplicates[0]
@@ -261,6 +271,20 @@ def _index_shard(
     return ""
 
 
+def _check_against_earlier(
+    content: ShardContent, facts: FileFacts, record: ShardRecord | None, earlier: dict[str, Any]
+) -> None:
+    # A cut between two members leaves no trace but that the end is missing: what was there before tells.
+    size = record.facts.size if record else earlier.get("bytes", 0)
+    members = record.members if record else earlier.get("members", 0)
+    if facts.size < size or content.members < members:
+        raise TarError(
+            f"cut: it had {size} bytes and {members} members when it was indexed before, now {facts.size} and "
+            f"{content.members}; if that is meant, index it into another folder",
+            content.end,
+        )
+
+
 def clip_of(sample: Sample, found: dict[str, Any]) -> Clip:
     """The row of a sample, with what `media_info.inspect_range` found."""
     choices = json.dumps(sample.captions, ensure_ascii=False) if len(sample.captions) > 1 else ""
@@ -287,8 +311,9 @@ def _check_report(
     report: IndexReport, source: str, out: Path, *, max_rejected_share: float, skip_damaged: bool
 ) -> None:
     if report.damaged and not skip_damaged:
-        listed = "\n  ".join(report.damaged[:_SHOWN])
-        more = f"\n  and {len(report.damaged) - _SHOWN} more" if len(report.damaged) > _SHOWN else ""
+        listed = "\n  ".join(f"{name}: {reason}" for name, reason in islice(report.damaged.items(), _SHOWN))
+        hidden = len(report.damaged) - _SHOWN
+        more = f"\n  and {hidden} more, see {out / REPORT_NAME}" if hidden > 0 else ""
         raise ValueError(
             f"SRC={source}: {len(report.damaged)} of {report.shards} shards cannot be used:\n  {listed}{more}\n"
             f"Mend or remove them, or leave them out with --skip-damaged-shards"

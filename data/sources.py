@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from .captions import (
     caption_from_text,
     captions_from_json,
     clean_caption,
+    printable,
 )
 from .storage import TAR_ENDINGS, RangeReader, find_shards
 from .tar_members import TarError
@@ -28,6 +30,7 @@ VIDEO_COLUMNS = ("video", "path", "file_path", "media_path", "file_name", "image
 CAPTION_COLUMNS = ("caption", "prompt", "text", "cap")
 
 _SHOWN_TARS = 20
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _from_folder(folder: Path, rules: CaptionRules) -> Iterator[Source]:
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in VIDEO_EXTENSIONS | IMAGE_EXTENSIONS
         and not path.name.startswith(".")
-        and path.is_file()
+        and (path.is_file() or not path.exists())
     ]
     videos = {path.with_suffix("") for path in found if path.suffix.lower() in VIDEO_EXTENSIONS}
     for path in found:
@@ -108,8 +111,11 @@ def _from_folder(folder: Path, rules: CaptionRules) -> Iterator[Source]:
         is_preview = path.with_suffix("") in videos or caption_file is None
         if videos and path.suffix.lower() in IMAGE_EXTENSIONS and is_preview:
             continue
-        name = path.relative_to(folder).as_posix().encode(errors="replace").decode()  # file names may be any bytes
+        name = printable(path.relative_to(folder).as_posix())  # file names may be any bytes
         extension = path.suffix[1:].lower()
+        if not path.exists():
+            yield Source(path, name, "", "no such file: the link leads nowhere")
+            continue
         try:
             captions = _read_captions(path, caption_file, rules)
         except CaptionError as error:
@@ -129,12 +135,13 @@ def _read_captions(path: Path, caption_file: Path | None, rules: CaptionRules) -
     try:
         if caption_file is None:
             wanted = path.with_suffix(".txt" if rules.field is None else ".json")
-            raise NoCaptionError(f"no caption ({wanted.name} is missing)")
+            raise NoCaptionError(f"no caption ({printable(wanted.name)} is missing)")
         with caption_file.open("rb") as file:
             data = file.read(MAX_CAPTION_BYTES + 1)
+        name = printable(caption_file.name)
         if caption_file.suffix == ".json":
-            return captions_from_json(data, field=rules.field or DEFAULT_CAPTION_FIELD, name=caption_file.name)
-        return [caption_from_text(data, name=caption_file.name)]
+            return captions_from_json(data, field=rules.field or DEFAULT_CAPTION_FIELD, name=name)
+        return [caption_from_text(data, name=name)]
     except NoCaptionError:
         if rules.default is None:
             raise
@@ -152,6 +159,8 @@ def _from_tars(source: Path, rules: CaptionRules) -> list[Source]:
         except (TarError, OSError) as error:
             faults.append(f"{name}: {error}")
             continue
+        for warning in content.warnings:
+            _log.warning("%s: %s", name, warning)
         if content.duplicates:
             faults.append(f"{name}: {content.duplicates[0].reason}; --allow-duplicates=first keeps the first of each")
         found += [
@@ -170,7 +179,8 @@ def _from_tars(source: Path, rules: CaptionRules) -> list[Source]:
         found += [Source(Path(shard), f"{name}/{r.key}", "", r.reason) for r in content.rejections]
     if faults:
         listed = "\n  ".join(faults[:_SHOWN_TARS])
-        raise ValueError(f"SRC={source}: {len(faults)} tars cannot be used:\n  {listed}\nMend or remove them")
+        more = f"\n  and {len(faults) - _SHOWN_TARS} more" if len(faults) > _SHOWN_TARS else ""
+        raise ValueError(f"SRC={source}: {len(faults)} tars cannot be used:\n  {listed}{more}\nMend or remove them")
     return found
 
 
@@ -188,9 +198,12 @@ def _from_table(table: Path, rules: CaptionRules) -> Iterator[Source]:
     video_column, caption_column = _column(table, names, VIDEO_COLUMNS), _column(table, names, CAPTION_COLUMNS)
     for number, row in enumerate(rows):
         text, media = row.get(caption_column), row.get(video_column)
-        caption = clean_caption(text) if isinstance(text, str) else ""
+        is_large = isinstance(text, str) and len(text.encode(errors="surrogatepass")) > MAX_CAPTION_BYTES
+        caption = clean_caption(text) if isinstance(text, str) and not is_large else ""
         fault = ""
-        if not caption and rules.default is None:
+        if is_large:
+            fault = f"caption is too large (its {caption_column} has more than 1 MiB)"
+        elif not caption and rules.default is None:
             fault = f"no caption (its {caption_column} is empty or not text)"
         caption = caption or clean_caption(rules.default or "")
         if isinstance(media, _Bytes):
@@ -198,9 +211,9 @@ def _from_table(table: Path, rules: CaptionRules) -> Iterator[Source]:
         elif not isinstance(media, str) or not media.strip():
             yield Source(table, f"a row of {table.name}", "", f"its {video_column} is empty or not text")
         elif not (path := table.parent / media.strip()).is_file():  # an absolute path stays as it is
-            yield Source(path, media, "", "no such file")
+            yield Source(path, printable(media), "", "no such file")
         else:
-            yield Source(path, media, caption, fault, extension=path.suffix[1:].lower())
+            yield Source(path, printable(media), caption, fault, extension=path.suffix[1:].lower())
 
 
 def _csv_rows(table: Path) -> Iterator[dict[str, object]]:
@@ -215,7 +228,7 @@ def _jsonl_rows(table: Path) -> Iterator[dict[str, object]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"SRC={table}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"SRC={table}, line {number} must be a JSON object with a path and a caption")

@@ -11,6 +11,7 @@ import itertools
 import os
 import random
 import re
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ _FIRST_WAIT_SECONDS = 0.5  # doubled at each attempt, with jitter so that a thou
 _BLOCK_BYTES = 16 * 1024
 _KEPT_BLOCKS = 4096
 _MAX_BRACE_NAMES = 1_000_000
+_SHOWN_NAMES = 20
 # What fsspec needs for a scheme, as pip names it.
 _EXTRAS = {
     "s3": "s3fs",
@@ -73,6 +75,8 @@ def file_facts(name: str) -> FileFacts:
     """Size and version of a file. Raises OSError: FileNotFoundError and PermissionError say so, TransientReadError too."""
     if not is_remote(name):
         status = os.stat(name)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device would never end
+            raise OSError(f"{name} is not a regular file")
         return FileFacts(status.st_size, f"mtime {status.st_mtime_ns}")
     if _is_http(name):
         return _retried(name, lambda: _http_facts(name))
@@ -138,14 +142,19 @@ class RangeReader:
 def find_shards(source: str) -> list[str]:
     """The tars that a folder, a pattern with braces ({000..009}, {a,b}) or with * and ?, or a single name stands for, sorted.
 
-    Compressed ones are among them, so that they can be refused by name. Raises ValueError if there is none.
+    Compressed ones and links that lead nowhere are among them, so that they can be refused by name. Raises ValueError if there is
+    none, or none for one of the names that braces stand for.
     """
     names = list(itertools.islice(expand_braces(source), _MAX_BRACE_NAMES + 1))
     if len(names) > _MAX_BRACE_NAMES:
         raise ValueError(f"SRC={source} stands for more than {_MAX_BRACE_NAMES} shards")
-    found = [shard for name in names for shard in _matches(name)]
+    matches = {name: _matches(name) for name in names}
+    found = [shard for name in names for shard in matches[name]]
     if not found:
         raise ValueError(f"SRC={source} holds no shards ({', '.join(TAR_ENDINGS[:1])} files)")
+    if barren := [name for name in matches if not matches[name]]:
+        more = f" and {len(barren) - _SHOWN_NAMES} more" if len(barren) > _SHOWN_NAMES else ""
+        raise ValueError(f"SRC={source}: no shards in {', '.join(barren[:_SHOWN_NAMES])}{more}")
     if twice := {name for name in found if found.count(name) > 1} if len(found) != len(set(found)) else set():
         raise ValueError(f"SRC={source} names {sorted(twice)[0]} twice")
     return found
@@ -170,7 +179,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
 def _matches(name: str) -> list[str]:
     if not is_remote(name):
         if os.path.isdir(name):
-            return sorted(str(path) for path in Path(name).rglob("*") if _is_tar(path.name) and path.is_file())
+            return sorted(str(path) for path in Path(name).rglob("*") if _is_tar(path.name) and not path.is_dir())
         return sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else [name]
     if _is_http(name) or (_is_tar(name) and not glob.has_magic(name)):
         return [name]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 BLOCK = 512  # bytes
 _MAX_EXTENSION_BYTES = 1 << 20  # of a long name or a PAX header
 _MAX_PADDING_BYTES = 1 << 20  # after the end; GNU tar's largest usual record
+_USUAL_PADDING_BYTES = 20 * 1024  # of the usual record of 10 KiB at most one, and the two blocks of the end
 _OCTAL_LIMIT = 8**11  # sizes from here on do not fit into the eleven digits of a header
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip --keep"),
@@ -56,7 +57,8 @@ class TarListing:
     members: list[Member] = field(default_factory=list)
     refused: list[tuple[int, str, str]] = field(default_factory=list)  # header's offset, name and reason
     warnings: list[str] = field(default_factory=list)
-    has_end: bool = True  # whether the end-of-archive blocks are there
+    has_end: bool = True  # whether it ends as tars do, so that nothing at its end can be missing
+    end: int = 0  # the byte behind the last member, where all that is missing would begin
 
 
 @dataclass
@@ -81,7 +83,7 @@ def list_members(read: Callable[[int, int], bytes], size: int, *, name: str = "t
         header = read(offset, BLOCK)
         if not header:
             _check_pending(overrides, offset)
-            listing.has_end = False
+            listing.end, listing.has_end = offset, False
             listing.warnings.append(f"no end-of-archive blocks: it may be cut (byte {offset})")
             return listing
         if len(header) < BLOCK:
@@ -231,9 +233,14 @@ def _check_end(read: Callable[[int, int], bytes], offset: int, size: int, listin
     if any(after) or size > offset + BLOCK + _MAX_PADDING_BYTES:
         # Tars joined end to end: every common reader would lose the second one silently.
         raise TarError("something follows the end-of-archive blocks: joined tars, or damage", offset)
+    listing.end = offset
     if len(after) < BLOCK:
         listing.has_end = False
         listing.warnings.append(f"only one end-of-archive block: it may be cut (byte {offset})")
+    elif len(after) > _USUAL_PADDING_BYTES:
+        # So a download looks that broke off in a file whose room was taken before.
+        listing.has_end = False
+        listing.warnings.append(f"{size - offset} bytes of zeros at its end: the rest may be lost (byte {offset})")
 
 
 def _take(listing: TarListing, raw_name: bytes, kind: bytes, member: Member, is_sparse: bool, is_folder: bool) -> None:

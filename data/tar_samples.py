@@ -58,7 +58,8 @@ class ShardContent:
     duplicates: list[Rejection] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     members: int = 0
-    has_end: bool = True  # whether the end-of-archive blocks are there
+    has_end: bool = True  # see `tar_members.TarListing` for this and the next
+    end: int = 0
 
 
 class _UnusableError(Exception):
@@ -86,7 +87,9 @@ def read_samples(reader: RangeReader, rules: CaptionRules, *, shard: str) -> Sha
     Raises TarError for a damaged tar, and OSError or EOFError where it cannot be read.
     """
     listing = list_members(reader.read, reader.facts.size, name=reader.name)
-    content = ShardContent(members=len(listing.members), warnings=list(listing.warnings), has_end=listing.has_end)
+    content = ShardContent(
+        members=len(listing.members), warnings=list(listing.warnings), has_end=listing.has_end, end=listing.end
+    )
     content.rejections += [Rejection(shard, offset, name, reason) for offset, name, reason in listing.refused]
     groups: dict[str, dict[str, Member]] = {}
     scattered: set[str] = set()

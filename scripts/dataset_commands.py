@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -12,14 +12,18 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from ..data.index import ClipIndex, read_manifest
 from ..data.shards import remove_dataset
-from ..data.tar_samples import CaptionRules
+from ..data.tar_samples import CaptionRules, reason_class
 
 Reply = tuple[dict[str, Any], bytearray]
 Item = TypeVar("Item")
 console = Console(highlight=False)
+
+_SHOWN_EXAMPLES = 3  # of each class of reasons
 
 
 def say(text: str) -> None:
@@ -35,6 +39,23 @@ def say_dataset(index: ClipIndex, *, verb: str = "Wrote") -> None:
     shards = f"{len(index.shard_names)} shard{'s' if len(index.shard_names) != 1 else ''}"
     kinds = f"{minutes:.1f} minutes of video" + (f", {images} images" if images else "")
     say(f"{verb} {len(index)} clips, {kinds}, {shards}, {megabytes:.1f} MB in {index.folder}")
+
+
+def print_left_out(left_out: Iterable[tuple[str, str]]) -> None:
+    """Prints how many samples were left out for each class of reasons, with examples; takes the names and reasons of all."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    for name, reason in left_out:
+        kind = reason_class(reason)
+        counts[kind] += 1
+        if counts[kind] <= _SHOWN_EXAMPLES:
+            examples.setdefault(kind, []).append(f"{name}: {reason}")
+    if not counts:
+        return
+    table = Table("left out", "samples", "such as", title_justify="left")
+    for kind, count in counts.most_common():
+        table.add_row(Text(kind), str(count), Text("\n".join(examples[kind])))
+    console.print(table)
 
 
 def is_done(out: Path, descriptions: dict[str, dict[str, Any]], *, own_files: list[str], overwrite: bool) -> bool:

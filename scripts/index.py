@@ -8,14 +8,12 @@ from typing import NoReturn
 
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from ..data.index import ClipIndex
 from ..data.indexing import REPORT_NAME, IndexReport, IndexSettings, Progress, build_index, check_target, is_up_to_date
 from ..data.storage import is_remote
-from ..data.tar_samples import CAPTION_EXTENSIONS, MEDIA_EXTENSIONS, Rejection, reason_class
-from .dataset_commands import add_sample_options, add_workers_option, caption_rules, console, say
+from ..data.tar_samples import CAPTION_EXTENSIONS, MEDIA_EXTENSIONS
+from .dataset_commands import add_sample_options, add_workers_option, caption_rules, console, print_left_out, say
 
 _SHOWN_WARNINGS = 10
 
@@ -113,20 +111,12 @@ class _Bar(Progress):
 
 
 def _print_report(report: IndexReport) -> None:
-    for warning in [*report.warnings, *(f"left out: {shard}" for shard in report.damaged)][:_SHOWN_WARNINGS]:
+    warnings = [f"left out: {name}: {reason}" for name, reason in report.damaged.items()] + report.warnings
+    for warning in warnings[:_SHOWN_WARNINGS]:
         say(f"warning: {warning}")
-    if len(report.warnings) > _SHOWN_WARNINGS:
-        say(f"and {len(report.warnings) - _SHOWN_WARNINGS} more warnings")
-    if not report.rejections:
-        return
-    examples: dict[str, Rejection] = {}
-    for rejection in report.rejections:
-        examples.setdefault(reason_class(rejection.reason), rejection)
-    table = Table("left out", "samples", "such as", title_justify="left")
-    for reason, count in report.counts().most_common():
-        example = examples[reason]
-        table.add_row(Text(reason), str(count), Text(f"{example.key} in {example.shard}: {example.reason}"))
-    console.print(table)
+    if len(warnings) > _SHOWN_WARNINGS:
+        say(f"and {len(warnings) - _SHOWN_WARNINGS} more warnings")
+    print_left_out((f"{rejection.key} in {rejection.shard}", rejection.reason) for rejection in report.rejections)
 
 
 def _default_out(source: str) -> Path:

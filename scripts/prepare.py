@@ -12,9 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.table import Table
-from rich.text import Text
-
 from ..data.decode import DecodeError
 from ..data.index import Clip, ClipIndex
 from ..data.scenes import check_scene_detection
@@ -29,18 +26,16 @@ from .dataset_commands import (
     add_sample_options,
     add_workers_option,
     caption_rules,
-    console,
     in_order,
     is_done,
     positive,
+    print_left_out,
     say,
     say_dataset,
 )
 from .prepare_synthetic import prepare_synthetic
 
 REJECTED_NAME = "rejected.jsonl"
-
-_SHOWN_REJECTIONS = 20
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ def prepare_videos(
             if place is not None:
                 place.remove_copy()
     rejected.sort()
-    _print_rejections(rejected)
+    print_left_out(rejected)
     if not len(writer):
         writer.abandon()
         raise ValueError(f"SRC={source}: none of its {len(sources)} videos can be used, so nothing was written")
@@ -129,7 +124,7 @@ def prepare_videos(
     index = writer.close()
     say_dataset(index)
     if rejected:
-        say(f"Skipped {len(rejected)}; the reasons are in {out / REJECTED_NAME}.")
+        say(f"Left out {len(rejected)}; the reasons are in {out / REJECTED_NAME}.")
     say(f"Next: muybridge train +experiment=NAME data.path={out}")
     return index
 
@@ -186,17 +181,6 @@ def _add(writer: DatasetWriter, source: Source, key: str, place: MediaPlace, fie
     clip = Clip(key=key, caption=source.caption, caption_choices=choices, labels=source.labels, **fields)
     extension = "" if place.is_copy else source.extension
     writer.add(clip, media, extension=extension or extension_of(media))
-
-
-def _print_rejections(rejected: list[tuple[str, str]]) -> None:
-    if not rejected:
-        return
-    table = Table("file", "why it is skipped", title=f"{len(rejected)} skipped", title_justify="left")
-    for name, reason in rejected[:_SHOWN_REJECTIONS]:
-        table.add_row(Text(name), Text(reason))
-    if len(rejected) > _SHOWN_REJECTIONS:
-        table.add_row("...", f"and {len(rejected) - _SHOWN_REJECTIONS} more")
-    console.print(table)
 
 
 class _Parser(argparse.ArgumentParser):

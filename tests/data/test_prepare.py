@@ -72,7 +72,7 @@ def test_good_videos_are_indexed_and_bad_ones_named(
     said = capsys.readouterr().out
     assert all(
         name in said
-        for name in [*rejected, "Wrote 2 clips", "Skipped 4", f"Next: muybridge train +experiment=NAME data.path={out}"]
+        for name in [*rejected, "Wrote 2 clips", "Left out 4", f"Next: muybridge train +experiment=NAME data.path={out}"]
     )
 
 
