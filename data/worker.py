@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import mmap
 import os
+import resource
 import signal
 import struct
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from .decode import DecodeError, Decoder, read_frames_with_fallback
 from .images import is_image, read_image
@@ -25,6 +30,9 @@ from .scenes import inspect_scenes
 from .synthetic import FPS, draw_clip, render_clip
 
 LENGTHS = struct.Struct("<IQ")  # of the header and of the payload, in bytes
+# A file of 100 KB can hold frames of gigabytes. Enough for 121 frames of 3840x2160, which both decoders hold twice (6.0 GB); a
+# constant, because a limit that depends on the machine would have it train on other clips than the next one.
+MEMORY_BYTES = 8 * 2**30
 
 
 def synthesize(seed: int, split: str, number: int) -> tuple[dict[str, Any], bytes]:
@@ -45,8 +53,9 @@ def decode_clip(
     width: int,
     crop_x: float,
     crop_y: float,
+    out: np.ndarray | None = None,
 ) -> tuple[dict[str, Any], bytes]:
-    """Decodes a clip; answers with the decoder used and frames uint8 [T, height, width, 3].
+    """Decodes a clip; answers with the decoder used and frames uint8 [T, height, width, 3], or writes these to `out`.
 
     A still image is a clip of one frame, whatever the times.
     """
@@ -54,8 +63,8 @@ def decode_clip(
         frames, used = read_image(data)[None], Decoder(decoder)
     else:
         frames, used = read_frames_with_fallback(data, times_seconds, decoder=Decoder(decoder), seekable=seekable)
-    frames = cover_crop(frames, height=height, width=width, crop_x=crop_x, crop_y=crop_y)
-    return {"decoder": used.value}, frames.tobytes()
+    frames = cover_crop(frames, height=height, width=width, crop_x=crop_x, crop_y=crop_y, out=out)
+    return {"decoder": used.value}, frames.tobytes() if out is None else b""
 
 
 OPERATIONS: dict[str, Callable[..., tuple[dict[str, Any], bytes]]] = {
@@ -89,27 +98,50 @@ def packed_header(header: dict[str, Any], payload_bytes: int) -> bytes:
 
 
 def main() -> None:
-    """Answers requests until stdin ends."""
+    """Answers requests until stdin ends. The file of the frame ring, where there is one, is an open file named by argv[1]."""
     # Ctrl-C and a scheduler's signal to the whole job are for the parent, which saves and then closes our stdin.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    _limit_memory()
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a native library prints must not land between the answers
+    ring: np.ndarray | None = None
+    write_message(answers, {})  # loaded, and ready for requests
     while (message := read_message(requests)) is not None:
         header, data = message
         arguments = {**header["arguments"], **({"data": data} if header["has_data"] else {})}
+        if header["out"] is not None:
+            if ring is None:
+                ring = np.frombuffer(mmap.mmap(int(sys.argv[1]), 0), dtype=np.uint8)
+            start, shape = header["out"]
+            arguments["out"] = ring[start : start + math.prod(shape)].reshape(shape)
         # The parent kills a worker that hangs; should the parent be gone, the alarm ends even a hang in native code.
         signal.alarm(int(header["timeout_seconds"]) + 5)
-        try:
-            result, payload = OPERATIONS[header["operation"]](**arguments)
-            answer: dict[str, Any] = {"result": result}
-        except DecodeError as error:
-            answer, payload = {"unreadable": str(error)}, b""
-        except Exception as error:
-            answer, payload = {"error": f"{type(error).__name__}: {error}"}, b""
+        answer, payload = answer_to(header["operation"], arguments)
         signal.alarm(0)
         write_message(answers, answer, payload)
+
+
+def answer_to(operation: str, arguments: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """Runs an operation; its result and payload, or what was wrong: the data, the memory that they need, or our code."""
+    try:
+        result, payload = OPERATIONS[operation](**arguments)
+        return {"result": result}, payload
+    except Exception as error:
+        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+            return {"exhausted": f"decoding needs more than {MEMORY_BYTES / 2**30:g} GiB of memory"}, b""
+        if isinstance(error, DecodeError):
+            return {"unreadable": str(error)}, b""
+        return {"error": f"{type(error).__name__}: {error}"}, b""
+
+
+def _limit_memory() -> None:
+    # Of private memory that can be written: the size of the address space says little, as libraries and allocators reserve more
+    # of it than they use, and the frame ring is in it as well.
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A pool of decoding processes that survives what a decoder may do: crash, hang, or eat all memory.
 
-Each process runs `worker.py` and is driven by one thread. A process that dies or exceeds its time is replaced, and costs the
-one request it was working on.
+Each process runs `worker.py` and is driven by one thread. A process that dies or exceeds its time or memory is replaced, and costs
+the one request it was working on.
 """
 
 from __future__ import annotations
@@ -19,54 +19,83 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from .decode import DecodeError
+from .frame_ring import FrameRing, Spot
 from .worker import LENGTHS, packed_header
 
 T = TypeVar("T")
 
+REQUESTS_PER_PROCESS = 5000
 _COMMAND = [sys.executable, "-m", "muybridge.data.worker"]
-_START_SECONDS = 120.0  # on top of a request's time: a cold file system can take long to load the libraries
+_START_SECONDS = 120.0  # a cold file system can take long to load the libraries
+# The processes are what runs at the same time; threads of theirs would only be in each other's way.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class WorkerDied(DecodeError):
-    """The decoding process crashed or was stopped for taking too long."""
+    """The decoding process crashed, or was stopped for taking too much time or memory."""
 
 
 class WorkerProcess:
-    """One decoding process. Started at the first call, and again after a death."""
+    """One decoding process. Started at the first call, and again after a death or `requests_per_process` requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, ring: FrameRing | None = None, requests_per_process: int = REQUESTS_PER_PROCESS) -> None:
+        self.crashes = self.timeouts = self.recycled = 0
+        self._ring = ring
+        self._requests_per_process = requests_per_process
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_ready = False
+        self._requests = 0
+
+    @property
+    def pid(self) -> int | None:
+        """The process's number, None where it does not run."""
+        return self._process.pid if self._process is not None else None
 
     def call(
-        self, operation: str, arguments: dict[str, Any], *, timeout_seconds: float, data: bytes | None = None
+        self,
+        operation: str,
+        arguments: dict[str, Any],
+        *,
+        timeout_seconds: float,
+        data: bytes | None = None,
+        out: Spot | None = None,
     ) -> tuple[dict[str, Any], bytearray]:
         """Runs one of `worker.OPERATIONS`, with `data` as its argument of this name; returns its result and payload.
 
-        Raises DecodeError if the data are at fault (WorkerDied where the process did not survive them), else RuntimeError.
+        An operation with an argument `out` writes its frames to that spot of the ring. After an error there is anything, but nobody
+        writes there any more. Raises DecodeError if the data are at fault (WorkerDied where the process did not survive them),
+        else RuntimeError.
         """
-        deadline = time.monotonic() + timeout_seconds
-        if self._process is None:
-            self._process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-            assert self._process.stdin is not None
-            os.set_blocking(self._process.stdin.fileno(), False)  # a process that does not read must not stop us
-            deadline += _START_SECONDS
         request = {
             "operation": operation,
             "arguments": arguments,
             "timeout_seconds": timeout_seconds,
             "has_data": data is not None,
+            "out": self._located(out),
         }
+        self._make_ready()
+        deadline = time.monotonic() + timeout_seconds
         try:
             self._write(packed_header(request, len(data or b"")), deadline)
             self._write(data or b"", deadline)
-            header_bytes, payload_bytes = LENGTHS.unpack(self._read(LENGTHS.size, deadline))
-            answer = json.loads(self._read(header_bytes, deadline))
-            payload = self._read(payload_bytes, deadline)
+            answer, payload = self._read_message(deadline)
         except TimeoutError:
+            self.timeouts += 1
             self.kill()
             raise WorkerDied(f"decoding took longer than {timeout_seconds:g} s") from None
         except (EOFError, BrokenPipeError):
+            self.crashes += 1
             raise WorkerDied(f"the decoder crashed ({self.kill()})") from None
+        if "exhausted" in answer:
+            # What the same request needs in a fresh process does not depend on what this one did before.
+            self.crashes += 1
+            self.kill()
+            raise WorkerDied(answer["exhausted"])
+        self._requests += 1
+        if self._requests >= self._requests_per_process:
+            self.recycled += 1
+            self.kill()
+            self._start()  # it loads while nobody waits for it
         if "unreadable" in answer:
             raise DecodeError(answer["unreadable"])
         if "error" in answer:
@@ -84,6 +113,46 @@ class WorkerProcess:
             pipe.close()
         self._process = None
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+    def _start(self) -> None:
+        ring_file = () if self._ring is None else (self._ring.file,)
+        self._process = subprocess.Popen(
+            [*_COMMAND, *map(str, ring_file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            pass_fds=ring_file,  # and no other file of ours: a pipe that a neighbour holds open would never end
+            env={**os.environ, **_ENVIRONMENT},
+        )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)  # a process that does not read must not stop us
+        self._is_ready = False
+        self._requests = 0
+
+    def _make_ready(self) -> None:
+        if self._process is None:
+            self._start()
+        if self._is_ready:
+            return
+        try:
+            self._read_message(time.monotonic() + _START_SECONDS)
+        except TimeoutError:
+            self.kill()
+            raise RuntimeError(f"a decoding process did not start within {_START_SECONDS:g} s") from None
+        except EOFError:  # no fault of any clip, which must not be taken for unreadable
+            raise RuntimeError(f"a decoding process ended before its first request ({self.kill()})") from None
+        self._is_ready = True
+
+    def _located(self, out: Spot | None) -> tuple[int, tuple[int, ...]] | None:
+        if out is None:
+            return None
+        assert self._ring is not None, "a spot is one of a ring"
+        return self._ring.start(out), out.shape
+
+    def _read_message(self, deadline: float) -> tuple[dict[str, Any], bytearray]:
+        header_bytes, payload_bytes = LENGTHS.unpack(self._read(LENGTHS.size, deadline))
+        header = json.loads(self._read(header_bytes, deadline))
+        return header, self._read(payload_bytes, deadline)
 
     def _write(self, data: bytes, deadline: float) -> None:
         assert self._process is not None
@@ -118,12 +187,31 @@ class WorkerProcess:
 class WorkerPool:
     """`count` decoding processes that take requests in the order they come."""
 
-    def __init__(self, count: int, *, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        count: int,
+        *,
+        timeout_seconds: float,
+        ring: FrameRing | None = None,
+        requests_per_process: int = REQUESTS_PER_PROCESS,
+    ) -> None:
+        """With a ring, requests may name a spot of it as `out`; it is closed by its owner, after the pool."""
         self._timeout_seconds = timeout_seconds
+        self._ring = ring
+        self._requests_per_process = requests_per_process
         self._local = threading.local()
         self._lock = threading.Lock()
         self._processes: list[WorkerProcess] = []
         self._executor = ThreadPoolExecutor(count, thread_name_prefix="decode")
+
+    def counts(self) -> dict[str, int]:
+        """What happened so far: processes that crashed or ate all memory, that took too long, and that were renewed in time."""
+        with self._lock:
+            return {
+                "decoder_crashes": sum(process.crashes for process in self._processes),
+                "decoder_timeouts": sum(process.timeouts for process in self._processes),
+                "recycled_decoders": sum(process.recycled for process in self._processes),
+            }
 
     def submit(self, operation: str, **arguments: Any) -> Future[tuple[dict[str, Any], bytearray]]:
         """The future result of `WorkerProcess.call`."""
@@ -133,14 +221,17 @@ class WorkerPool:
         """Runs a function of ours in a thread of the pool, where it may use `call` repeatedly."""
         return self._executor.submit(function, *arguments)
 
-    def call(self, operation: str, *, data: bytes | None = None, **arguments: Any) -> tuple[dict[str, Any], bytearray]:
+    def call(
+        self, operation: str, *, data: bytes | None = None, out: Spot | None = None, **arguments: Any
+    ) -> tuple[dict[str, Any], bytearray]:
         """Runs a request in the process of the calling thread, which must be one of the pool's."""
         process = getattr(self._local, "process", None)
         if process is None:
-            process = self._local.process = WorkerProcess()
+            process = WorkerProcess(ring=self._ring, requests_per_process=self._requests_per_process)
+            self._local.process = process
             with self._lock:
                 self._processes.append(process)
-        return process.call(operation, arguments, timeout_seconds=self._timeout_seconds, data=data)
+        return process.call(operation, arguments, timeout_seconds=self._timeout_seconds, data=data, out=out)
 
     def __enter__(self) -> WorkerPool:
         return self

@@ -39,7 +39,6 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPool
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     monkeypatch.setattr(workers, "_COMMAND", [sys.executable, str(program)])
-    monkeypatch.setattr(workers, "_START_SECONDS", 0.0)
     with WorkerPool(1, timeout_seconds=10.0) as pool:
         yield pool
 
