@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ def listing_fingerprint(sources: list[Source]) -> str:
     """Changes when a file's name, size or time of change, or a caption does."""
     digest = hashlib.blake2b(digest_size=16)
     for source in sources:
-        status = source.path.stat() if source.path.is_file() else None
+        status = source.path.stat() if os.path.isfile(source.path) else None
         facts: list[Any] = [source.name, source.caption, source.fault]
         facts += [status and status.st_size, status and status.st_mtime_ns]
         if source.size is not None or source.column or source.captions:
@@ -192,8 +193,6 @@ def _from_table(table: Path, rules: CaptionRules) -> Iterator[Source]:
         rows = list(readers[table.suffix.lower()](table))
     except UnicodeDecodeError as error:
         raise ValueError(f"SRC={table} is not UTF-8 text (byte {error.start})") from error
-    except csv.Error as error:
-        raise ValueError(f"SRC={table} is not a csv table: {error}") from error
     names = list(dict.fromkeys(name for row in rows for name in row))
     video_column, caption_column = _column(table, names, VIDEO_COLUMNS), _column(table, names, CAPTION_COLUMNS)
     for number, row in enumerate(rows):
@@ -210,7 +209,7 @@ def _from_table(table: Path, rules: CaptionRules) -> Iterator[Source]:
             yield Source(table, f"row {number}", caption, fault, column=video_column, row=number)
         elif not isinstance(media, str) or not media.strip():
             yield Source(table, f"a row of {table.name}", "", f"its {video_column} is empty or not text")
-        elif not (path := table.parent / media.strip()).is_file():  # an absolute path stays as it is
+        elif not os.path.isfile(path := table.parent / media.strip()):  # an absolute path stays as it is
             yield Source(path, printable(media), "", "no such file")
         else:
             yield Source(path, printable(media), caption, fault, extension=path.suffix[1:].lower())
@@ -218,8 +217,14 @@ def _from_table(table: Path, rules: CaptionRules) -> Iterator[Source]:
 
 def _csv_rows(table: Path) -> Iterator[dict[str, object]]:
     with table.open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file):
-            yield {(name or "").strip(): value for name, value in row.items()}
+        rows = csv.DictReader(file)
+        try:
+            for row in rows:
+                yield {(name or "").strip(): value for name, value in row.items()}
+        except (
+            csv.Error
+        ) as error:  # such as a cell of more than 128 KiB, which is what a quote that is never closed gives
+            raise ValueError(f"SRC={table} is not a csv table: {error} (after line {rows.line_num})") from error
 
 
 def _jsonl_rows(table: Path) -> Iterator[dict[str, object]]:
