@@ -319,7 +319,7 @@ def _check_report(
             f"Mend or remove them, or leave them out with --skip-damaged-shards"
         )
     total = report.clips + len(report.rejections)
-    common = ", ".join(f"{reason} ({count})" for reason, count in report.counts().most_common(3))
+    common = ", ".join(f"{reason} ({count})" for reason, count in report.counts().most_common(_SHOWN))
     if not report.clips:
         raise ValueError(f"SRC={source}: none of its {total} samples can be used: {common}; see {out / REPORT_NAME}")
     if len(report.rejections) > max_rejected_share * total:
