@@ -7,9 +7,8 @@ import io
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .decode import DecodeError
+from .decode_common import MAX_PIXELS, DecodeError
 
-MAX_PIXELS = 36_000_000  # as for videos; a small file can claim any size and exhaust the memory
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
 

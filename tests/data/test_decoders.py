@@ -1,0 +1,213 @@
+"""One conformance suite for every installed decoder: the same frames and colours of a file, or a refusal of a known kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muybridge.data.decode import (
+    DecodeError,
+    Decoder,
+    frame_times,
+    has_decoder,
+    probe,
+    read_frames,
+    read_frames_with_fallback,
+)
+from muybridge.data.media_info import inspect_media
+from muybridge.data.tar_samples import reason_class
+from muybridge.tests.data import video_files
+from muybridge.tests.data.video_files import encode, read_numbers, remux, turned
+
+av = pytest.importorskip("av", reason="PyAV writes the test videos")
+
+DECODERS = [
+    pytest.param(d, marks=pytest.mark.skipif(not has_decoder(d), reason=f"{d.value} is not installed")) for d in Decoder
+]
+VARIABLE = [0, 40, 80, 500, 520, 540, 1000, 1900, 1940, 2500, 2540, 2580]
+LEFT = {Decoder.decord: "left to PyAV", Decoder.torchcodec: "left to PyAV"}
+
+
+@dataclass
+class Case:
+    """A file with numbered frames, what is to be seen in it, and who may refuse it for what kind of reason."""
+
+    make: Callable[[], bytes]
+    first: int = 0  # number of the first frame that can be seen
+    frames: int = 50
+    size: tuple[int, int] = (96, 64)  # width and height as shown
+    starts_ms: list[int] | None = None  # of the frames; 25 fps where None
+    refused: dict[Decoder, str] = field(default_factory=dict)
+    turn: int = 0  # quarter turns counter-clockwise that make the number readable again
+
+    def start(self, frame: int) -> float:
+        """Seconds from the first frame that can be seen."""
+        return (self.starts_ms[frame] if self.starts_ms else 40 * frame) / 1000
+
+
+@cache
+def plain() -> bytes:
+    return encode(options={"g": "10", "bf": "2"})
+
+
+@cache
+def open_265() -> bytes:
+    return encode(codec="libx265", options=video_files.OPEN_GOP_265)
+
+
+AV1 = {"preset": "12", "svtav1-params": "lp=1"}
+VP9: dict[str, Any] = {"codec": "libvpx-vp9", "container": "webm", "options": {"g": "12", "deadline": "realtime"}}
+CASES: dict[str, Case] = {
+    "h264": Case(plain),
+    "h264 in matroska": Case(lambda: remux(plain(), container="matroska")),
+    "h264 in fragments": Case(lambda: remux(plain(), layout={"movflags": "frag_keyframe+empty_moov"})),
+    "header first": Case(lambda: encode(layout={"movflags": "faststart"})),
+    "hevc": Case(lambda: encode(codec="libx265", options={"x265-params": "keyint=10:open-gop=0:log-level=none"})),
+    "vp8": Case(lambda: encode(codec="libvpx", container="webm", options={"g": "12", "deadline": "realtime"})),
+    "vp9": Case(lambda: encode(**VP9)),
+    "av1": Case(lambda: encode(codec="libsvtav1", options=AV1), refused={Decoder.decord: "decord cannot open it"}),
+    "one frame": Case(lambda: encode(1), frames=1),
+    "variable rate": Case(lambda: encode(12, times_ms=VARIABLE), frames=12, starts_ms=VARIABLE),
+    "variable rate in matroska": Case(
+        lambda: encode(12, times_ms=VARIABLE, container="matroska"), frames=12, starts_ms=VARIABLE
+    ),
+    "open groups in h264": Case(lambda: encode(options=video_files.OPEN_GOP_264), refused=LEFT),
+    "open groups in hevc": Case(open_265, refused=LEFT),
+    "frames before the first keyframe": Case(
+        lambda: remux(open_265(), from_keyframe=2), first=10, frames=40, refused=LEFT
+    ),
+    "frames before the first keyframe in matroska": Case(
+        lambda: remux(open_265(), from_keyframe=2, container="matroska"), first=10, frames=40, refused=LEFT
+    ),
+    "no keyframe at the start": Case(lambda: remux(plain(), from_packet=4), first=10, frames=40, refused=LEFT),
+    "no keyframe at the start of matroska": Case(
+        lambda: remux(plain(), from_packet=4, container="matroska"), first=10, frames=40, refused=LEFT
+    ),
+    "start hidden by an edit list": Case(lambda: remux(plain(), earlier_ms=200), first=5, frames=45, refused=LEFT),
+    "late start": Case(lambda: remux(plain(), earlier_ms=-5000)),
+    "late start in matroska": Case(lambda: remux(plain(), earlier_ms=-5000, container="matroska")),
+    "no duration": Case(
+        lambda: remux(plain(), container="matroska", layout={"live": "1"}),
+        refused={Decoder.decord: "decord cannot open it"},
+    ),
+    "two streams": Case(video_files.two_streams, refused=LEFT),
+    "ten bits": Case(
+        lambda: encode(pixel_format="yuv420p10le"), refused={Decoder.torchcodec: "torchcodec cannot decode it"}
+    ),
+    "colour at full resolution": Case(lambda: encode(pixel_format="yuv444p")),
+    "grey": Case(lambda: encode(pixel_format="gray")),
+    "transparent": Case(lambda: encode(codec="qtrle", container="mov", pixel_format="argb")),
+    "odd size": Case(lambda: encode(**VP9, size=(97, 65)), size=(97, 65)),
+    "odd size in h264": Case(lambda: encode(pixel_format="yuv444p", size=(97, 65)), size=(97, 65)),
+    "wide pixels": Case(lambda: encode(sample_aspect_ratio=Fraction(4, 3)), size=(128, 64), refused=LEFT),
+    "narrow pixels in matroska": Case(
+        lambda: encode(sample_aspect_ratio=Fraction(8, 9), container="matroska"), size=(85, 64), refused=LEFT
+    ),
+    "wide pixels, turned": Case(
+        lambda: turned(encode(sample_aspect_ratio=Fraction(4, 3)), 90), size=(64, 128), turn=1, refused=LEFT
+    ),
+    "turned by 0": Case(lambda: turned(plain(), 0)),
+    "turned by 90": Case(lambda: turned(plain(), 90), size=(64, 96), turn=1),
+    "turned by 180": Case(lambda: turned(plain(), 180), turn=2),
+    "turned by 270": Case(lambda: turned(plain(), 270), size=(64, 96), turn=3),
+}
+
+
+@cache
+def made(name: str) -> bytes:
+    """The bytes of a case."""
+    return CASES[name].make()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_asked_frames_come_out_or_the_file_is_refused(name: str, decoder: Decoder) -> None:
+    case, data = CASES[name], made(name)
+    info = probe(data)
+    assert (info.frames, info.width, info.height) == (case.frames, *case.size)
+    count = case.frames
+    asked = [list(range(min(5, count))), list(range(0, count, 3)), list(range(max(0, count - 4), count))]
+    asked += [[n for n in (28, 28, 29, 31, 37) if n < count] or [0]]
+    if reason := case.refused.get(decoder):
+        with pytest.raises(DecodeError) as caught:
+            read_frames(data, [0.0], decoder=decoder, seekable=info.seekable)
+        assert reason_class(str(caught.value)) == reason
+    for numbers in asked:
+        times = [case.start(n) + 0.005 for n in numbers]
+        if case.refused.get(decoder):
+            frames, used = read_frames_with_fallback(data, times, decoder=decoder, seekable=info.seekable)
+            assert used is Decoder.pyav
+        else:
+            frames = read_frames(data, times, decoder=decoder, seekable=info.seekable)
+        assert frames.dtype == np.uint8
+        assert frames.shape == (len(times), info.height, info.width, 3)
+        assert read_numbers(np.rot90(frames, case.turn, axes=(1, 2))) == [case.first + n for n in numbers]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_frames_are_repeated_or_left_out_by_their_time(decoder: Decoder) -> None:
+    assert read_numbers(read_frames(plain(), frame_times(4, fps=50.0, start_seconds=1.5), decoder=decoder)) == [
+        37,
+        38,
+        38,
+        39,
+    ]
+    assert read_numbers(read_frames(plain(), frame_times(4, fps=10.0), decoder=decoder)) == [0, 2, 5, 7]
+    uneven = read_frames(made("variable rate"), frame_times(9, fps=4.0), decoder=decoder)
+    assert read_numbers(uneven) == [0, 2, 3, 5, 6, 6, 6, 6, 8]  # by index at the mean rate it would be 0, 1, 2, 3, ...
+    assert read_numbers(read_frames(plain(), [1.95, 2.0], decoder=decoder)) == [48, 49]  # 2.0 s is the very end
+    with pytest.raises(
+        DecodeError, match=r"^too short: a frame at 2\.500 s is asked for, the video ends at (2\.000|1\.999) s$"
+    ):
+        read_frames(plain(), [1.5, 2.5], decoder=decoder)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_packets_tell_what_decoding_does(name: str) -> None:
+    case, data = CASES[name], made(name)
+    if ("keyframe" in name and "matroska" in name) or name.startswith("no keyframe"):
+        return  # that the first frames cannot be decoded is only known to who decodes them
+    assert inspect_media(data, decode=False) == inspect_media(data)
+    assert inspect_media(data).frames == case.frames
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
+    ("name", "is_usual"),
+    [
+        ("hiker_tiny.mp4", True),
+        ("flipping_a_pancake.mkv", True),
+        ("rotate_0.mov", True),
+        ("rotate_90.mov", True),
+        ("h264_10bits.mp4", True),
+        ("h265_video.mp4", False),  # open groups of pictures
+        ("nasa_13013.mp4", False),  # a second, larger stream
+    ],
+)
+def test_all_decoders_return_the_same_pictures_of_real_clips(
+    real_clips: Path, name: str, is_usual: bool, decoder: Decoder
+) -> None:
+    data = (real_clips / name).read_bytes()
+    info = probe(data)
+    assert info.seekable == is_usual
+    length = info.duration_seconds - info.fps_denominator / info.fps_numerator
+    rng = np.random.default_rng(0)
+    for fps in (3.0, 8.0, 30.0):
+        count = min(5, int(length * fps) + 1)
+        times = frame_times(count, fps=fps, start_seconds=rng.random() * (length - (count - 1) / fps))
+        expected = read_frames(data, times, decoder=Decoder.pyav, seekable=info.seekable)
+        assert expected.shape == (count, info.height, info.width, 3)
+        frames, used = read_frames_with_fallback(data, times, decoder=decoder, seekable=info.seekable)
+        assert (used is decoder) == (
+            decoder is Decoder.pyav or (is_usual and (decoder is Decoder.decord or "10bits" not in name))
+        )
+        difference = np.abs(frames.astype(int) - expected)
+        # FFmpeg's versions round differently, and smooth the half resolution of 10-bit colours differently at its edges.
+        assert difference.mean() < 4 if "10bits" in name else difference.max() <= 2
