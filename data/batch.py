@@ -6,23 +6,27 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .pixels import to_pixels
+
 
 @dataclass(frozen=True)
 class VideoBatch:
-    """B clips of one optimizer step: either `pixels` or `latents` is set, captions always are.
+    """B clips of one optimizer step, all of one shape: either `frames` or `latents` is set, captions always are.
 
-    A ghost fills the place of a clip where a step has fewer: pixels or latents of zeros, and weight 0.
+    A ghost fills the place of a clip where a step has fewer: frames or latents of zeros, and weight 0.
 
-    Slots and rows stay on the CPU: they key random draws on the host, so moving them would only force a wait later.
+    Slots, datasets and rows stay on the CPU: they key random draws on the host, so moving them would only force a wait later.
     """
 
     step: int
+    step_samples: int  # of the whole step over all ranks, which the sum of losses is divided by
     slots: torch.Tensor  # int64 [B], position of each clip in the global batch of the step
+    datasets: torch.Tensor  # int64 [B], place of each clip's dataset in the configuration; -1 for a ghost
     rows: torch.Tensor  # int64 [B], row of each clip in the dataset's index (after any substitution); -1 for a ghost
     weights: torch.Tensor  # float32 [B], of each clip's loss in the step's: 1, and 0 for a ghost
     keys: list[str]  # "" for a ghost
     captions: list[str]  # "" where the caption was dropped
-    pixels: torch.Tensor | None = None  # float32 [B, 3, T, H, W] in [-1, 1]
+    frames: torch.Tensor | None = None  # uint8 [B, T, H, W, 3]
     latents: torch.Tensor | None = None  # float32 [B, z, T', H', W']
     # A frozen text encoder's features of each caption, bfloat16 [S, D], from a latent cache that holds them; no rows for a ghost.
     text: list[torch.Tensor] | None = None
@@ -30,12 +34,18 @@ class VideoBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def pixels(self) -> torch.Tensor:
+        """The frames as float32 [B, 3, T, H, W] in [-1, 1], computed on their device: a quarter of the bytes travel there."""
+        assert self.frames is not None, "a batch of latents has no pixels"
+        return to_pixels(self.frames)
+
     def to(self, device: torch.device | str) -> VideoBatch:
-        """The same batch with weights, pixels, latents and text on `device`."""
+        """The same batch with weights, frames, latents and text on `device`."""
         return replace(
             self,
             weights=self.weights.to(device, non_blocking=True),
-            pixels=None if self.pixels is None else self.pixels.to(device, non_blocking=True),
+            frames=None if self.frames is None else self.frames.to(device, non_blocking=True),
             latents=None if self.latents is None else self.latents.to(device, non_blocking=True),
             text=None if self.text is None else [rows.to(device, non_blocking=True) for rows in self.text],
         )

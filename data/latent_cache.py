@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from .buckets import Bucket
 from .config import DataConfig
+from .draws import MIDDLE, Draws
 from .index import ClipIndex, read_manifest
 from .media_bytes import checked
 from .shards import DatasetWriter, remove_dataset
@@ -96,18 +98,15 @@ class LatentCache:
             wanted["vae_fingerprint"] = vae_fingerprint
         if stale := _differences(index.manifest["description"], wanted):
             raise ValueError(f"{where} is stale: {', '.join(stale)}; make it again with: muybridge encode")
-        self.rows = np.arange(len(index))
-        self.excluded: dict[str, np.ndarray] = {}  # the cache holds what was taken when it was made
         self.counts: dict[str, int] = {}
-        self.pool = None
         self._index = index
         self._columns = [index.column(name) for name in ("shard", "offset", "size", "checksum")]
         self._shards: dict[int, mmap.mmap] = {}
-        self._blank: np.ndarray | None = None
+        self._blanks: dict[str, np.ndarray] = {}
 
-    def read(self, row: int, pass_number: int | None) -> np.ndarray:
+    def read(self, row: int, bucket: Bucket, draws: Draws) -> np.ndarray:
         """Latents of a row, float32 [z, T', H', W']. Raises DatasetChangedError."""
-        del pass_number  # latents are the same in every pass
+        del bucket, draws  # latents are of the middle of the clip, in the shape that it was encoded in
         shard, offset, size, checksum = (int(column[row]) for column in self._columns)
         data = checked(
             lambda: memoryview(self._mapped(shard))[offset : offset + size],
@@ -122,15 +121,11 @@ class LatentCache:
         values = np.frombuffer(data[start + first : start + last], dtype=_DTYPES[tensor["dtype"]])
         return values.reshape(tensor["shape"]).astype(np.float32, copy=False)
 
-    def assemble(self, clips: list[np.ndarray | None]) -> dict[str, torch.Tensor]:
-        """The fields of a `VideoBatch` that the clips fill; None stands for a ghost."""
-        if self._blank is None and any(clip is None for clip in clips):
-            self._blank = np.zeros_like(self.read(0, None))
-        filled = [self._blank if clip is None else clip for clip in clips]
-        return {"latents": torch.from_numpy(np.stack([latents for latents in filled if latents is not None]))}
-
-    def close(self) -> None:
-        """Nothing to end; the maps go with their last reader."""
+    def blank(self, bucket: Bucket, rows: np.ndarray) -> np.ndarray:
+        """Zeros in the shape of the latents of a bucket, given its rows."""
+        if bucket.name not in self._blanks:
+            self._blanks[bucket.name] = np.zeros_like(self.read(int(rows[0]), bucket, MIDDLE))
+        return self._blanks[bucket.name]
 
     def _mapped(self, shard: int) -> mmap.mmap:
         if shard not in self._shards:

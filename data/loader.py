@@ -1,7 +1,7 @@
-"""From a dataset folder to the batches of each step: the plan says which clips, this reads them.
+"""From dataset folders to the batches of each step: the plan says which clips, this reads them.
 
 Nothing here has a position: `steps(n)` gives the batches of step n and after, the same ones for any number of processes, prefetch
-or earlier history. The number of the consumed step is all that a checkpoint needs.
+or earlier history. A checkpoint needs the number of the consumed step, where the data last changed, and the clips known to be bad.
 """
 
 from __future__ import annotations
@@ -9,58 +9,53 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from .batch import VideoBatch
+from .buckets import Bucket
 from .config import Access, DataConfig
 from .decode import DecodeError
-from .index import ClipIndex
+from .draws import MIDDLE, draw
 from .latent_cache import LatentCache
-from .plan import GHOST_ROW, PLAN_VERSION, Plan, Slot, keyed_bits, keyed_uniform
+from .ledger import BadClip, Ledger
+from .open_dataset import open_datasets
+from .plan import GHOST, PLAN_VERSION, Plan, Segment, Slot
 from .raw_clips import RawClips
+from .workers import WorkerPool
 
 _log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_CANDIDATES = 8  # rows tried for one slot
-_SHOWN = 5
-
-
-class UnreadableDataError(RuntimeError):
-    """Too much of the dataset cannot be read."""
+STATE_VERSION = 1
+_MAX_STATE_TEXT = 200  # characters of a setting that a checkpoint keeps as it is; of longer ones it keeps a hash
 
 
 @dataclass(frozen=True)
 class _ReadClip:
-    slot: int
-    row: int
-    caption: str
-    clip: np.ndarray | None  # None for a ghost
-
-    @classmethod
-    def ghost(cls, slot: int) -> _ReadClip:
-        return cls(slot, GHOST_ROW, "", None)
+    slot: Slot
+    row: int = GHOST  # after any substitution
+    caption: str = ""
+    clip: np.ndarray | None = None  # None for a ghost
+    bad: list[BadClip] = field(default_factory=list)  # what was tried before
 
 
 class VideoLoader:
-    """The batches of one rank. Raises ValueError if the dataset is missing, damaged or has no clip that fits."""
+    """The batches of one rank. Raises ValueError if a dataset is missing, damaged or has no clip that fits."""
 
     def __init__(
         self,
         config: DataConfig,
         *,
-        global_batch: int,
-        micro_batch: int,
+        buckets: Sequence[Bucket],
         rank: int,
         world_size: int,
         seed: int,
@@ -69,60 +64,100 @@ class VideoLoader:
         """`vae_fingerprint`, where given, must be that of the autoencoder that made the latents."""
         if faults := config.faults("data"):
             raise ValueError("; ".join(faults))
-        made_by = "muybridge encode" if config.access is Access.latents else "muybridge prepare SRC OUT"
-        self.index = ClipIndex.open(config.path, made_by=made_by)
+        self.buckets = list(buckets)
+        self.ledger = Ledger()
         self._config = config
-        self._micro_batch, self._rank, self._world_size, self._seed = micro_batch, rank, world_size, seed
-        if config.access is Access.latents:
-            self._source: RawClips | LatentCache = LatentCache(self.index, config, vae_fingerprint=vae_fingerprint)
-        elif self.index.manifest["kind"] != "raw":
-            raise ValueError(f"data.path={config.path} holds {self.index.manifest['kind']}; set data.access=latents")
-        else:
-            self._source = RawClips(self.index, config, seed=seed)
-        self._report_excluded()
-        self.plan = Plan(rows=len(self._source.rows), global_batch=global_batch, seed=seed)
-        self.plan.local_slots(0, rank=rank, world_size=world_size, micro_batch=micro_batch)  # checks the numbers
-        self._lock = threading.Lock()
-        self._unreadable = 0
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        opened = open_datasets(config, self.buckets)
+        self.indexes = [dataset.index for dataset in opened]
+        self._datasets = [dataset.rows for dataset in opened]
+        self._names = [dataset.name for dataset in self._datasets]
+        self._pool = None
+        if config.access is Access.raw and config.workers:
+            self._pool = WorkerPool(config.workers, timeout_seconds=config.timeout_seconds)
+        self._sources: list[RawClips | LatentCache] = [
+            LatentCache(index, config, vae_fingerprint=vae_fingerprint)
+            if config.access is Access.latents
+            else RawClips(index, config, pool=self._pool)
+            for index in self.indexes
+        ]
+        self.plan = self._build_plan(Segment())
 
     def __len__(self) -> int:
-        """Clips that can be drawn: those of the filter that are long enough for the training clip."""
-        return len(self._source.rows)
+        """Clips that can be drawn: those of the filters that fit a bucket."""
+        return sum(map(len, self._datasets))
 
     @property
     def fingerprint(self) -> str:
         """Changes if and only if the sequence of samples could: checked when a run resumes."""
-        content = [
-            PLAN_VERSION,
-            self.index.fingerprint,
-            self._config.access.value,
-            self._config.transform(),
-            self._config.caption_dropout,
-            self._seed,
-            self.plan.global_batch,
-        ]
-        if self._config.filter is not None:  # a fingerprint from before there were filters stays as it was
-            content.append(self._config.filter)
+        content = [self.settings(), self.plan.state(self.plan.segment.start_step)]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
-    def state(self) -> dict[str, int]:
-        """Rows in use and left out, and since the start: failed reads, decodes by the other decoder, decoder crashes."""
-        return {
-            "rows": len(self),
-            "excluded_rows": len(self.index) - len(self),
-            "unreadable_clips": self._unreadable,
-            **self._source.counts,
+    def settings(self) -> dict[str, str]:
+        """All that the sequence of samples depends on, by the name of the setting."""
+        config = self._config
+        values: dict[str, Any] = {
+            "plan version": PLAN_VERSION,
+            "seed": self._seed,
+            "data.access": config.access.value,
+            "data.transform": config.transform(),
+            "global batches": [bucket.global_batch for bucket in self.buckets],
+            "data.caption_dropout": config.caption_dropout,
+            "data.image_share": config.image_share,
         }
+        for (name, dataset), index in zip(config.sources().items(), self.indexes, strict=True):
+            where = f"data.datasets.{name}" if name else "data"
+            values[f"{where} (content)"] = index.fingerprint[:16]
+            values[f"{where}.filter"] = dataset.filter
+            if name:
+                values[f"{where}.weight"] = dataset.weight
+        texts = {name: json.dumps(value) for name, value in values.items()}
+        return {name: text if len(text) <= _MAX_STATE_TEXT else _short_hash(text) for name, text in texts.items()}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint before a step keeps, besides the step and the ledger: at most about 4 KB of JSON."""
+        return {"version": STATE_VERSION, "settings": self.settings(), "plan": self.plan.state(step)}
+
+    def resume(self, state: dict[str, Any] | None) -> bool:
+        """Continue from a checkpoint's `state`; whether the data changed since, so that a new segment of the plan begins here.
+
+        Raises ValueError, naming each setting that differs, unless `data.accept_changes`.
+        """
+        if state is None or state.get("version") != STATE_VERSION:
+            raise ValueError("the checkpoint is of an older version, whose order of samples cannot be continued")
+        saved, now = state["settings"], self.settings()
+        changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+        if changed and not self._config.accept_changes:
+            texts = [f"{name}: {saved.get(name, 'absent')} saved, {now.get(name, 'absent')} now" for name in changed]
+            raise ValueError(
+                f"these changed: {'; '.join(texts)} (undo it, choose another run_dir, or set data.accept_changes=true to go on "
+                "with the new data from this step)"
+            )
+        self.plan = self._build_plan(Segment.after(state["plan"]) if changed else Segment.of(state["plan"]))
+        return bool(changed)
+
+    def counts(self) -> dict[str, int]:
+        """Rows in use and left out, bad clips so far, and since the start decodes by the other decoder and crashes."""
+        found = {
+            "rows": len(self),
+            "excluded_rows": sum(map(len, self.indexes)) - len(self),
+            "bad_clips": len(self.ledger),
+        }
+        for source in self._sources:
+            for name, number in source.counts.items():
+                found[name] = found.get(name, 0) + number
+        return found
 
     def steps(self, start_step: int) -> Iterator[list[VideoBatch]]:
-        """Endless: for each step from `start_step` on, this rank's batches, one per micro-step.
+        """Endless: for each step from `start_step` on, this rank's batches, one per micro-step, all of one bucket.
 
-        Raises UnreadableDataError when several rows in a row cannot be decoded, DatasetChangedError when bytes are not those of
-        the index, and TransientReadError when the storage does not answer: what cannot be repeated is not replaced.
+        A clip that cannot be decoded is replaced and entered in the ledger. Raises DatasetChangedError when bytes are not those
+        of the index, and TransientReadError when the storage does not answer: what cannot be repeated is not replaced.
         """
-        micro_batch = self._micro_batch
-        for step, clips in zip(count(start_step), self._read_ahead(self._local_slots(start_step), self._read_slot)):
-            yield [self._batch(step, clips[i : i + micro_batch]) for i in range(0, len(clips), micro_batch)]
+        for step, groups in zip(count(start_step), self._read_ahead(self._local_groups(start_step), self._read_slot)):
+            for clip in (clip for group in groups for clip in group if not clip.slot.is_ghost):
+                self.ledger.add(clip.bad)
+            yield [self._batch(step, group) for group in groups]
 
     def each_once(self, clips: int) -> Iterator[VideoBatch]:
         """For validation: this rank's share of `clips` clips, or of all if there are fewer, the same ones every time.
@@ -130,118 +165,139 @@ class VideoLoader:
         Each comes once on some rank, with its first caption, from the middle of clip and picture. All ranks get as many batches,
         filled up with ghosts; a clip that cannot be decoded becomes one as well.
         """
-        plan = Plan(rows=len(self), global_batch=min(clips, len(self)), seed=self._seed)
-        groups = plan.local_slots(0, rank=self._rank, world_size=self._world_size, micro_batch=self._micro_batch)
-        for found in self._read_ahead(groups, self._read_once):
+        groups = self.plan.each_once(clips, rank=self._rank, world_size=self._world_size)
+        for [found] in self._read_ahead(([group] for group in groups), self._read_middle):
             yield self._batch(0, found)
 
     def every_row(self, batch_size: int) -> Iterator[VideoBatch]:
-        """Each row that fits once, in order: its first caption, the middle of clip and picture; the last batch may be smaller.
+        """Each row that fits once, bucket by bucket: its first caption, the middle of clip and picture; batches may be smaller.
 
-        For encoding and validation: independent of rank and seed. A row that cannot be read is left out, counted and logged.
+        For encoding and measuring: independent of rank and seed. A row that cannot be read is left out and logged.
         """
-        rows = self._source.rows.tolist()
-        groups = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
-        for number, clips in enumerate(self._read_ahead(groups, self._read_row)):
-            if readable := [clip for clip in clips if clip is not None]:
-                yield self._batch(number, readable)
+        for [found] in self._read_ahead(([group] for group in self._every_group(batch_size)), self._read_middle):
+            if readable := [clip for clip in found if clip.clip is not None]:
+                yield self._batch(0, readable)
 
     def close(self) -> None:
         """Ends the decoding processes."""
-        self._source.close()
+        if self._pool is not None:
+            self._pool.close()
 
-    def _local_slots(self, start_step: int) -> Iterator[list[Slot]]:
+    def _build_plan(self, segment: Segment) -> Plan:
+        return Plan(
+            self.buckets, self._datasets, seed=self._seed, image_share=self._config.image_share, segment=segment
+        )
+
+    def _local_groups(self, start_step: int) -> Iterator[list[list[Slot]]]:
         for step in count(start_step):
-            micro_steps = self.plan.local_slots(
-                step, rank=self._rank, world_size=self._world_size, micro_batch=self._micro_batch
-            )
-            yield [slot for slots in micro_steps for slot in slots]
+            yield self.plan.local_slots(step, rank=self._rank, world_size=self._world_size)
 
-    def _read_ahead(self, groups: Iterable[list[Item]], read: Callable[[Item], Result]) -> Iterator[list[Result]]:
-        # Reads groups in their order; with decoding processes, some groups ahead of the one that is asked for.
-        if self._source.pool is None:
-            for group in groups:
-                yield [read(item) for item in group]
+    def _every_group(self, batch_size: int) -> Iterator[list[Slot]]:
+        for d, dataset in enumerate(self._datasets):
+            for b, rows in enumerate(dataset.rows):
+                for start in range(0, len(rows), batch_size):
+                    part = rows[start : start + batch_size].tolist()
+                    yield [Slot(0, row, b, d, row, 0) for row in part]
+
+    def _read_ahead(
+        self, steps: Iterable[list[list[Item]]], read: Callable[[Item], Result]
+    ) -> Iterator[list[list[Result]]]:
+        # Reads what is in nested groups in their order; with decoding processes, some steps ahead of the one that is asked for.
+        if self._pool is None:
+            for groups in steps:
+                yield [[read(item) for item in group] for group in groups]
             return
-        waiting: deque[list[Future[Result]]] = deque()
+        waiting: deque[list[list[Future[Result]]]] = deque()
         try:
-            for group in groups:
-                waiting.append([self._source.pool.run(read, item) for item in group])
+            for groups in steps:
+                waiting.append([[self._pool.run(read, item) for item in group] for group in groups])
                 if len(waiting) > self._config.prefetch:
-                    yield [future.result() for future in waiting.popleft()]
+                    yield [[future.result() for future in group] for group in waiting.popleft()]
             while waiting:
-                yield [future.result() for future in waiting.popleft()]
+                yield [[future.result() for future in group] for group in waiting.popleft()]
         finally:
-            for futures in waiting:
+            for futures in (group for groups in waiting for group in groups):
                 for future in futures:
                     future.cancel()
 
     def _read_slot(self, slot: Slot) -> _ReadClip:
-        if slot.row == GHOST_ROW:
-            return _ReadClip.ghost(slot.position)
-        rows = self._source.rows
-        planned = int(rows[slot.row])
-        reasons = []
-        for attempt in range(_CANDIDATES):
-            row = planned
-            if attempt:  # keyed like everything else, so that every run substitutes the same clip
-                row = int(rows[keyed_bits(self._seed, "substitute", planned, slot.pass_number, attempt) % len(rows)])
+        if slot.is_ghost:
+            return _ReadClip(slot)
+        name, index = self._names[slot.dataset], self.indexes[slot.dataset]
+        tried: list[tuple[int, str]] = []
+        row: int | None = slot.row
+        attempt = 0
+        while row is not None:
             try:
-                clip = self._source.read(row, slot.pass_number)
+                if reason := self.ledger.reason(name, row):
+                    raise DecodeError(reason)
+                captions = index.captions(row)
+                draws = draw(
+                    self._seed,
+                    name,
+                    row,
+                    slot.pass_number,
+                    captions=len(captions),
+                    caption_dropout=self._config.caption_dropout,
+                )
+                clip = self._sources[slot.dataset].read(row, self.buckets[slot.bucket], draws)
             except DecodeError as error:
-                reasons.append(self._note_unreadable(row, error))
+                tried.append((row, str(error)))
+                row, attempt = self._next_candidate(slot, attempt, [row for row, _ in tried])
                 continue
-            return _ReadClip(slot.position, row, self._draw_caption(row, slot.pass_number), clip)
-        raise UnreadableDataError(
-            f"{_CANDIDATES} clips of {self.index.folder} in a row cannot be read: {'; '.join(reasons[:_SHOWN])}"
-        )
+            caption = "" if draws.caption is None else captions[draws.caption]
+            return _ReadClip(slot, row, caption, clip, self._bad_clips(slot, tried, row))
+        return _ReadClip(slot, bad=self._bad_clips(slot, tried, None))
 
-    def _draw_caption(self, row: int, pass_number: int) -> str:
-        if keyed_uniform(self._seed, "caption", row, pass_number) < self._config.caption_dropout:
-            return ""
-        captions = self.index.captions(row)
-        return captions[keyed_bits(self._seed, "caption_choice", row, pass_number) % len(captions)]
+    def _next_candidate(self, slot: Slot, attempt: int, tried: list[int]) -> tuple[int | None, int]:
+        while (row := self.plan.substitute(slot, attempt)) in tried:
+            attempt += 1
+        return row, attempt + 1
 
-    def _read_once(self, slot: Slot) -> _ReadClip:
-        found = None if slot.row == GHOST_ROW else self._read_row(int(self._source.rows[slot.row]))
-        return _ReadClip.ghost(slot.position) if found is None else replace(found, slot=slot.position)
+    def _bad_clips(self, slot: Slot, tried: list[tuple[int, str]], substitute: int | None) -> list[BadClip]:
+        found = []
+        for row, reason in tried:
+            key = self.indexes[slot.dataset].text("key", row)
+            if self.ledger.reason(self._names[slot.dataset], row) is None:
+                _log.warning("cannot read clip %s: %s", key, reason)
+            found.append(BadClip(self._names[slot.dataset], row, key, reason, slot.step, slot.position, substitute))
+        return found
 
-    def _read_row(self, row: int) -> _ReadClip | None:
+    def _read_middle(self, slot: Slot) -> _ReadClip:
+        if slot.is_ghost:
+            return _ReadClip(slot)
+        index = self.indexes[slot.dataset]
         try:
-            return _ReadClip(row, row, self.index.text("caption", row), self._source.read(row, None))
+            clip = self._sources[slot.dataset].read(slot.row, self.buckets[slot.bucket], MIDDLE)
         except DecodeError as error:
-            self._note_unreadable(row, error)
-            return None
-
-    def _note_unreadable(self, row: int, error: DecodeError) -> str:
-        reason = f"{self.index.text('key', row)}: {error}"
-        _log.warning("cannot read clip %s", reason)
-        with self._lock:
-            self._unreadable += 1
-        return reason
+            _log.warning("cannot read clip %s: %s", index.text("key", slot.row), error)
+            return _ReadClip(slot)
+        return _ReadClip(slot, slot.row, index.text("caption", slot.row), clip)
 
     def _batch(self, step: int, clips: list[_ReadClip]) -> VideoBatch:
+        bucket = self.buckets[clips[0].slot.bucket]
+        blank = None if all(clip.clip is not None for clip in clips) else self._blank(clips[0].slot.bucket)
+        media = [blank if clip.clip is None else clip.clip for clip in clips]
+        is_real = [clip.clip is not None for clip in clips]
+        field = "latents" if self._config.access is Access.latents else "frames"
+        datasets = [clip.slot.dataset if real else GHOST for clip, real in zip(clips, is_real, strict=True)]
         return VideoBatch(
             step=step,
-            slots=torch.tensor([clip.slot for clip in clips]),
+            step_samples=bucket.global_batch,
+            slots=torch.tensor([clip.slot.position for clip in clips]),
+            datasets=torch.tensor(datasets),
             rows=torch.tensor([clip.row for clip in clips]),
-            weights=torch.tensor([float(clip.clip is not None) for clip in clips]),
-            keys=["" if clip.row == GHOST_ROW else self.index.text("key", clip.row) for clip in clips],
+            weights=torch.tensor(is_real, dtype=torch.float32),
+            keys=[self.indexes[c.slot.dataset].text("key", c.row) if real else "" for c, real in zip(clips, is_real)],
             captions=[clip.caption for clip in clips],
-            **self._source.assemble([clip.clip for clip in clips]),
+            **{field: torch.from_numpy(np.stack(media))},  # type: ignore[arg-type]
         )
 
-    def _report_excluded(self) -> None:
-        durations = self.index.column("duration_seconds")
-        reasons = []
-        for reason, rows in self._source.excluded.items():
-            shown = [f"{self.index.text('key', row)} ({durations[row]:.2f} s)" for row in rows[:_SHOWN].tolist()]
-            reasons.append(f"{len(rows)} {reason}: {', '.join(shown)}{', ...' if len(rows) > _SHOWN else ''}")
-        if len(self) == 0:
-            self._source.close()
-            raise ValueError(
-                f"data.path={self.index.folder}: none of its {len(self.index)} clips fits; {'; '.join(reasons)}"
-            )
-        if reasons:
-            left_out = len(self.index) - len(self)
-            _log.warning("%d of %d clips are left out; %s", left_out, len(self.index), "; ".join(reasons))
+    def _blank(self, bucket: int) -> np.ndarray:
+        # What a ghost holds. Any dataset with clips in the bucket knows their shape.
+        d = next(d for d, dataset in enumerate(self._datasets) if len(dataset.rows[bucket]))
+        return self._sources[d].blank(self.buckets[bucket], self._datasets[d].rows[bucket])
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 
-def to_pixels(frames: np.ndarray | list[np.ndarray]) -> torch.Tensor:
+def to_pixels(frames: torch.Tensor) -> torch.Tensor:
     """Clips uint8 [B, T, H, W, 3] as float32 [B, 3, T, H, W] in [-1, 1]."""
-    clips = torch.from_numpy(np.stack(frames)) if isinstance(frames, list) else torch.from_numpy(frames)
-    return clips.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+    pixels = frames.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.div_(127.5).sub_(1.0)
 
 
 def to_frames(pixels: torch.Tensor) -> np.ndarray:

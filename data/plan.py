@@ -1,21 +1,28 @@
 """Which clip stands in which place of which step: a pure function of the seed and the step, with no state to save.
 
-This is the seam for buckets and mixtures: a richer plan keeps `slots` and `local_slots` and adds fields to `Slot`; the
-loader only ever asks for the slots of a step.
+Every step has one bucket, the same on all ranks. A *stream* is the rows of one dataset in one bucket; it goes through all of them
+in a new order each pass, and batches run on across passes, so no row is padded, dropped or repeated early.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
-from dataclasses import dataclass
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
-PLAN_VERSION = 1  # part of the data fingerprint: raise it when any draw below changes
+import numpy as np
 
-GHOST_ROW = -1
+from .buckets import Bucket
+from .keyed import Permutation, Shares
 
-_ROUNDS = 6
-_MASK = (1 << 64) - 1
+PLAN_VERSION = 2  # part of the data fingerprint: raise it when any draw below changes
+
+GHOST = -1  # dataset and row of a ghost
+SUBSTITUTES = 8  # other rows that are tried for a slot
 
 
 @dataclass(frozen=True)
@@ -27,96 +34,245 @@ class Slot:
 
     step: int
     position: int  # in the global batch
-    row: int  # GHOST_ROW for a ghost
+    bucket: int  # place in the plan's list of buckets
+    dataset: int  # place in the plan's list of datasets; GHOST for a ghost
+    row: int  # of the dataset's index; GHOST for a ghost
     pass_number: int  # how often this row was drawn before
 
-
-def keyed_bits(seed: int, purpose: str, *key: int) -> int:
-    """64 random bits that depend on the arguments alone."""
-    text = ":".join([str(seed), purpose, *map(str, key)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def keyed_uniform(seed: int, purpose: str, *key: int) -> float:
-    """A random number in [0, 1) that depends on the arguments alone."""
-    return (keyed_bits(seed, purpose, *key) >> 11) / (1 << 53)
+    @property
+    def is_ghost(self) -> bool:
+        return self.row == GHOST
 
 
 @dataclass(frozen=True)
-class Permutation:
-    """A keyed bijection of 0..size-1 that computes any single value in O(1): a Feistel network with cycle walking."""
+class DatasetRows:
+    """What the plan needs of a dataset."""
 
-    size: int
-    keys: tuple[int, ...]
+    name: str  # keys every draw, so that it does not depend on which other datasets there are
+    rows: list[np.ndarray]  # for each bucket the rows of the dataset's index, int32 and ascending
+    content: str = ""  # changes with the clips behind the rows
+    weight: float = 1.0  # share of the samples, relative to the other datasets'
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where the plan in force began: at step 0, or where a run's data changed."""
+
+    start_step: int = 0
+    start_sample: int = 0  # samples of the steps before
+    # Draws before this segment by the hash of a stream: the streams that are still there go on where they were.
+    drawn: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def keyed(cls, size: int, seed: int, purpose: str, *key: int) -> Permutation:
-        """The permutation of `size` values that belongs to these keys."""
-        return cls(size, tuple(keyed_bits(seed, purpose, *key, number) for number in range(_ROUNDS)))
+    def of(cls, state: dict[str, Any]) -> Segment:
+        """The segment of a plan with this `Plan.state`."""
+        hashes, before, _ = _unpacked(state["streams"])
+        return cls(state["start_step"], state["start_sample"], _positive(hashes, before))
 
-    def __call__(self, value: int) -> int:
-        if not 0 <= value < self.size:
-            raise IndexError(f"value={value} must be in 0..{self.size - 1}")
-        half_bits = max(1, ((self.size - 1).bit_length() + 1) // 2)
-        half_mask = (1 << half_bits) - 1
-        # The network permutes 0..4**half_bits - 1, at most four times the size; following its cycle until it comes back
-        # below the size permutes what we need, in fewer than four rounds on average.
-        while True:
-            left, right = value >> half_bits, value & half_mask
-            for key in self.keys:
-                left, right = right, left ^ (_mix(right ^ key) & half_mask)
-            value = left << half_bits | right
-            if value < self.size:
-                return value
+    @classmethod
+    def after(cls, state: dict[str, Any]) -> Segment:
+        """The segment that begins where a plan with this `Plan.state` stops."""
+        hashes, _, reached = _unpacked(state["streams"])
+        return cls(state["step"], state["sample"], _positive(hashes, reached))
 
 
-def _mix(bits: int) -> int:
-    # The finaliser of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
-    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _MASK
-    return bits ^ bits >> 31
+def _packed(*columns: list[int]) -> str:
+    return base64.b85encode(zlib.compress(np.array(columns, dtype="<u8").tobytes(), 9)).decode()
 
 
-@lru_cache(maxsize=16)
-def _order_of_pass(size: int, seed: int, pass_number: int) -> Permutation:
-    return Permutation.keyed(size, seed, "order", pass_number)
+def _unpacked(text: str) -> list[list[int]]:
+    return np.frombuffer(zlib.decompress(base64.b85decode(text)), "<u8").reshape(3, -1).tolist()
 
 
-@dataclass(frozen=True)
+def _positive(hashes: list[int], counts: list[int]) -> dict[int, int]:
+    return {key: count for key, count in zip(hashes, counts, strict=True) if count}
+
+
+@lru_cache(maxsize=4096)
+def _order_of_pass(size: int, seed: int, dataset: str, bucket: str, pass_number: int) -> Permutation:
+    return Permutation.keyed(size, seed, "order", dataset, bucket, pass_number)
+
+
 class Plan:
-    """Goes through all rows in a new order each pass; batches run on across passes, so none is padded or dropped."""
+    """The slots of every step."""
 
-    rows: int
-    global_batch: int
-    seed: int
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        datasets: Sequence[DatasetRows],
+        *,
+        seed: int,
+        image_share: float | None = None,
+        segment: Segment | None = None,
+    ) -> None:
+        """`image_share` is the share of the samples that come from buckets of one frame; None leaves it to what there is.
 
-    def __post_init__(self) -> None:
-        if self.rows < 1 or self.global_batch < 1:
-            raise ValueError(f"rows={self.rows} and global_batch={self.global_batch} must be positive")
+        Raises ValueError where there is nothing to draw from.
+        """
+        if not any(len(dataset) and dataset.weight > 0 for dataset in datasets):
+            raise ValueError("no dataset with a positive weight has a clip")
+        self.buckets, self.datasets, self.seed = list(buckets), list(datasets), seed
+        self.segment = segment or Segment()
+        start = self.segment.start_step
+        self.sample_shares = self._sample_shares(image_share)  # [buckets][datasets], their sum is 1
+        per_step = [sum(shares) / b.global_batch for shares, b in zip(self.sample_shares, self.buckets, strict=True)]
+        self.step_shares = [share / sum(per_step) for share in per_step]
+        self._bucket_of_step = Shares(self.step_shares, seed, "bucket", start)
+        self._dataset_of_slot = {
+            place: Shares(shares, seed, "dataset", self.buckets[place].name, start)
+            for place, shares in enumerate(self.sample_shares)
+            if sum(shares) > 0
+        }
+        self._stream_hashes = [[self._stream_hash(d, b) for b in range(len(buckets))] for d in range(len(datasets))]
+        self._drawn_before = [[self.segment.drawn.get(key, 0) for key in hashes] for hashes in self._stream_hashes]
+
+    def bucket(self, step: int) -> int:
+        """The bucket of a step, as a place in the list."""
+        if step < self.segment.start_step:
+            raise ValueError(f"step={step} must not be before this plan begins, at step {self.segment.start_step}")
+        return self._bucket_of_step(step - self.segment.start_step)
 
     def slots(self, step: int) -> list[Slot]:
         """The slots of a step, in the order of their positions."""
-        if step < 0:
-            raise ValueError(f"step={step} must not be negative")
-        slots = []
-        for position in range(self.global_batch):
-            pass_number, place = divmod(step * self.global_batch + position, self.rows)
-            row = _order_of_pass(self.rows, self.seed, pass_number)(place)
-            slots.append(Slot(step, position, row, pass_number))
-        return slots
+        return self._slots_at(step, range(self.buckets[self.bucket(step)].global_batch))
 
-    def local_slots(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> list[list[Slot]]:
-        """One rank's slots, one list of `micro_batch` per micro-step; as many lists on every rank, filled up with ghosts.
+    def local_slots(self, step: int, *, rank: int, world_size: int) -> list[list[Slot]]:
+        """One rank's slots, one list for each micro-step; as many lists on every rank, filled up with ghosts.
 
         In micro-step m rank r takes `micro_batch` slots from position (m * world_size + r) * micro_batch on.
         """
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} must be in 0..{world_size - 1}")
-        together = world_size * micro_batch
-        places = micro_steps(self.global_batch, world_size=world_size, micro_batch=micro_batch) * together
-        ghosts = [Slot(step, position, GHOST_ROW, 0) for position in range(self.global_batch, places)]
-        slots = self.slots(step) + ghosts
-        return [slots[i : i + micro_batch] for i in range(rank * micro_batch, places, together)]
+        number = self.bucket(step)
+        bucket = self.buckets[number]
+        groups = split_places(bucket.global_batch, rank=rank, world_size=world_size, micro_batch=bucket.micro_batch)
+        real = [place for group in groups for place in group if place < bucket.global_batch]
+        slots = {slot.position: slot for slot in self._slots_at(step, real)}
+        return [[slots.get(place) or Slot(step, place, number, GHOST, GHOST, 0) for place in group] for group in groups]
+
+    def substitute(self, slot: Slot, attempt: int) -> int | None:
+        """The row to take where the row of a slot cannot be read, for attempts 0 to SUBSTITUTES - 1; None for no more."""
+        rows = self.datasets[slot.dataset].rows[slot.bucket]
+        if attempt >= min(SUBSTITUTES, len(rows)):
+            return None
+        order = Permutation.keyed(len(rows), self.seed, "substitute", slot.step, slot.position)
+        return int(rows[order(attempt)])
+
+    def each_once(self, clips: int, *, rank: int, world_size: int) -> list[list[Slot]]:
+        """`clips` rows, or all if there are fewer, each in one slot on one rank: the same ones every time.
+
+        All ranks get as many groups, of the same buckets in the same order, filled up with ghosts.
+        """
+        streams = [(b, d) for d in range(len(self.datasets)) for b in range(len(self.buckets))]
+        ends = np.cumsum([len(self.datasets[d].rows[b]) for b, d in streams])
+        rows = int(ends[-1])
+        order = Permutation.keyed(rows, self.seed, "each_once")
+        by_bucket: dict[int, list[Slot]] = {}
+        for position in range(min(clips, rows)):
+            number = order(position)
+            stream = int(np.searchsorted(ends, number, side="right"))
+            b, d = streams[stream]
+            row = int(self.datasets[d].rows[b][number - int(ends[stream])])  # counted from the end
+            by_bucket.setdefault(b, []).append(Slot(0, position, b, d, row, 0))
+        groups, ghosts = [], rows
+        for b, slots in sorted(by_bucket.items()):
+            micro_batch = self.buckets[b].micro_batch
+            for group in split_places(len(slots), rank=rank, world_size=world_size, micro_batch=micro_batch):
+                groups.append([slots[i] if i < len(slots) else Slot(0, ghosts + i, b, GHOST, GHOST, 0) for i in group])
+        return groups
+
+    def samples_before(self, step: int) -> int:
+        """Samples of all steps before a step."""
+        steps = step - self.segment.start_step
+        counts = (self._bucket_of_step.count(b, steps) * bucket.global_batch for b, bucket in enumerate(self.buckets))
+        return self.segment.start_sample + sum(counts)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The plan before a step as JSON, a few bytes a stream: all that a plan for other data needs to go on there."""
+        reached: dict[int, int] = {}
+        for b, bucket in enumerate(self.buckets):
+            places = self._bucket_of_step.count(b, step - self.segment.start_step) * bucket.global_batch
+            for d in range(len(self.datasets)):
+                reached[self._stream_hashes[d][b]] = self._drawn(d, b, places)
+        streams = [key for key in {**self.segment.drawn, **reached} if self.segment.drawn.get(key) or reached.get(key)]
+        before = [self.segment.drawn.get(key, 0) for key in streams]
+        return {
+            "start_step": self.segment.start_step,
+            "start_sample": self.segment.start_sample,
+            "step": step,
+            "sample": self.samples_before(step),
+            "streams": _packed(streams, before, [reached.get(key, 0) for key in streams]),
+        }
+
+    def ghost_share(self, world_size: int) -> float:
+        """The share of all places that hold no sample, and are computed for nothing; weighted by their pixels."""
+        samples = places = 0.0
+        for share, bucket in zip(self.step_shares, self.buckets, strict=True):
+            accumulation = micro_steps(bucket.global_batch, world_size=world_size, micro_batch=bucket.micro_batch)
+            samples += share * bucket.global_batch * bucket.clip_bytes
+            places += share * accumulation * world_size * bucket.micro_batch * bucket.clip_bytes
+        return 1 - samples / places
+
+    def _slots_at(self, step: int, positions: Sequence[int]) -> list[Slot]:
+        number = self.bucket(step)
+        bucket = self.buckets[number]
+        first = self._bucket_of_step.count(number, step - self.segment.start_step) * bucket.global_batch
+        choice = self._dataset_of_slot[number]
+        drawn = [self._drawn(d, number, first) for d in range(len(self.datasets))]
+        draws = []
+        for place in range(first, first + bucket.global_batch):
+            dataset = choice(place)
+            draws.append((dataset, drawn[dataset]))
+            drawn[dataset] += 1
+        # Which dataset comes where is regular; without this a rank could get always the same one.
+        order = Permutation.keyed(bucket.global_batch, self.seed, "position", step)
+        slots = []
+        for position in positions:
+            dataset, count = draws[order(position)]
+            source = self.datasets[dataset]
+            rows = source.rows[number]
+            pass_number, place = divmod(count, len(rows))
+            row = int(rows[_order_of_pass(len(rows), self.seed, source.name, bucket.name, pass_number)(place)])
+            slots.append(Slot(step, position, number, dataset, row, pass_number))
+        return slots
+
+    def _drawn(self, dataset: int, bucket: int, places: int) -> int:
+        # How often a stream was drawn from before the slot number `places` of its bucket in this segment.
+        choice = self._dataset_of_slot.get(bucket)
+        return self._drawn_before[dataset][bucket] + (choice.count(dataset, places) if choice else 0)
+
+    def _sample_shares(self, image_share: float | None) -> list[list[float]]:
+        weight = sum(dataset.weight for dataset in self.datasets if len(dataset))
+        shares = [
+            [data.weight / weight * len(data.rows[b]) / len(data) if len(data) else 0.0 for data in self.datasets]
+            for b in range(len(self.buckets))
+        ]
+        if image_share is None:
+            return shares
+        images = sum(sum(of) for of, bucket in zip(shares, self.buckets, strict=True) if bucket.frames == 1)
+        for wanted, found, what in (
+            (image_share, images, "one frame"),
+            (1 - image_share, 1 - images, "several frames"),
+        ):
+            if wanted > 0 and found <= 1e-12:
+                raise ValueError(f"data.image_share={image_share} needs clips in buckets of {what}, and there are none")
+        factors = [
+            image_share / images
+            if bucket.frames == 1 and images
+            else (1 - image_share) / (1 - images)
+            if images < 1
+            else 0.0
+            for bucket in self.buckets
+        ]
+        return [[share * factor for share in of] for of, factor in zip(shares, factors, strict=True)]
+
+    def _stream_hash(self, dataset: int, bucket: int) -> int:
+        rows = self.datasets[dataset].rows[bucket]
+        text = f"{self.datasets[dataset].name}:{self.datasets[dataset].content}:{self.buckets[bucket].name}:{len(rows)}"
+        digest = hashlib.blake2b(text.encode(), digest_size=4)
+        digest.update(np.ascontiguousarray(rows, dtype=np.int32).tobytes())
+        return int.from_bytes(digest.digest(), "little")
 
 
 def micro_steps(global_batch: int, *, world_size: int, micro_batch: int) -> int:
@@ -124,3 +280,12 @@ def micro_steps(global_batch: int, *, world_size: int, micro_batch: int) -> int:
     if micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch} must be positive")
     return -(-global_batch // (world_size * micro_batch))
+
+
+def split_places(global_batch: int, *, rank: int, world_size: int, micro_batch: int) -> list[range]:
+    """The places of one rank, a range for each micro-step; those from `global_batch` on are ghosts."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} must be in 0..{world_size - 1}")
+    together = world_size * micro_batch
+    steps = micro_steps(global_batch, world_size=world_size, micro_batch=micro_batch)
+    return [range(start, start + micro_batch) for start in range(rank * micro_batch, steps * together, together)]

@@ -133,8 +133,7 @@ def run_bare_loop(overrides: list[str]) -> None:
     torch.set_num_threads(config.threads or 1)
     loader = VideoLoader(
         config.training_data(),
-        global_batch=config.global_batch,
-        micro_batch=config.micro_batch,
+        buckets=config.buckets(1),
         rank=0,
         world_size=1,
         seed=config.seed,
@@ -182,7 +181,6 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
         build_optimizer(model, config.optimizer),
         config=config.deepspeed,
         micro_batch=batch,
-        accumulation=1,
         gradient_clipping=config.optimizer.gradient_clipping,
     )
     ema = EMA(engine, config.ema)
@@ -191,7 +189,7 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
     seconds = []
     for step in track(range(3 + options.steps), description="steps", console=Console(stderr=True)):
         began = time.perf_counter()
-        engine.backward(rectified_flow_loss(engine, latents, text, noise, noise_levels).mean())
+        engine.backward(rectified_flow_loss(engine, latents, text, noise, noise_levels).mean(), is_last=True)
         engine.step(config.optimizer.lr)
         ema.update(step + 1)
         if device.type == "cuda":

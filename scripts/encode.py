@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..data.config import Access, DataConfig
+from ..data.config import Access, DataConfig, single_clips
 from ..data.latent_cache import LatentWriter, has_latents
 from ..data.loader import VideoLoader
 from ..models.vae import VideoVAE
@@ -54,16 +54,15 @@ def main(argv: list[str]) -> int:
 @torch.no_grad()
 def encode_dataset(data: DataConfig, folder: Path, vae: VideoVAE, *, fingerprint: str, device: torch.device) -> None:
     """Write the normalised latent means of a dataset's clips into `folder`, unless they are there."""
-    loader = VideoLoader(data, global_batch=1, micro_batch=1, rank=0, world_size=1, seed=0)
-    if has_latents(folder, loader.index, data, vae_fingerprint=fingerprint):
+    loader = VideoLoader(data, buckets=single_clips(data), rank=0, world_size=1, seed=0)
+    if has_latents(folder, loader.indexes[0], data, vae_fingerprint=fingerprint):
         print(f"muybridge: {folder} is complete and fits; kept")
         return
-    writer = LatentWriter(folder, loader.index, data, vae_fingerprint=fingerprint)
+    writer = LatentWriter(folder, loader.indexes[0], data, vae_fingerprint=fingerprint)
     columns = (TextColumn("encoding {task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         bar = progress.add_task(folder.name, total=len(loader))
         for batch in loader.every_row(BATCH):
-            assert batch.pixels is not None
             latents = vae.normalise(vae.encode(batch.pixels.to(device)).mode())
             for row, clip in zip(batch.rows.tolist(), latents, strict=True):
                 writer.add(row, clip)

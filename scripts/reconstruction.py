@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.config import DataConfig
+from ..data.config import DataConfig, single_clips
 from ..data.loader import VideoLoader
 from ..data.mp4 import write_mp4
 from ..models.vae.folder import load_vae
@@ -24,13 +24,12 @@ def measure_reconstruction(vae_folder: Path, data: DataConfig, *, video: Path) -
     reconstructions to `video`.
     """
     vae = load_vae(vae_folder).eval()
-    loader = VideoLoader(data, global_batch=1, micro_batch=1, rank=0, world_size=1, seed=0)
+    loader = VideoLoader(data, buckets=single_clips(data), rank=0, world_size=1, seed=0)
     reconstructed: list[float] = []
     constant: list[float] = []
     pairs: list[np.ndarray] = []
     for batch in loader.every_row(16):
         pixels = batch.pixels
-        assert pixels is not None
         output = vae.decode(vae.encode(pixels).mode()).clamp(-1, 1)
         reconstructed += psnr_db(output, pixels).tolist()
         # The mean colour is the constant with the least squared error.

@@ -15,7 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..train.config import TaskKind, compose_config, read_config
+from ..train.compose import compose_config
+from ..train.config import TaskKind, read_config
 
 USAGE = """\
 usage: muybridge sample run=RUN_DIR prompts=FILE [KEY=VALUE ...]

@@ -8,7 +8,8 @@ import yaml
 from omegaconf import DictConfig
 
 from .. import __version__
-from .config import SCHEMA_NAME, TrainConfig, load_train_config, plain, register_schema
+from .compose import plain, register_schema
+from .config import SCHEMA_NAME, TrainConfig, load_train_config
 
 # As in engine.py, which is not imported here: DeepSpeed would make every help text wait for seconds.
 EXIT_CONFIG, EXIT_OUT_OF_MEMORY = 64, 78

@@ -3,7 +3,8 @@
     checkpoints/step-00000200/
         shard-00000-of-00002.safetensors   fp32 pieces of rank 0: master/NAME, exp_avg/NAME, exp_avg_sq/NAME, ema/NAME
         shard-00000-of-00002.json          where each piece lies in its parameter
-        run.json                           step, shapes, optimizer step, data position, W&B id, versions
+        run.json                           step, shapes, optimizer step, state of the loader, W&B id, versions
+        bad_clips.jsonl                    clips that could not be read, see data/ledger.py
         MANIFEST.json                      size and CRC-32 of every file; written last
 
 All files go to a staging folder; its rename is the commit. No pickle is read or written. Because a piece carries its address, a
@@ -32,6 +33,7 @@ from .engine import Engine
 
 FORMAT_VERSION = 1
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
+LEDGER_NAME = "bad_clips.jsonl"
 COMMITTED = re.compile(r"^step-(\d{8})$")
 
 
@@ -53,8 +55,10 @@ class CheckpointConfig:
         return found
 
 
-def save_checkpoint(folder: Path, *, step: int, engine: Engine, ema: EMA, run_state: dict[str, Any]) -> Path:
-    """Write `folder/step-XXXXXXXX` in two phases; collective.
+def save_checkpoint(
+    folder: Path, *, step: int, engine: Engine, ema: EMA, run_state: dict[str, Any], bad_clips: str = ""
+) -> Path:
+    """Write `folder/step-XXXXXXXX` in two phases, with the ledger `bad_clips` of all ranks; collective.
 
     Raises OSError on every rank, with the staging folder removed, if any rank could not write its part.
     """
@@ -83,6 +87,7 @@ def save_checkpoint(folder: Path, *, step: int, engine: Engine, ema: EMA, run_st
                 **run_state,
             }
             _write_json(staging / "run.json", facts)
+            _write_text(staging / LEDGER_NAME, bad_clips)
             _write_json(staging / "MANIFEST.json", {path.name: _digest(path) for path in sorted(staging.iterdir())})
             _sync_folder(staging)
             if final.exists():  # the same step saved again after a resume: the older one is just as complete
@@ -271,8 +276,12 @@ def _digest(path: Path) -> dict[str, int]:
 
 
 def _write_json(path: Path, content: object) -> None:
-    with open(path, "w") as file:
-        json.dump(content, file, indent=1)
+    _write_text(path, json.dumps(content, indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 

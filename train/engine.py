@@ -35,7 +35,7 @@ ZERO_SUPPORTED_OPTIMIZERS.append(ShardAdamW)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
-EXIT_DONE, EXIT_CONFIG, EXIT_REQUEUE, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 0, 64, 75, 77, 78
+EXIT_DONE, EXIT_CONFIG, EXIT_REQUEUE, EXIT_DATA_BUDGET, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 0, 64, 75, 76, 77, 78
 
 
 class Precision(Enum):
@@ -112,15 +112,12 @@ class Engine:
         *,
         config: EngineConfig,
         micro_batch: int,
-        accumulation: int,
         gradient_clipping: float,
     ) -> None:
         self.config = config
         self.parameter_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self._accumulation = accumulation
         self._clipping = gradient_clipping
-        self._micro_step = 0
         # Stage 0 in fp32 reports no gradient norm, so `step` clips there itself.
         deepspeed_clipping = gradient_clipping if config.zero > 0 else 0.0
         if isinstance(optimizer, ShardAdamW) and config.zero in (1, 2) and gradient_clipping > 0:
@@ -134,7 +131,7 @@ class Engine:
             dist_init_required=False,
             config={
                 "train_micro_batch_size_per_gpu": micro_batch,
-                "gradient_accumulation_steps": accumulation,
+                "gradient_accumulation_steps": 1,  # differs by bucket: `backward` is told the last micro-batch of a step
                 "gradient_clipping": deepspeed_clipping,  # the default would be 1.0
                 "bf16": {"enabled": config.precision is Precision.bf16},
                 "zero_optimization": {
@@ -161,16 +158,16 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a micro-batch's loss; a step averages it over micro-batches and ranks."""
-        self._engine.backward(loss)
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Accumulate the gradient of a micro-batch's loss, which sums over micro-batches and averages over ranks.
 
-    def step(self, lr: float) -> StepResult | None:
-        """Advance one micro-step; at the last one of a step, clip and update the weights. None in between."""
-        self._micro_step += 1
-        if self._micro_step % self._accumulation:
-            self._engine.step()
-            return None
+        With the last one of a step, which is so on all ranks at once, the ranks put theirs together.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> StepResult:
+        """Clip and update the weights, after the backward of a step's last micro-batch."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if self.config.zero == 0:
@@ -178,7 +175,6 @@ class Engine:
             norm = torch.nn.utils.get_total_norm(gradients)
             if not torch.isfinite(norm):
                 self._engine.zero_grad()
-                self._engine.micro_steps += 1  # DeepSpeed counts them in its own `step`, which would apply the update
                 return StepResult(grad_norm=norm, applied=False)
             if self._clipping > 0:
                 torch.nn.utils.clip_grads_with_norm_(list(self._names), self._clipping, norm)

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -11,6 +12,15 @@ import torch.distributed as dist
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A terminal or a scheduler signals every process, and the launcher passes its own signal on: all that is one request.
 ONE_REQUEST_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know after a step."""
+
+    stop: bool  # any of them was asked to stop
+    replaced_samples: int  # of the step, over all ranks
+    is_unreadable: bool  # one of them has read nothing but bad clips for long
 
 
 class StopRequest:
@@ -24,14 +34,14 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank. Collective."""
+    def agree(self, *, replaced_samples: int, is_unreadable: bool) -> Agreement:
+        """Puts together what each rank knows; the same answer on every rank. Collective."""
         asked = self._asked_at is not None or self._stop_file.exists()
-        if dist.get_world_size() == 1:
-            return asked
-        flag = torch.tensor(float(asked))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(flag.item())
+        sums = torch.tensor([asked, replaced_samples, is_unreadable], dtype=torch.int64)
+        if self._group is not None:
+            dist.all_reduce(sums, group=self._group)
+        asking, replaced, unreadable = sums.tolist()
+        return Agreement(asking > 0, replaced, unreadable > 0)
 
     def clear(self) -> None:
         """Remove the stop file once it was heeded, or the next attempt would stop at its first step."""

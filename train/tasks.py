@@ -98,7 +98,6 @@ class TextToVideoTask(Task):
     def losses(self, model: Callable[..., Any], batch: VideoBatch, *, purpose: str = "") -> SampleLosses:
         latents = batch.latents
         if latents is None:
-            assert batch.pixels is not None
             with torch.no_grad():
                 latents = self.vae.normalise(self.vae.encode(batch.pixels).mode())  # [B, z, T', H', W']
         slots, seed = batch.slots.tolist(), self.config.seed
@@ -127,19 +126,19 @@ class VideoVAETask(Task):
             return VideoVAE(self.config.vae.resolved())
 
     def losses(self, model: Callable[..., Any], batch: VideoBatch, *, purpose: str = "") -> SampleLosses:
-        assert batch.pixels is not None
+        pixels = batch.pixels
         noise = keyed_noise(
             self.config.seed,
             batch.step,
             batch.slots.tolist(),
-            self.config.latent_shape(),
+            self.config.vae.resolved().latent_shape(*pixels.shape[2:]),
             self.device,
             purpose=f"{purpose}noise",
         )
-        reconstruction, distribution = model(batch.pixels, noise)
-        loss = vae_loss(reconstruction, batch.pixels, distribution, self.config.vae_loss)
+        reconstruction, distribution = model(pixels, noise)
+        loss = vae_loss(reconstruction, pixels, distribution, self.config.vae_loss)
         terms = {"l1": loss.l1, "l2": loss.l2, "gradient": loss.gradient, "temporal": loss.temporal, "kl": loss.kl}
-        terms["psnr_db"] = psnr_db(reconstruction.detach(), batch.pixels)
+        terms["psnr_db"] = psnr_db(reconstruction.detach(), pixels)
         return SampleLosses(loss.total, {name: value.detach() for name, value in terms.items()})
 
     @torch.no_grad()
@@ -149,7 +148,6 @@ class VideoVAETask(Task):
         vae.load_state_dict(weights)
         statistics, seen = LatentStatistics(), 0
         for batch in clips:
-            assert batch.pixels is not None
             statistics.update(vae.encode(batch.pixels.to(self.device)).mode())
             seen += len(batch)
             if seen >= STATISTICS_CLIPS:

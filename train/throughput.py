@@ -16,8 +16,7 @@ class MetricsWindow:
     The sums travel with the checkpoints: the row after a resume is the same as without the interruption.
     """
 
-    def __init__(self, global_batch: int) -> None:
-        self._global_batch = global_batch
+    def __init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
@@ -29,6 +28,7 @@ class MetricsWindow:
     def begin(self) -> None:
         """Start the clock."""
         self._data_seconds = 0.0
+        self._timed_samples = 0
         self._began = time.perf_counter()
 
     def leave_out(self, seconds: float) -> None:
@@ -48,9 +48,10 @@ class MetricsWindow:
             total = (values.float() * weights).sum()
             self._sums[name] = self._sums[name].to(total.device) + total if name in self._sums else total
 
-    def end_step(self, *, applied: bool) -> None:
-        """Count a step; `applied` is false where its gradient was not finite."""
+    def end_step(self, *, samples: int, applied: bool) -> None:
+        """Count a step of this many samples over all ranks; `applied` is false where its gradient was not finite."""
         self._steps += 1
+        self._timed_samples += samples
         self._skipped += not applied
 
     def close(self, result: StepResult, lr: float) -> dict[str, float]:
@@ -59,13 +60,13 @@ class MetricsWindow:
         totals = torch.stack([*self._sums.values(), torch.as_tensor(self._samples)])
         dist.all_reduce(totals)
         *sums, samples = totals.tolist()
-        row = {name: total / samples for name, total in zip(names, sums, strict=True)}
+        row = {name: total / (samples or 1.0) for name, total in zip(names, sums, strict=True)}
         seconds = (time.perf_counter() - self._began) / self._steps
         row |= {
             "grad_norm": float(result.grad_norm),
             "lr": lr,
             "seconds_per_step": seconds,
-            "samples_per_second": self._global_batch / seconds,
+            "samples_per_second": self._timed_samples / (seconds * self._steps),
             "data_seconds_per_step": self._data_seconds / self._steps,
             "skipped_steps": float(self._skipped),
         }

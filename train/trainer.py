@@ -18,13 +18,16 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from ..data.batch import VideoBatch
 from ..data.config import Access, DataConfig
+from ..data.ledger import BUDGET_SAMPLES, BadClip, DataBudget, DataBudgetError, from_lines, to_lines
 from ..data.loader import VideoLoader
 from ..data.media_bytes import DatasetChangedError
 from ..data.storage import TransientReadError
 from ..models.vae.folder import vae_fingerprint
 from ..models.weights import load_weights
 from .checkpoint import (
+    LEDGER_NAME,
     committed_checkpoints,
     find_checkpoint,
     load_checkpoint,
@@ -32,10 +35,12 @@ from .checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from .config import TaskKind, TrainConfig, plain
+from .compose import plain
+from .config import TaskKind, TrainConfig
 from .ema import EMA
 from .engine import (
     EXIT_CONFIG,
+    EXIT_DATA_BUDGET,
     EXIT_DIVERGED,
     EXIT_DONE,
     EXIT_OUT_OF_MEMORY,
@@ -78,6 +83,9 @@ def train(config: TrainConfig) -> NoReturn:
     except TransientReadError as error:
         print(f"muybridge: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
         code, alone = EXIT_REQUEUE, True
+    except DataBudgetError as error:  # every rank says what it met
+        print(f"muybridge: {error}", file=sys.stderr)
+        code = EXIT_DATA_BUDGET
     except ValueError as error:  # the same mistake on every rank: say it once
         if dist.get_rank() == 0:
             print(f"muybridge: {error}", file=sys.stderr)
@@ -108,18 +116,18 @@ class Trainer:
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config = config
         self.rank, world = dist.get_rank(), dist.get_world_size()
-        # On average: a step averages over micro-batches and ranks, and its loss is the mean over samples.
-        self.samples_per_micro_batch = config.global_batch / (config.accumulation(world) * world)
+        self.world = world
+        self.buckets = config.buckets(world)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
         if config.threads:
             torch.set_num_threads(config.threads)
 
         # Data first: its mistakes are the commonest, and it needs no model to find them.
-        self.loader = self._build_loader(config.training_data(), config.global_batch)
+        self.loader = self._build_loader(config.training_data())
         self.validation_loader = None
         if (validation_data := config.validation_data()) is not None and config.validation.every_steps:
-            self.validation_loader = self._build_loader(validation_data, config.micro_batch * world)
+            self.validation_loader = self._build_loader(validation_data)
 
         self.task = build_task(config, device)
         torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
@@ -133,15 +141,16 @@ class Trainer:
             build_optimizer(model, config.optimizer),
             config=config.deepspeed,
             micro_batch=config.micro_batch,
-            accumulation=config.accumulation(world),
             gradient_clipping=config.optimizer.gradient_clipping,
         )
         self.ema = EMA(self.engine, config.ema)
         self.start_step = 0
-        self.window = MetricsWindow(config.global_batch)
+        self.window = MetricsWindow()
+        self.budget = DataBudget(config.data.max_bad_share)
+        data_changed = False
         if resume_from is not None:
             facts = load_checkpoint(resume_from, engine=self.engine, ema=self.ema)
-            self._check_unchanged(resume_from, facts)
+            data_changed = self._resume_data(resume_from, facts)
             self.start_step = facts["step"]
             self.window.restore(facts["metrics_window"])
 
@@ -157,10 +166,14 @@ class Trainer:
             )
             if resume_from is not None:
                 self.tracker.note(f"resumed from {resume_from}")
-            if (share := config.ghost_share(world)) > GHOST_SHARE_WORTH_A_NOTE:
+            if data_changed:
                 self.tracker.note(
-                    f"muybridge: {share:.0%} of the computation is for nothing: global_batch={config.global_batch} is no multiple "
-                    f"of micro_batch x processes = {config.micro_batch} x {world}"
+                    f"muybridge: the data changed: a new order of samples begins at step {self.start_step}"
+                )
+            if (share := self.loader.plan.ghost_share(world)) > GHOST_SHARE_WORTH_A_NOTE:
+                self.tracker.note(
+                    f"muybridge: {share:.0%} of the computation is for nothing: global batches that are no multiples of "
+                    f"micro_batch x processes: {self._uneven_buckets()}"
                 )
         # Last, so that Ctrl-C during set-up still ends at once.
         self.stop_request = StopRequest(self.run_dir / "STOP")
@@ -194,7 +207,7 @@ class Trainer:
             if result.applied:
                 self.ema.update(step + 1)
             step += 1
-            window.end_step(applied=result.applied)
+            window.end_step(samples=micro_batches[0].step_samples, applied=result.applied)
             skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(
@@ -204,7 +217,7 @@ class Trainer:
             if step % self.config.tracking.log_every_steps == 0 or step == self.config.steps:
                 row = window.close(result, lr)
                 if self.tracker is not None:
-                    self.tracker.log(step, {**row, "samples_seen": step * self.config.global_batch})
+                    self.tracker.log(step, {**row, "samples_seen": self.loader.plan.samples_before(step)})
                 self._check_convergence(step, row)
             if self._is_due(step, self.config.checkpoint.every_steps) and step < self.config.steps:
                 saved_step = self._save(step, saved_step)
@@ -214,21 +227,34 @@ class Trainer:
                 began = time.perf_counter()
                 self._validate(step)
                 window.leave_out(time.perf_counter() - began)
-            stopped = self.stop_request.agreed()
+            stopped = self._agree(step)
         if step > saved_step or not committed_checkpoints(self.checkpoints):
             self._save(step, saved_step, must_succeed=True)
         return step
 
-    def _optimizer_step(self, micro_batches: list[Any], lr: float) -> StepResult:
-        result = None
-        for batch in micro_batches:
+    def _optimizer_step(self, micro_batches: list[VideoBatch], lr: float) -> StepResult:
+        for number, batch in enumerate(micro_batches, start=1):
             batch = batch.to(self.task.device)
             losses = self.task.losses(self.engine, batch)
-            self.engine.backward((losses.total * batch.weights).sum() / self.samples_per_micro_batch)
-            result = self.engine.step(lr)
+            # The step's loss is the mean over its samples; the engine averages over the ranks.
+            loss = (losses.total * batch.weights).sum() * (self.world / batch.step_samples)
+            self.engine.backward(loss, is_last=number == len(micro_batches))
             self.window.add(losses.total, losses.terms, batch.weights)
-        assert result is not None, "the last micro-batch of a step updates the weights"
-        return result
+        return self.engine.step(lr)
+
+    def _agree(self, step: int) -> bool:
+        """Whether all ranks stop here, after step - 1. Raises DataBudgetError on all of them."""
+        ledger = self.loader.ledger
+        found = self.stop_request.agree(replaced_samples=ledger.take_replaced(), is_unreadable=ledger.has_long_run)
+        is_over = self.budget.add(self.loader.plan.samples_before(step), found.replaced_samples)
+        if is_over or found.is_unreadable:
+            raise DataBudgetError(
+                f"{self.budget.replaced} of the last {BUDGET_SAMPLES} samples could not be read, more than "
+                f"data.max_bad_share={self.config.data.max_bad_share:g}, or one process met no readable clip for long; rank "
+                f"{self.rank} met {len(ledger)} bad clips: {ledger.summary() or 'none'}. Mend the dataset or raise the share; "
+                "the same command goes on from the last checkpoint"
+            )
+        return found.stop
 
     def _check_convergence(self, step: int, row: dict[str, float]) -> None:
         # Every rank holds the same reduced row, so all of them stop together.
@@ -239,12 +265,23 @@ class Trainer:
         """Save and return the step now safe on disk; a failed save is reported, and training goes on."""
         state = {
             **{name: str(plain(self.config)[name]) for name in FIXED_ON_RESUME},
-            "data_fingerprint": self.loader.fingerprint,
+            "data": self.loader.state(step),
+            "data_budget": self.budget.state(),
             "metrics_window": self.window.state(),
             "versions": {"torch": torch.__version__},
         }
+        ledgers: list[list[BadClip]] = [[]] * self.world
+        dist.all_gather_object(ledgers, self.loader.ledger.clips())
+        self.loader.ledger.share(ledgers)
         try:
-            save_checkpoint(self.checkpoints, step=step, engine=self.engine, ema=self.ema, run_state=state)
+            save_checkpoint(
+                self.checkpoints,
+                step=step,
+                engine=self.engine,
+                ema=self.ema,
+                run_state=state,
+                bad_clips=to_lines(self.loader.ledger.clips()),
+            )
         except OSError as error:
             if must_succeed:
                 raise
@@ -292,14 +329,20 @@ class Trainer:
             self.stop_request.clear()
             self.tracker.note(f"muybridge: stopped on request at step {step}; the same command goes on from there")
 
-    def _build_loader(self, data: DataConfig, global_batch: int) -> VideoLoader:
+    def _uneven_buckets(self) -> str:
+        return ", ".join(
+            f"{bucket.name}: {bucket.global_batch} of {bucket.micro_batch} x {self.world}"
+            for bucket in self.buckets
+            if bucket.global_batch % (bucket.micro_batch * self.world)
+        )
+
+    def _build_loader(self, data: DataConfig) -> VideoLoader:
         cached_with = self.config.vae.path if data.access is Access.latents else None
         return VideoLoader(
             data,
-            global_batch=global_batch,
-            micro_batch=self.config.micro_batch,
+            buckets=self.buckets,
             rank=self.rank,
-            world_size=dist.get_world_size(),
+            world_size=self.world,
             seed=self.config.seed,
             # Latents of another autoencoder have the same shape and would train without a complaint.
             vae_fingerprint=vae_fingerprint(cached_with) if cached_with else None,
@@ -312,14 +355,21 @@ class Trainer:
             raise ValueError(f"init_from={source} must be the directory of a run with a checkpoint")
         load_weights(model, read_weights(found[-1]), where=f"init_from={source}")
 
-    def _check_unchanged(self, folder: Path, facts: dict[str, Any]) -> None:
+    def _resume_data(self, folder: Path, facts: dict[str, Any]) -> bool:
+        """Go on where the loader was; whether the data changed, as far as that is allowed. Raises ValueError."""
         now = {name: str(plain(self.config)[name]) for name in FIXED_ON_RESUME}
-        now["data_fingerprint"] = self.loader.fingerprint
         changed = [f"{name}: {facts[name]} saved, {value} now" for name, value in now.items() if facts[name] != value]
         if changed:
             raise ValueError(
                 f"{folder} cannot be continued, these changed: {'; '.join(changed)} (undo it, or choose another run_dir)"
             )
+        try:
+            has_changed = self.loader.resume(facts.get("data"))
+        except ValueError as error:
+            raise ValueError(f"{folder} cannot be continued: {error}") from error
+        self.loader.ledger.share([from_lines(folder / LEDGER_NAME)])
+        self.budget = DataBudget(self.config.data.max_bad_share, facts["data_budget"])
+        return has_changed
 
     def _write_provenance(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from muybridge.data import workers
-from muybridge.data.config import DataConfig
+from muybridge.data.config import DataConfig, build_buckets
 from muybridge.data.index import Clip, ClipIndex, read_record, sidecar_path
 from muybridge.data.indexing import IndexReport, IndexSettings, build_index, is_up_to_date
 from muybridge.data.loader import VideoLoader
@@ -98,10 +98,10 @@ def test_stock_tars_are_indexed_and_trained_on_as_they_are(video: bytes, numbere
     assert three.is_variable_rate
     assert (three.caption, three.captions, index.captions(2)) == ("a", ["a", "b"], ["a", "b"])
     assert index.column("caption_checksum").tolist() == [zlib.crc32(text) for text in (b"a dog", b"a cat", b"a\nb")]
+    config = DataConfig(path=str(folder), frames=9, fps=9.0, workers=0)
     loader = VideoLoader(
-        DataConfig(path=str(folder), frames=9, fps=9.0, workers=0),
-        global_batch=1,
-        micro_batch=1,
+        config,
+        buckets=build_buckets(config, global_batch=1, micro_batch=1, world_size=1),
         rank=0,
         world_size=1,
         seed=0,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from muybridge.data import storage
-from muybridge.data.config import DataConfig
+from muybridge.data.config import DataConfig, build_buckets
 from muybridge.data.index import ClipIndex
 from muybridge.data.indexing import IndexSettings, build_index, is_up_to_date
 from muybridge.data.loader import VideoLoader
@@ -167,7 +167,9 @@ def test_shards_over_http_are_indexed_and_trained_on(server: FileServer, numbere
     assert index.shard_names == [f"{server.url}/s-000.tar", f"{server.url}/s-001.tar"]
     assert len(server.requests) == 2 * 5  # facts twice and at the end, headers with captions, media
     config = DataConfig(path=str(tmp_path / "out"), frames=9, fps=9.0, workers=0)
-    loader = VideoLoader(config, global_batch=2, micro_batch=2, rank=0, world_size=1, seed=0)
+    loader = VideoLoader(
+        config, buckets=build_buckets(config, global_batch=2, micro_batch=2, world_size=1), rank=0, world_size=1, seed=0
+    )
     [batch] = next(loader.steps(0))
     assert sorted(batch.keys) == ["k0", "k1"]
     assert is_up_to_date(source, tmp_path / "out", IndexSettings())
@@ -194,7 +196,9 @@ def test_passing_faults_of_the_storage_change_no_sample_and_lasting_ones_end_the
     )
     build_index(f"{server.url}/s.tar", tmp_path, settings=IndexSettings(), workers=1, timeout_seconds=20.0)
     config = DataConfig(path=str(tmp_path), frames=9, fps=9.0, workers=workers, prefetch=0, timeout_seconds=20.0)
-    loader = VideoLoader(config, global_batch=2, micro_batch=2, rank=0, world_size=1, seed=0)
+    loader = VideoLoader(
+        config, buckets=build_buckets(config, global_batch=2, micro_batch=2, world_size=1), rank=0, world_size=1, seed=0
+    )
     [expected] = next(loader.steps(3))
     server.failures = 4
     [batch] = next(loader.steps(3))
@@ -206,7 +210,7 @@ def test_passing_faults_of_the_storage_change_no_sample_and_lasting_ones_end_the
         with pytest.raises(TransientReadError, match=r"s\.tar cannot be read after 5 attempts: status 50"):
             next(read)
     server.failures = 0
-    assert loader.state()["unreadable_clips"] == 0
+    assert loader.counts()["bad_clips"] == 0
     loader.close()
 
 

@@ -184,7 +184,7 @@ def test_a_finished_run_leaves_its_settings_and_weights(runs: tuple[Path, dict[s
     [
         ("other seed", "seed: 0 saved, 1 now"),
         ("other batch", "global_batch: 8 saved, 16 now"),
-        ("other data", "data_fingerprint: "),
+        ("other data", "data (content): "),
         ("other model", "does not fit the configured model"),
         ("other VAE", "stale: its vae_fingerprint is"),
         ("no latents", "muybridge encode"),

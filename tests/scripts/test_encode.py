@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from muybridge.data.config import build_buckets
 from muybridge.data.index import ClipIndex
 from muybridge.data.loader import VideoLoader
 from muybridge.models.vae.folder import load_vae, vae_fingerprint
@@ -60,9 +61,21 @@ def test_a_cached_latent_is_the_normalised_mean_of_its_clip(settings: list[str],
     assert cli.main(["encode", *settings]) == 0
     config = load_train_config(settings)
     vae = load_vae(tmp_path / "vae").eval()
-    cached = VideoLoader(config.training_data(), global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0)
+    cached = VideoLoader(
+        config.training_data(),
+        buckets=build_buckets(config.training_data(), global_batch=4, micro_batch=4, world_size=1),
+        rank=0,
+        world_size=1,
+        seed=0,
+    )
     raw_config = load_train_config([*settings, "data.access=raw"]).training_data()
-    raw = VideoLoader(raw_config, global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0)
+    raw = VideoLoader(
+        raw_config,
+        buckets=build_buckets(raw_config, global_batch=4, micro_batch=4, world_size=1),
+        rank=0,
+        world_size=1,
+        seed=0,
+    )
     for latents, pixels in zip(cached.every_row(8), raw.every_row(8), strict=True):
         with torch.no_grad():
             expected = vae.normalise(vae.encode(pixels.pixels).mode())

@@ -12,7 +12,8 @@ from PIL import Image
 from muybridge.data.decode import read_frames
 from muybridge.scripts import cli
 from muybridge.train import checkpoint
-from muybridge.train.config import load_train_config, plain
+from muybridge.train.compose import plain
+from muybridge.train.config import load_train_config
 from muybridge.train.engine import FlatShard, Fragment
 from muybridge.train.tasks import TextToVideoTask
 

@@ -64,7 +64,6 @@ def build_engine(zero: int, precision: Precision) -> tuple[Engine, EMA]:
         build_optimizer(net, optimizer),
         config=EngineConfig(zero=zero, precision=precision),
         micro_batch=MICRO_BATCH,
-        accumulation=GLOBAL_BATCH // MICRO_BATCH // dist.get_world_size(),
         gradient_clipping=CLIPPING,
     )
     return engine, EMA(engine, EMAConfig(decay=DECAY))
@@ -83,10 +82,9 @@ def run(engine: Engine, ema: EMA, steps: range, *, poisoned: int | None = None) 
             here = slice(first, first + MICRO_BATCH)
             loss = (engine(x[here]).float() - y[here]).square().mean()
             total += loss.detach() / accumulation / world
-            engine.backward(loss * float("nan") if step == poisoned and first == 0 else loss)
-            result = engine.step(LR)
-            assert (result is None) == (micro_step + 1 < accumulation)
-        assert result is not None
+            loss = loss * float("nan") if step == poisoned and first == 0 else loss
+            engine.backward(loss / accumulation, is_last=micro_step + 1 == accumulation)
+        result = engine.step(LR)
         if result.applied:
             ema.update(step + 1)
         dist.all_reduce(total)

@@ -27,7 +27,7 @@ def build(case: str, backend: Backend, *, clipping: float = CLIPPING) -> tuple[E
         optimizer = build_optimizer(net, OptimizerConfig(eps=EPS, weight_decay=0.3))
     precision, zero = case.split("-")
     config = EngineConfig(zero=int(zero), precision=Precision(precision))
-    engine = Engine(net, optimizer, config=config, micro_batch=BATCH, accumulation=1, gradient_clipping=clipping)
+    engine = Engine(net, optimizer, config=config, micro_batch=BATCH, gradient_clipping=clipping)
     return engine, EMA(engine, EMAConfig(decay=DECAY))
 
 
@@ -38,7 +38,7 @@ def run(engine: Engine, ema: EMA, steps: range) -> list[float]:
         x = torch.randn(BATCH, 7, generator=torch.Generator().manual_seed(step))
         x = x.to(next(engine.module.parameters()).dtype)
         loss = (engine(x) - x[:, :3].sin()).square().mean()
-        engine.backward(loss * float("nan") if step == POISONED else loss)
+        engine.backward(loss * float("nan") if step == POISONED else loss, is_last=True)
         result = engine.step(1e-2 / (1 + step))
         assert result is not None
         assert result.applied == (step != POISONED)

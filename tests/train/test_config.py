@@ -104,8 +104,8 @@ def test_an_experiment_that_does_not_exist_is_answered_with_those_that_do() -> N
 def test_processes_need_not_divide_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     config = load_train_config([*QUICK, "global_batch=32", "micro_batch=4"])
-    assert (config.accumulation(3), config.accumulation(8), config.accumulation(16)) == (3, 1, 1)
-    assert (config.ghost_share(3), config.ghost_share(8), config.ghost_share(16)) == (1 - 32 / 36, 0, 0.5)
+    [bucket] = config.buckets(3)
+    assert (bucket.global_batch, bucket.micro_batch) == (32, 4)
 
 
 def test_a_wrong_environment_variable_stops_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

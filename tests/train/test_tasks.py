@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from muybridge.data.config import build_buckets
 from muybridge.data.loader import VideoLoader
 from muybridge.models.vae.config import VAEConfig
 from muybridge.models.weights import load_config
@@ -39,7 +40,11 @@ def loader(config: TrainConfig) -> VideoLoader:
     """The clips or latents of those settings."""
     size = config.global_batch
     return VideoLoader(
-        config.training_data(), global_batch=size, micro_batch=size, rank=0, world_size=1, seed=config.seed
+        config.training_data(),
+        buckets=build_buckets(config.training_data(), global_batch=size, micro_batch=size, world_size=1),
+        rank=0,
+        world_size=1,
+        seed=config.seed,
     )
 
 
@@ -66,8 +71,9 @@ def test_losses_do_not_depend_on_the_split_into_micro_batches(config: TrainConfi
     model = task.build_model()
     half = VideoLoader(
         config.training_data(),
-        global_batch=config.global_batch,
-        micro_batch=config.global_batch // 2,
+        buckets=build_buckets(
+            config.training_data(), global_batch=config.global_batch, micro_batch=config.global_batch // 2, world_size=1
+        ),
         rank=0,
         world_size=1,
         seed=config.seed,
@@ -98,7 +104,13 @@ def test_an_exported_autoencoder_knows_the_statistics_of_its_latents(tiny_run: l
     task = VideoVAETask(config, CPU)
     torch.manual_seed(0)
     weights = {name: parameter.detach() for name, parameter in task.build_model().named_parameters()}
-    loader = VideoLoader(config.training_data(), global_batch=1, micro_batch=1, rank=0, world_size=1, seed=0)
+    loader = VideoLoader(
+        config.training_data(),
+        buckets=build_buckets(config.training_data(), global_batch=1, micro_batch=1, world_size=1),
+        rank=0,
+        world_size=1,
+        seed=0,
+    )
     folder = task.export(tmp_path, weights, loader.every_row(8))
     exported = VAEConfig.from_diffusers(load_config(folder))
     assert len(exported.latents_mean) == len(exported.latents_std) == config.vae.resolved().z_dim

@@ -37,10 +37,10 @@ RESULT = StepResult(grad_norm=2.0, applied=True)
 def test_a_row_is_the_mean_over_all_samples_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     # The other rank had losses 1 and 2 and terms 5 and 5.
     monkeypatch.setattr(throughput, "dist", FakeGroup([torch.tensor([3.0, 10.0, 2.0])]).as_dist())
-    window = MetricsWindow(global_batch=4)
+    window = MetricsWindow()
     # A ghost counts for nothing.
     window.add(torch.tensor([4.0, 5.0, 9.0]), {"kl": torch.tensor([1.0, 1.0, 7.0])}, torch.tensor([1.0, 1.0, 0.0]))
-    window.end_step(applied=True)
+    window.end_step(samples=4, applied=True)
     row = window.close(RESULT, lr=0.1)
     assert (row["loss"], row["kl"]) == (3.0, 3.0)
     assert (row["grad_norm"], row["lr"], row["skipped_steps"]) == (2.0, 0.1, 0.0)
@@ -51,13 +51,13 @@ def test_a_window_taken_up_from_a_checkpoint_gives_the_same_row(monkeypatch: pyt
     monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(3, generator=generator) for _ in range(7)]
-    whole, first, second = (MetricsWindow(global_batch=3) for _ in range(3))
+    whole, first, second = (MetricsWindow() for _ in range(3))
     for number, batch in enumerate(batches):
         for window in (whole, first if number < 4 else second):
             if number == 4 and window is second:
                 second.restore(first.state())
             window.add(batch, {}, torch.ones(3))
-            window.end_step(applied=number != 2)
+            window.end_step(samples=3, applied=number != 2)
     expected, got = whole.close(RESULT, lr=0.1), second.close(RESULT, lr=0.1)
     for name in ("loss", "skipped_steps"):
         assert got[name] == expected[name], name
@@ -67,10 +67,10 @@ def test_a_window_taken_up_from_a_checkpoint_gives_the_same_row(monkeypatch: pyt
 def test_the_sums_of_more_ranks_all_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     saved = [{"sums": {"loss": float(rank)}, "samples": 2, "skipped": 1} for rank in (1, 2, 3)]
     monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
-    window = MetricsWindow(global_batch=2)
+    window = MetricsWindow()
     window.restore(saved)
     window.add(torch.tensor([4.0, 0.0]), {}, torch.ones(2))
-    window.end_step(applied=True)
+    window.end_step(samples=1, applied=True)
     assert window.close(RESULT, lr=0.1)["loss"] == pytest.approx(10 / 8)
 
 
@@ -79,7 +79,7 @@ def test_the_sums_of_fewer_ranks_are_taken_up_once(monkeypatch: pytest.MonkeyPat
     sums = []
     for rank in range(2):
         monkeypatch.setattr(throughput, "dist", FakeGroup([None]).as_dist(rank))
-        window = MetricsWindow(global_batch=2)
+        window = MetricsWindow()
         window.restore(saved)
         sums.append(window.state()[0])
     assert [entry["samples"] for entry in sums] == [2, 0]
@@ -88,9 +88,9 @@ def test_the_sums_of_fewer_ranks_are_taken_up_once(monkeypatch: pytest.MonkeyPat
 
 def test_a_row_closes_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
-    window = MetricsWindow(global_batch=1)
+    window = MetricsWindow()
     for loss in (1.0, 7.0):
         window.add(torch.tensor([loss]), {}, torch.ones(1))
-        window.end_step(applied=True)
+        window.end_step(samples=1, applied=True)
         assert window.close(RESULT, lr=0.1)["loss"] == loss
     assert window.state() == [{"sums": {}, "samples": 0, "skipped": 0}]

@@ -1,0 +1,78 @@
+"""Opening the datasets of a run: their indexes, which of their rows are taken, and a report of those that are not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .buckets import Bucket, assign_buckets
+from .config import Access, DataConfig
+from .index import ClipIndex
+from .plan import DatasetRows
+from .row_filter import select_rows
+
+_log = logging.getLogger(__name__)
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class OpenDataset:
+    """A dataset and the rows of it that are taken, by bucket."""
+
+    index: ClipIndex
+    rows: DatasetRows
+    excluded: dict[str, np.ndarray]  # reason -> rows, ascending
+
+
+def open_datasets(config: DataConfig, buckets: Sequence[Bucket]) -> list[OpenDataset]:
+    """Opens the datasets of the settings, in their order, and logs what is left out.
+
+    Raises ValueError if one is missing, damaged, of the wrong kind, or has no clip that fits.
+    """
+    opened = []
+    for name in config.sources():
+        dataset = _open(config, name, buckets)
+        _report_excluded(dataset, f"data.datasets.{name}.path" if name else "data.path")
+        opened.append(dataset)
+    return opened
+
+
+def _open(config: DataConfig, name: str, buckets: Sequence[Bucket]) -> OpenDataset:
+    field = f"data.datasets.{name}" if name else "data"
+    source = config.sources()[name]
+    is_cache = config.access is Access.latents
+    made_by = "muybridge encode" if is_cache else "muybridge prepare SRC OUT"
+    index = ClipIndex.open(source.path, field=f"{field}.path", made_by=made_by)
+    if not is_cache and index.manifest["kind"] != "raw":
+        raise ValueError(f"{field}.path={source.path} holds {index.manifest['kind']}; set data.access=latents")
+    chosen = np.ones(len(index), dtype=bool)
+    excluded = {}
+    if source.filter and not is_cache:  # a cache holds the rows of the filter that it was made with
+        chosen[:] = False
+        chosen[select_rows(index, source.filter, field=f"{field}.filter")] = True
+        if not chosen.all():
+            excluded[f"not in {field}.filter={source.filter!r}"] = np.flatnonzero(~chosen)
+    assignment = assign_buckets(index, buckets, config.fit_rules(), chosen)
+    rows = [np.flatnonzero(assignment.buckets == b).astype(np.int32) for b in range(len(buckets))]
+    return OpenDataset(
+        index,
+        DatasetRows(name, rows, weight=source.weight, content=index.fingerprint),
+        {**excluded, **assignment.excluded},
+    )
+
+
+def _report_excluded(dataset: OpenDataset, field: str) -> None:
+    index = dataset.index
+    durations = index.column("duration_seconds")
+    reasons = []
+    for reason, rows in dataset.excluded.items():
+        shown = [f"{index.text('key', row)} ({durations[row]:.2f} s)" for row in rows[:_SHOWN].tolist()]
+        reasons.append(f"{len(rows)} {reason}: {', '.join(shown)}{', ...' if len(rows) > _SHOWN else ''}")
+    if len(dataset.rows) == 0:
+        raise ValueError(f"{field}={index.folder}: none of its {len(index)} clips fits; {'; '.join(reasons)}")
+    if reasons:
+        left_out = len(index) - len(dataset.rows)
+        _log.warning("%d of %d clips are left out; %s", left_out, len(index), "; ".join(reasons))
