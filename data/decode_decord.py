@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 from bisect import bisect_right
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from typing import Any
 
@@ -75,13 +76,14 @@ def _open(data: bytes) -> tuple[Any, np.ndarray]:
     decord.logging.set_level(decord.logging.QUIET)
     if not data:
         raise DecodeError("the file is empty")
-    try:
-        reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-        count = len(reader)
-        keyframes = reader.get_key_indices() if count else []
-        spans = reader.get_frame_timestamp(range(count)).astype(np.float64) if count else np.zeros((0, 2))
-    except Exception as error:  # decord raises its own type, RuntimeError and others
-        raise DecodeError(f"decord cannot open it: {short_reason(error)}") from error
+    with _opened(data) as file:
+        try:
+            reader = decord.VideoReader(file, num_threads=1)
+            count = len(reader)
+            keyframes = reader.get_key_indices() if count else []
+            spans = reader.get_frame_timestamp(range(count)).astype(np.float64) if count else np.zeros((0, 2))
+        except Exception as error:  # decord raises its own type, RuntimeError and others
+            raise DecodeError(f"decord cannot open it: {short_reason(error).replace(str(file), 'it')}") from error
     if count == 0:
         raise DecodeError("no frames")
     check_count(count)
@@ -90,3 +92,16 @@ def _open(data: bytes) -> tuple[Any, np.ndarray]:
     if spans[0, 0] < -TIME_TOLERANCE_SECONDS or not len(keyframes) or keyframes[0] != 0:
         raise DecodeError("decord cannot decode it: frames at its start are hidden or cannot be decoded")
     return reader, spans
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[str | io.BytesIO]:
+    # By name and not as bytes: of those, decord keeps one copy until a garbage collection, and two for good where it cannot open
+    # them, which in time fills the memory of a process that reads large files.
+    if not hasattr(os, "memfd_create"):  # only Linux has it
+        yield io.BytesIO(data)
+        return
+    with os.fdopen(os.memfd_create("video"), "wb") as file:
+        file.write(data)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"

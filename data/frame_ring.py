@@ -17,6 +17,7 @@ import psutil
 
 _SHARE_OF_MEMORY = 0.8  # of what is free; the rest is for the decoders themselves and for what training allocates later
 _CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 _GIB = 2**30
 
 
@@ -112,7 +113,7 @@ def available_memory() -> int:
 def _cgroup_headrooms() -> list[int]:
     # What is left under the limit of every group that this process is in: a container or job, and what encloses it.
     headrooms = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else []:
+    for line in _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.exists() else []:
         _, controllers, name = line.split(":", 2)
         if controllers == "":  # version 2
             root, files = _CGROUPS, ("memory.max", "memory.current", "")

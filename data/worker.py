@@ -6,6 +6,7 @@ can be killed and replaced at any time. It does not import torch, which would ta
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -30,9 +31,10 @@ from .scenes import inspect_scenes
 from .synthetic import FPS, draw_clip, render_clip
 
 LENGTHS = struct.Struct("<IQ")  # of the header and of the payload, in bytes
-# A file of 100 KB can hold frames of gigabytes. Enough for 121 frames of 3840x2160, which both decoders hold twice (6.0 GB); a
-# constant, because a limit that depends on the machine would have it train on other clips than the next one.
+# A file of 100 KB can hold frames of gigabytes. Enough for 121 frames of 3840x2160, which the decoders hold twice: at their peak
+# PyAV needs 6.2 GB and decord 7.4 GB. A constant, as a limit that knew the machine would have it train on other clips than another.
 MEMORY_BYTES = 8 * 2**30
+_GRACE_SECONDS = 5  # on top of a request's time, in which the parent, if it lives, ends a process that hangs
 
 
 def synthesize(seed: int, split: str, number: int) -> tuple[dict[str, Any], bytes]:
@@ -117,10 +119,15 @@ def main() -> None:
             start, shape = header["out"]
             arguments["out"] = ring[start : start + math.prod(shape)].reshape(shape)
         # The parent kills a worker that hangs; should the parent be gone, the alarm ends even a hang in native code.
-        signal.alarm(int(header["timeout_seconds"]) + 5)
+        signal.alarm(int(header["timeout_seconds"]) + _GRACE_SECONDS)
         answer, payload = answer_to(header["operation"], arguments)
         signal.alarm(0)
         write_message(answers, answer, payload)
+        # Libraries leave cycles that hold whole files, and Python looks for cycles by their number, not by their size. What is
+        # alive between requests stays: not to look at it again makes this cheap.
+        del message, header, data, arguments, answer, payload
+        gc.collect()
+        gc.freeze()
 
 
 def answer_to(operation: str, arguments: dict[str, Any]) -> tuple[dict[str, Any], bytes]:

@@ -1,46 +1,82 @@
-"""A decoder that crashes or hangs costs the request it was working on, and nothing else."""
+"""A decoder that crashes, hangs or eats memory costs the request it was working on, and nothing else."""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import struct
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 from muybridge.data import workers
-from muybridge.data.decode import DecodeError
+from muybridge.data.decode import DecodeError, Decoder, frame_times, has_decoder
+from muybridge.data.frame_ring import FrameRing, Spot
+from muybridge.data.mp4 import write_mp4
 from muybridge.data.workers import WorkerDied, WorkerPool
 
 # A worker with more operations: what decoders do at their worst.
 PROGRAM = """
 import os, signal, sys, time
+import numpy as np
 from muybridge.data import worker
 from muybridge.data.decode import DecodeError
 
 def crash(): os.kill(os.getpid(), signal.SIGSEGV)
 def hang(): time.sleep(1000)
+def nap(): time.sleep(0.5); return {"pid": os.getpid()}, b""
 def echo(value): return {"value": value, "pid": os.getpid()}, bytes(value)
 def chatter(): print("noise from a native library", flush=True); return {}, b""
 def count(data): return {"bytes": len(data), "sum": sum(data[::4096])}, b""
 def unreadable(): raise DecodeError("bad stream")
 def bug(): raise KeyError("oops")
+def allocate(size): return {"sum": int(np.ones(size, dtype=np.uint8).sum())}, b""
+def fill(out, value, seconds):
+    out[: len(out) // 2] = value
+    time.sleep(seconds)
+    out[len(out) // 2 :] = value
+    return {"pid": os.getpid()}, b""
 
 worker.OPERATIONS.update(crash=crash, hang=hang, echo=echo, chatter=chatter, unreadable=unreadable, bug=bug, count=count)
+worker.OPERATIONS.update(allocate=allocate, fill=fill, nap=nap)
+worker.MEMORY_BYTES = 400 * 2**20
+worker._GRACE_SECONDS = 1
 worker.main()
 """
 
 
 @pytest.fixture
-def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPool]:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    monkeypatch.setattr(workers, "_COMMAND", [sys.executable, str(program)])
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Has pools run the program above."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    monkeypatch.setattr(workers, "_COMMAND", [sys.executable, str(path)])
+    return path
+
+
+@pytest.fixture
+def pool(program: Path) -> Iterator[WorkerPool]:
     with WorkerPool(1, timeout_seconds=10.0) as pool:
         yield pool
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, f"not within a minute: {what}"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_answers_come_back_with_their_payload(pool: WorkerPool) -> None:
@@ -111,3 +147,169 @@ def test_processes_end_with_the_pool(pool: WorkerPool) -> None:
     pool.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_process_is_renewed_in_time_without_a_change_of_answers(program: Path) -> None:
+    with (
+        closing(FrameRing(1, 4 * 3)) as ring,
+        WorkerPool(1, timeout_seconds=10.0, ring=ring, requests_per_process=3) as pool,
+    ):
+        place = ring.acquire()
+        assert place is not None
+        spot = Spot(place, 0, (4, 1, 1, 3))
+        pids = []
+        for value in range(8):
+            answer, _ = pool.submit("fill", out=spot, value=value, seconds=0).result()
+            assert (ring.view(spot) == value).all()
+            pids.append(answer["pid"])
+        assert [pids.index(pid) for pid in pids] == [0, 0, 0, 3, 3, 3, 6, 6]
+        assert pool.counts() == {"decoder_crashes": 0, "decoder_timeouts": 0, "recycled_decoders": 2}
+        assert not any(is_running(pid) for pid in pids[:6])
+
+
+@pytest.mark.parametrize("end", ["timeout", "kill"])
+def test_half_a_clip_is_written_again_by_the_next_process(program: Path, end: str) -> None:
+    with closing(FrameRing(1, 3 * 12)) as ring, WorkerPool(1, timeout_seconds=10.0, ring=ring) as pool:
+        place = ring.acquire()
+        assert place is not None
+        spots = [Spot(place, 12 * n, (4, 1, 1, 3)) for n in range(3)]
+        around = [ring.view(spot) for spot in (spots[0], spots[2])]
+        for view in around:
+            view[:] = 99
+        pid = pool.submit("echo", value=0).result()[0]["pid"]
+        pool._timeout_seconds = 0.5 if end == "timeout" else 10.0
+        future = pool.submit("fill", out=spots[1], value=1, seconds=1000)
+        wait_until(lambda: bool((ring.view(spots[1])[:2] == 1).all()), "half of the clip")
+        if end == "kill":
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied):
+            future.result()
+        assert not is_running(pid)  # so that it cannot write over what comes next
+        assert (ring.view(spots[1])[2:] == 0).all()
+        pool._timeout_seconds = 10.0
+        pool.submit("fill", out=spots[1], value=2, seconds=0).result()
+        assert (ring.view(spots[1]) == 2).all()
+        assert all((view == 99).all() for view in around)
+        found = pool.counts()
+        assert (found["decoder_crashes"], found["decoder_timeouts"]) == ((0, 1) if end == "timeout" else (1, 0))
+
+
+def test_too_much_memory_costs_one_request(pool: WorkerPool) -> None:
+    before = pool.submit("echo", value=0).result()[0]["pid"]
+    assert pool.submit("allocate", size=100 * 2**20).result()[0] == {"sum": 100 * 2**20}
+    with pytest.raises(WorkerDied, match=r"decoding needs more than 0\.390625 GiB of memory"):
+        pool.submit("allocate", size=2**30).result()
+    assert pool.submit("echo", value=0).result()[0]["pid"] != before  # its heap may be in pieces
+    assert pool.counts()["decoder_crashes"] == 1
+
+
+@pytest.mark.parametrize("decoder", list(Decoder))
+def test_a_small_file_of_huge_frames_is_unreadable(pool: WorkerPool, decoder: Decoder) -> None:
+    pytest.importorskip("av", reason="PyAV writes the test video")
+    if not has_decoder(decoder):
+        pytest.skip(f"{decoder} is not installed")
+    file = io.BytesIO()
+    write_mp4(file, np.broadcast_to(np.zeros(1, np.uint8), (40, 2048, 2048, 3)), fps=25)
+    assert len(file.getvalue()) < 100_000  # and 503 MB of frames
+    crop = {"height": 32, "width": 32, "crop_x": 0.5, "crop_y": 0.5}
+    request = {"times_seconds": frame_times(40, fps=25), "seekable": True, "decoder": decoder.value, **crop}
+    with pytest.raises(DecodeError):
+        pool.submit("decode_clip", data=file.getvalue(), **request).result()
+    short = {**request, "times_seconds": frame_times(2, fps=25)}
+    assert len(pool.submit("decode_clip", data=file.getvalue(), **short).result()[1]) == 2 * 32 * 32 * 3
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_decoder_keeps_nothing_of_the_files_it_read(damaged: bool) -> None:
+    pytest.importorskip("av", reason="PyAV writes the test video")
+    file = io.BytesIO()
+    write_mp4(file, np.zeros((9, 64, 96, 3), np.uint8), fps=8)
+    megabytes = 4
+    free_box = struct.pack(">I4s", megabytes * 2**20, b"free") + bytes(megabytes * 2**20 - 8)
+    data = (bytes(100) if damaged else file.getvalue()) + free_box
+    crop = {"height": 64, "width": 96, "crop_x": 0.5, "crop_y": 0.5}
+    request = {"times_seconds": frame_times(9, fps=8), "seekable": True, "decoder": "decord", **crop}
+    sizes = []
+    with WorkerPool(1, timeout_seconds=60.0) as pool:
+        for _ in range(40):
+            with suppress(DecodeError) if damaged else nullcontext():
+                pool.submit("decode_clip", data=data, **request).result()
+            sizes.append(psutil.Process(pool._processes[0].pid).memory_info().rss)
+    assert sizes[-1] - sizes[9] < 5 * megabytes * 2**20  # of 30 files
+
+
+def test_a_process_that_cannot_start_is_no_fault_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_COMMAND", [sys.executable, "-c", "raise SystemExit(3)"])
+    with WorkerPool(1, timeout_seconds=10.0) as pool:
+        for _ in range(2):
+            with pytest.raises(
+                RuntimeError, match=r"a decoding process ended before its first request \(exit code 3\)"
+            ):
+                pool.submit("echo", value=0).result()
+    monkeypatch.setattr(workers, "_COMMAND", [sys.executable, "-c", "import time; time.sleep(1000)"])
+    monkeypatch.setattr(workers, "_START_SECONDS", 0.2)
+    with (
+        WorkerPool(1, timeout_seconds=10.0) as pool,
+        pytest.raises(RuntimeError, match=r"a decoding process did not start within 0\.2 s"),
+    ):
+        pool.submit("echo", value=0).result()
+
+
+def test_a_process_holds_no_pipe_of_its_neighbour(program: Path) -> None:
+    stranger = os.pipe()
+    with WorkerPool(2, timeout_seconds=10.0) as pool:
+        answers = [pool.submit("nap") for _ in range(2)]
+        pids = {future.result()[0]["pid"] for future in answers}
+        held = [
+            {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir() if "pipe:" in os.readlink(file)}
+            for pid in pids
+        ]
+    assert len(held) == 2
+    # Its own two, and perhaps the test's stderr, which all share.
+    shared = {os.readlink("/proc/self/fd/2")}
+    assert not (held[0] - shared) & (held[1] - shared)
+    assert not any(os.readlink(f"/proc/self/fd/{file}") in pipes for file in stranger for pipes in held)
+    for file in stranger:
+        os.close(file)
+
+
+def test_nothing_is_left_after_the_end(program: Path) -> None:
+    files = os.listdir("/proc/self/fd")
+    with closing(FrameRing(2, 1000)) as ring, WorkerPool(2, timeout_seconds=10.0, ring=ring) as pool:
+        ring.acquire()
+        pool.submit("echo", value=0).result()
+        with pytest.raises(WorkerDied):
+            pool.submit("crash").result()
+        pool.submit("echo", value=0).result()
+    assert os.listdir("/proc/self/fd") == files
+    assert psutil.Process().children() == []
+
+
+PARENT = """
+import sys, time
+from muybridge.data import workers
+from muybridge.data.frame_ring import FrameRing, Spot
+
+workers._COMMAND = [sys.executable, sys.argv[1]]
+ring = FrameRing(1, 1000)
+ring.acquire()
+pool = workers.WorkerPool(2, timeout_seconds=3.0, ring=ring)
+pids = [future.result()[0]["pid"] for future in [pool.submit("nap") for _ in range(2)]]
+pool.submit("fill", out=Spot(0, 0, (4, 1, 1, 3)), value=1, seconds=1000)
+while not ring.view(Spot(0, 0, (1, 1, 1, 3))).any():
+    time.sleep(0.01)
+print(*pids, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_processes_end_after_a_killed_parent(program: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(program)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pids = [int(text) for text in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    assert all(map(is_running, pids))  # one waits for requests, one hangs
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    wait_until(lambda: not any(map(is_running, pids)), f"the end of {pids}")
