@@ -161,6 +161,8 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
                 raise DecodeError("a frame without timestamp")
             if previous is not None and frame.pts < previous:
                 raise DecodeError("timestamps go backwards")
+            if frame.is_corrupt:  # painted over by the decoder, as H.264's does with 7 of 8 flipped bits
+                raise DecodeError("damaged video data: a frame is incomplete")
             previous = frame.pts
             yield frame
     except DecodeError:

@@ -24,7 +24,7 @@ from muybridge.data.decode import (
 from muybridge.data.media_info import inspect_media
 from muybridge.data.tar_samples import reason_class
 from muybridge.tests.data import video_files
-from muybridge.tests.data.video_files import encode, read_numbers, remux, turned
+from muybridge.tests.data.video_files import encode, plain, read_numbers, remux, turned
 
 av = pytest.importorskip("av", reason="PyAV writes the test videos")
 
@@ -50,11 +50,6 @@ class Case:
     def start(self, frame: int) -> float:
         """Seconds from the first frame that can be seen."""
         return (self.starts_ms[frame] if self.starts_ms else 40 * frame) / 1000
-
-
-@cache
-def plain() -> bytes:
-    return encode(options={"g": "10", "bf": "2"})
 
 
 @cache
@@ -211,3 +206,57 @@ def test_all_decoders_return_the_same_pictures_of_real_clips(
         difference = np.abs(frames.astype(int) - expected)
         # FFmpeg's versions round differently, and smooth the half resolution of 10-bit colours differently at its edges.
         assert difference.mean() < 4 if "10bits" in name else difference.max() <= 2
+
+
+PATCHES = [(230, 40, 40), (40, 200, 60), (30, 50, 220), (128, 128, 128), (250, 250, 250), (5, 5, 5)]
+# Weights of red and blue in the brightness: BT.709, BT.601 (as 5 and 6) and BT.2020; FFmpeg takes BT.601 where none is told.
+MATRICES = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593), 2: (0.299, 0.114)}
+
+
+def patches(matrix: int, *, is_full: bool, pixel_format: str) -> bytes:
+    """A video of coloured stripes, of 16 columns each, converted to the given colour space here."""
+    picture: np.ndarray = (
+        np.repeat(np.array(PATCHES, dtype=np.float64), 16, axis=0)[None].repeat(64, axis=0) / 255
+    )  # [H, W, 3]
+    red, blue = MATRICES[matrix]
+    luma = picture @ (red, 1 - red - blue, blue)
+    planes = [luma, (picture[..., 2] - luma) / (2 * (1 - blue)), (picture[..., 0] - luma) / (2 * (1 - red))]
+    step = 4 if "10" in pixel_format else 1
+    levels = []
+    for plane, (offset, limited) in zip(planes, ((16, 219), (128, 224), (128, 224))):
+        full_offset = 0 if offset == 16 else 128 * step
+        scaled = full_offset + plane * (256 * step - 1) if is_full else (offset + plane * limited) * step
+        levels.append(np.clip(np.round(scaled), 0, 256 * step - 1).astype(np.uint16 if step == 4 else np.uint8))
+    if "420" in pixel_format:
+        levels[1:] = [plane[::2, ::2] for plane in levels[1:]]
+    frames = []
+    for _ in range(3):
+        frame = av.VideoFrame(96, 64, pixel_format)
+        frame.colorspace, frame.color_range = matrix, 2 if is_full else 1
+        for target, level in zip(frame.planes, levels):
+            rows = np.zeros((target.height, target.line_size), np.uint8)
+            content = np.ascontiguousarray(level).view(np.uint8)
+            rows[:, : content.shape[1]] = content
+            target.update(rows.tobytes())
+        frames.append(frame)
+    return encode(
+        frames, pixel_format=pixel_format, options={"crf": "1"}, colorspace=matrix, color_range=2 if is_full else 1
+    )
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv444p", "yuv420p10le"])
+@pytest.mark.parametrize("is_full", [False, True], ids=["limited", "full"])
+@pytest.mark.parametrize("matrix", list(MATRICES))
+def test_colours_are_those_of_the_source(decoder: Decoder, pixel_format: str, is_full: bool, matrix: int) -> None:
+    data = patches(matrix, is_full=is_full, pixel_format=pixel_format)
+    if decoder is Decoder.torchcodec and "10" in pixel_format:
+        with pytest.raises(
+            DecodeError, match=r"^torchcodec cannot decode it: the range of yuv420p10le is not certain$"
+        ):
+            read_frames(data, [0.0], decoder=decoder)
+        return
+    [frame] = read_frames(data, [0.04], decoder=decoder)
+    for number, colour in enumerate(PATCHES):
+        found = frame[8:-8, 16 * number + 5 : 16 * number + 11].astype(int)
+        assert np.abs(found - colour).max() <= 3, colour

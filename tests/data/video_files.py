@@ -6,6 +6,7 @@ import io
 import tempfile
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,12 @@ def encode(
         out.mux(stream.encode())
 
     return written(write, container=container, layout=layout)
+
+
+@cache
+def plain() -> bytes:
+    """The usual file: an mp4 of H.264, with B-frames and several groups of pictures."""
+    return encode(options={"g": "10", "bf": "2"})
 
 
 def written(write: Callable[[Any], None], *, container: str = "mp4", layout: dict[str, str] | None = None) -> bytes:
