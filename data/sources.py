@@ -21,7 +21,7 @@ from .captions import (
     clean_caption,
     printable,
 )
-from .storage import TAR_ENDINGS, RangeReader, find_shards
+from .storage import TAR_ENDINGS, RangeReader, find_shards, is_text
 from .tar_members import TarError
 from .tar_samples import CAPTION_EXTENSIONS, DEFAULT_CAPTION_FIELD, CaptionRules, read_samples
 
@@ -63,6 +63,8 @@ def find_sources(source: Path, rules: CaptionRules | None = None) -> list[Source
     rules = rules or CaptionRules()
     if not source.exists():
         raise ValueError(f"SRC={source} does not exist")
+    if not is_text(str(source)):
+        raise ValueError(f"SRC={str(source)!r} is not UTF-8; rename it")
     if source.is_dir():
         sources = list(_from_folder(source, rules))
         if not sources and any(source.rglob("*.tar*")):

@@ -71,6 +71,15 @@ def is_remote(name: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name) is not None
 
 
+def is_text(name: str) -> bool:
+    """Whether a file's name, which may be any bytes, can be written as UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def file_facts(name: str) -> FileFacts:
     """Size and version of a file. Raises OSError: FileNotFoundError and PermissionError say so, TransientReadError too."""
     if not is_remote(name):
@@ -143,7 +152,7 @@ def find_shards(source: str) -> list[str]:
     """The tars that a folder, a pattern with braces ({000..009}, {a,b}) or with * and ?, or a single name stands for, sorted.
 
     Compressed ones and links that lead nowhere are among them, so that they can be refused by name. Raises ValueError if there is
-    none, or none for one of the names that braces stand for.
+    none, or none for one of the names that braces stand for, and for names that are not UTF-8.
     """
     names = list(itertools.islice(expand_braces(source), _MAX_BRACE_NAMES + 1))
     if len(names) > _MAX_BRACE_NAMES:
@@ -153,8 +162,9 @@ def find_shards(source: str) -> list[str]:
     if not found:
         raise ValueError(f"SRC={source} holds no shards ({', '.join(TAR_ENDINGS[:1])} files)")
     if barren := [name for name in matches if not matches[name]]:
-        more = f" and {len(barren) - _SHOWN_NAMES} more" if len(barren) > _SHOWN_NAMES else ""
-        raise ValueError(f"SRC={source}: no shards in {', '.join(barren[:_SHOWN_NAMES])}{more}")
+        raise ValueError(f"SRC={source}: no shards in {_listed(barren)}")
+    if nameless := [name for name in found if not is_text(name)]:  # the manifest, which is text, could not hold them
+        raise ValueError(f"SRC={source}: names that are not UTF-8: {_listed(nameless)}; rename these shards")
     if twice := {name for name in found if found.count(name) > 1} if len(found) != len(set(found)) else set():
         raise ValueError(f"SRC={source} names {sorted(twice)[0]} twice")
     return found
@@ -174,6 +184,11 @@ def expand_braces(pattern: str) -> Iterator[str]:
         values = (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
     for value in values:
         yield from expand_braces(pattern[: match.start()] + value + pattern[match.end() :])
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(map(repr, names[:_SHOWN_NAMES])) + more
 
 
 def _matches(name: str) -> list[str]:

@@ -120,8 +120,8 @@ def add_sample_options(parser: Any) -> None:
     parser.add_argument(
         "--caption-field",
         metavar="PATH",
-        help="read captions from NAME.json at this field, a.b for nested ones; of a list all are kept (default: NAME.txt, else "
-        "NAME.caption, else the field `caption` of NAME.json)",
+        help="read captions from NAME.json at this field, a.b for nested ones, also in lists; of a list all are kept (default: "
+        "NAME.txt, else NAME.caption, else the field `caption` of NAME.json)",
     )
     parser.add_argument(
         "--default-caption", metavar="TEXT", help="for samples without a caption, '' for none (default: leave them out)"

@@ -36,6 +36,7 @@ from PIL import Image
 
 from muybridge.data.index import ClipIndex
 from muybridge.data.indexing import IndexReport, IndexSettings, build_index
+from muybridge.data.sources import find_sources
 from muybridge.data.tar_samples import CaptionRules
 from muybridge.scripts import cli
 
@@ -257,8 +258,8 @@ def test_the_first_of_duplicates_is_kept_where_that_is_asked_for(tmp_path: Path)
         ("gone", r"1 of 1 shards cannot be used:\n  .*gone: does not exist"),
         ("gone-*.tar", "holds no shards"),
         ("{gone,lost}/*.tar", "holds no shards"),
-        ("{tars,gone,void}/*.tar", r"no shards in .*/gone/\*\.tar, .*/void/\*\.tar$"),
-        ("{tars,void}", r"no shards in .*/void$"),
+        ("{tars,gone,void}/*.tar", r"no shards in '.*/gone/\*\.tar', '.*/void/\*\.tar'$"),
+        ("{tars,void}", r"no shards in '.*/void'$"),
         ("tars/{a,b,c}.tar", r"2 of 3 shards cannot be used:\n  .*b\.tar: does not exist\n  .*c\.tar: does not exist"),
         ("tars/{a,a}.tar", r"names .*a\.tar twice"),
     ],
@@ -270,6 +271,17 @@ def test_a_pattern_that_stands_for_nothing_is_an_error_at_the_start(tmp_path: Pa
         (tmp_path / "tars" / "a.tar").write_bytes(TWO)
     with pytest.raises(ValueError, match=reason):
         build(f"{tmp_path}/{pattern}", tmp_path / "out")
+
+
+def test_names_that_no_manifest_can_hold_are_refused_at_the_start(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(TWO)
+    (tmp_path / "b.tar").write_bytes(TWO)
+    with pytest.raises(ValueError, match=r"names that are not UTF-8: '.*caf\\udce9/a\.tar'; rename these shards$"):
+        build(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"SRC='.*caf\\udce9' is not UTF-8; rename it$"):
+        find_sources(folder)
 
 
 def test_files_of_any_name_are_prepared_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
