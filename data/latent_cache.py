@@ -17,6 +17,7 @@ from safetensors.torch import save
 from .buckets import Bucket
 from .config import DataConfig
 from .draws import MIDDLE, Draws
+from .frame_ring import Spot
 from .index import ClipIndex, read_manifest
 from .media_bytes import checked
 from .shards import DatasetWriter, remove_dataset
@@ -104,9 +105,9 @@ class LatentCache:
         self._shards: dict[int, mmap.mmap] = {}
         self._blanks: dict[str, np.ndarray] = {}
 
-    def read(self, row: int, bucket: Bucket, draws: Draws) -> np.ndarray:
+    def read(self, row: int, bucket: Bucket, draws: Draws, spot: Spot | None = None) -> np.ndarray:
         """Latents of a row, float32 [z, T', H', W']. Raises DatasetChangedError."""
-        del bucket, draws  # latents are of the middle of the clip, in the shape that it was encoded in
+        del bucket, draws, spot  # latents are of the middle of the clip, in the shape that it was encoded in
         shard, offset, size, checksum = (int(column[row]) for column in self._columns)
         data = checked(
             lambda: memoryview(self._mapped(shard))[offset : offset + size],

@@ -12,9 +12,10 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any, TypeVar
+from itertools import count, repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +25,15 @@ from .buckets import Bucket
 from .config import Access, DataConfig
 from .decode import DecodeError
 from .draws import MIDDLE, draw
+from .frame_ring import FrameRing, Spot
 from .latent_cache import LatentCache
 from .ledger import BadClip, Ledger
 from .open_dataset import open_datasets
-from .plan import GHOST, PLAN_VERSION, Plan, Segment, Slot
+from .plan import GHOST, PLAN_VERSION, Plan, Segment, Slot, micro_steps
 from .raw_clips import RawClips
 from .workers import WorkerPool
 
 _log = logging.getLogger(__name__)
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 STATE_VERSION = 1
 _MAX_STATE_TEXT = 200  # characters of a setting that a checkpoint keeps as it is; of longer ones it keeps a hash
@@ -46,6 +46,12 @@ class _ReadClip:
     caption: str = ""
     clip: np.ndarray | None = None  # None for a ghost
     bad: list[BadClip] = field(default_factory=list)  # what was tried before
+
+
+@dataclass(frozen=True)
+class _ReadStep:
+    clips: list[list[_ReadClip]]
+    batches: list[VideoBatch]
 
 
 class VideoLoader:
@@ -72,13 +78,15 @@ class VideoLoader:
         self.indexes = [dataset.index for dataset in opened]
         self._datasets = [dataset.rows for dataset in opened]
         self._names = [dataset.name for dataset in self._datasets]
-        self._pool = None
+        self._pool: WorkerPool | None = None
+        self._ring: FrameRing | None = None
         if config.access is Access.raw and config.workers:
-            self._pool = WorkerPool(config.workers, timeout_seconds=config.timeout_seconds)
+            self._ring = FrameRing(config.prefetch + 1, max(map(self._step_bytes, self.buckets)))
+            self._pool = WorkerPool(config.workers, timeout_seconds=config.timeout_seconds, ring=self._ring)
         self._sources: list[RawClips | LatentCache] = [
             LatentCache(index, config, vae_fingerprint=vae_fingerprint)
             if config.access is Access.latents
-            else RawClips(index, config, pool=self._pool)
+            else RawClips(index, config, pool=self._pool, ring=self._ring)
             for index in self.indexes
         ]
         self.plan = self._build_plan(Segment())
@@ -142,6 +150,7 @@ class VideoLoader:
             "rows": len(self),
             "excluded_rows": sum(map(len, self.indexes)) - len(self),
             "bad_clips": len(self.ledger),
+            **(self._pool.counts() if self._pool is not None else {}),
         }
         for source in self._sources:
             for name, number in source.counts.items():
@@ -154,10 +163,10 @@ class VideoLoader:
         A clip that cannot be decoded is replaced and entered in the ledger. Raises DatasetChangedError when bytes are not those
         of the index, and TransientReadError when the storage does not answer: what cannot be repeated is not replaced.
         """
-        for step, groups in zip(count(start_step), self._read_ahead(self._local_groups(start_step), self._read_slot)):
-            for clip in (clip for group in groups for clip in group if not clip.slot.is_ghost):
+        for found in self._read_ahead(self._local_groups(start_step), self._read_slot):
+            for clip in (clip for clips in found.clips for clip in clips if not clip.slot.is_ghost):
                 self.ledger.add(clip.bad)
-            yield [self._batch(step, group) for group in groups]
+            yield found.batches
 
     def each_once(self, clips: int) -> Iterator[VideoBatch]:
         """For validation: this rank's share of `clips` clips, or of all if there are fewer, the same ones every time.
@@ -166,22 +175,24 @@ class VideoLoader:
         filled up with ghosts; a clip that cannot be decoded becomes one as well.
         """
         groups = self.plan.each_once(clips, rank=self._rank, world_size=self._world_size)
-        for [found] in self._read_ahead(([group] for group in groups), self._read_middle):
-            yield self._batch(0, found)
+        for found in self._read_ahead(([group] for group in groups), self._read_middle):
+            yield from found.batches
 
     def every_row(self, batch_size: int) -> Iterator[VideoBatch]:
         """Each row that fits once, bucket by bucket: its first caption, the middle of clip and picture; batches may be smaller.
 
         For encoding and measuring: independent of rank and seed. A row that cannot be read is left out and logged.
         """
-        for [found] in self._read_ahead(([group] for group in self._every_group(batch_size)), self._read_middle):
-            if readable := [clip for clip in found if clip.clip is not None]:
-                yield self._batch(0, readable)
+        groups = ([group] for group in self._every_group(batch_size))
+        for found in self._read_ahead(groups, self._read_middle, leave_out=True):
+            yield from found.batches
 
     def close(self) -> None:
         """Ends the decoding processes."""
         if self._pool is not None:
             self._pool.close()
+        if self._ring is not None:
+            self._ring.close()
 
     def _build_plan(self, segment: Segment) -> Plan:
         return Plan(
@@ -199,28 +210,68 @@ class VideoLoader:
                     part = rows[start : start + batch_size].tolist()
                     yield [Slot(0, row, b, d, row, 0) for row in part]
 
+    def _step_bytes(self, bucket: Bucket) -> int:
+        # Of the frames that this rank needs for one step.
+        steps = micro_steps(bucket.global_batch, world_size=self._world_size, micro_batch=bucket.micro_batch)
+        return steps * bucket.micro_batch * bucket.clip_bytes
+
     def _read_ahead(
-        self, steps: Iterable[list[list[Item]]], read: Callable[[Item], Result]
-    ) -> Iterator[list[list[Result]]]:
-        # Reads what is in nested groups in their order; with decoding processes, some steps ahead of the one that is asked for.
+        self,
+        steps: Iterable[list[list[Slot]]],
+        read: Callable[[Slot, Spot | None], _ReadClip],
+        *,
+        leave_out: bool = False,
+    ) -> Iterator[_ReadStep]:
+        # Reads steps in their order; with decoding processes, some steps ahead of the one that is asked for. What cannot be read is
+        # a ghost in its batch, or left out of it.
         if self._pool is None:
             for groups in steps:
-                yield [[read(item) for item in group] for group in groups]
+                yield self._finish([[read(slot, None) for slot in group] for group in groups], None, leave_out)
             return
-        waiting: deque[list[list[Future[Result]]]] = deque()
+        waiting: deque[tuple[list[list[Future[_ReadClip]]], int | None]] = deque()
+
+        def first() -> _ReadStep:
+            futures, place = waiting.popleft()
+            return self._finish([[future.result() for future in group] for group in futures], place, leave_out)
+
         try:
             for groups in steps:
-                waiting.append([[self._pool.run(read, item) for item in group] for group in groups])
+                place, spots = self._spots(groups)
+                futures = [[self._pool.run(read, slot, next(spots)) for slot in group] for group in groups]
+                waiting.append((futures, place))
                 if len(waiting) > self._config.prefetch:
-                    yield [[future.result() for future in group] for group in waiting.popleft()]
+                    yield first()
             while waiting:
-                yield [[future.result() for future in group] for group in waiting.popleft()]
+                yield first()
         finally:
-            for futures in (group for groups in waiting for group in groups):
-                for future in futures:
+            for futures, place in waiting:
+                for future in (future for group in futures for future in group):
                     future.cancel()
+                if place is not None:
+                    wait_for([future for group in futures for future in group])
+                    self._ring.release(place)  # type: ignore[union-attr]
 
-    def _read_slot(self, slot: Slot) -> _ReadClip:
+    def _spots(self, groups: list[list[Slot]]) -> tuple[int | None, Iterator[Spot | None]]:
+        # Where in the ring the frames of a step go, clip by clip; nowhere if it has no room, and they come through the pipes.
+        bucket = self.buckets[groups[0][0].bucket]
+        clips = sum(map(len, groups))
+        assert self._ring is not None
+        place = self._ring.acquire() if clips * bucket.clip_bytes <= self._ring.place_bytes else None
+        if place is None:
+            return None, repeat(None)
+        shape = (bucket.frames, bucket.height, bucket.width, 3)
+        return place, (Spot(place, clip * bucket.clip_bytes, shape) for clip in range(clips))
+
+    def _finish(self, groups: list[list[_ReadClip]], place: int | None, leave_out: bool) -> _ReadStep:
+        # Puts the batches together, which copies the frames out of the ring.
+        if leave_out:
+            groups = [[clip for clip in group if clip.clip is not None] for group in groups]
+        found = _ReadStep(groups, [self._batch(group) for group in groups if group])
+        if place is not None:
+            self._ring.release(place)  # type: ignore[union-attr]
+        return found
+
+    def _read_slot(self, slot: Slot, spot: Spot | None) -> _ReadClip:
         if slot.is_ghost:
             return _ReadClip(slot)
         name, index = self._names[slot.dataset], self.indexes[slot.dataset]
@@ -240,7 +291,7 @@ class VideoLoader:
                     captions=len(captions),
                     caption_dropout=self._config.caption_dropout,
                 )
-                clip = self._sources[slot.dataset].read(row, self.buckets[slot.bucket], draws)
+                clip = self._sources[slot.dataset].read(row, self.buckets[slot.bucket], draws, spot)
             except DecodeError as error:
                 tried.append((row, str(error)))
                 row, attempt = self._next_candidate(slot, attempt, [row for row, _ in tried])
@@ -263,18 +314,18 @@ class VideoLoader:
             found.append(BadClip(self._names[slot.dataset], row, key, reason, slot.step, slot.position, substitute))
         return found
 
-    def _read_middle(self, slot: Slot) -> _ReadClip:
+    def _read_middle(self, slot: Slot, spot: Spot | None) -> _ReadClip:
         if slot.is_ghost:
             return _ReadClip(slot)
         index = self.indexes[slot.dataset]
         try:
-            clip = self._sources[slot.dataset].read(slot.row, self.buckets[slot.bucket], MIDDLE)
+            clip = self._sources[slot.dataset].read(slot.row, self.buckets[slot.bucket], MIDDLE, spot)
         except DecodeError as error:
             _log.warning("cannot read clip %s: %s", index.text("key", slot.row), error)
             return _ReadClip(slot)
         return _ReadClip(slot, slot.row, index.text("caption", slot.row), clip)
 
-    def _batch(self, step: int, clips: list[_ReadClip]) -> VideoBatch:
+    def _batch(self, clips: list[_ReadClip]) -> VideoBatch:
         bucket = self.buckets[clips[0].slot.bucket]
         blank = None if all(clip.clip is not None for clip in clips) else self._blank(clips[0].slot.bucket)
         media = [blank if clip.clip is None else clip.clip for clip in clips]
@@ -282,7 +333,7 @@ class VideoLoader:
         field = "latents" if self._config.access is Access.latents else "frames"
         datasets = [clip.slot.dataset if real else GHOST for clip, real in zip(clips, is_real, strict=True)]
         return VideoBatch(
-            step=step,
+            step=clips[0].slot.step,
             step_samples=bucket.global_batch,
             slots=torch.tensor([clip.slot.position for clip in clips]),
             datasets=torch.tensor(datasets),

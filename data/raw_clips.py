@@ -13,6 +13,7 @@ from .buckets import Bucket
 from .config import DataConfig
 from .decode import Decoder, frame_times, has_decoder
 from .draws import Draws
+from .frame_ring import FrameRing, Spot
 from .index import ClipIndex
 from .media_bytes import read_media
 from .workers import WorkerDied, WorkerPool
@@ -23,18 +24,20 @@ _log = logging.getLogger(__name__)
 class RawClips:
     """Reads the clips of one dataset as frames uint8 [T, H, W, 3]."""
 
-    def __init__(self, index: ClipIndex, config: DataConfig, *, pool: WorkerPool | None) -> None:
+    def __init__(
+        self, index: ClipIndex, config: DataConfig, *, pool: WorkerPool | None, ring: FrameRing | None = None
+    ) -> None:
         """Without a pool, clips are decoded in this process, which a bad stream may crash."""
         self.index = index
-        self.counts = {"fallback_decodes": 0, "decoder_crashes": 0}
+        self.counts = {"fallback_decodes": 0}
         self._config = config
-        self._pool = pool
+        self._pool, self._ring = pool, ring
         self._lock = threading.Lock()
         durations = index.column("duration_seconds")
         self._last_starts = durations - index.column("fps_denominator") / index.column("fps_numerator")  # seconds
 
-    def read(self, row: int, bucket: Bucket, draws: Draws) -> np.ndarray:
-        """Frames of a row in the shape of the bucket.
+    def read(self, row: int, bucket: Bucket, draws: Draws, spot: Spot | None = None) -> np.ndarray:
+        """Frames of a row in the shape of the bucket; at a spot of the ring where one is given, which then holds them.
 
         Raises DecodeError, DatasetChangedError and OSError, see `media_bytes.read_media`.
         """
@@ -59,11 +62,14 @@ class RawClips:
             "width": bucket.width,
             "crop_x": draws.crop_x,
             "crop_y": draws.crop_y,
+            **({} if spot is None else {"out": spot}),
         }
         result, payload = self._run(request)
         if result["decoder"] != config.decoder.value:
             with self._lock:
                 self.counts["fallback_decodes"] += 1
+        if spot is not None and self._ring is not None:
+            return self._ring.view(spot)
         return np.frombuffer(payload, dtype=np.uint8).reshape(bucket.frames, bucket.height, bucket.width, 3)
 
     def blank(self, bucket: Bucket, rows: np.ndarray) -> np.ndarray:
@@ -77,8 +83,6 @@ class RawClips:
         try:
             return self._pool.call("decode_clip", **request)
         except WorkerDied as error:
-            with self._lock:
-                self.counts["decoder_crashes"] += 1
             # Once more in a fresh process, with the decoder that is less easily crashed.
             _log.warning("%s; trying once more", error)
             safer = Decoder.pyav if has_decoder(Decoder.pyav) else self._config.decoder
