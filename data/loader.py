@@ -9,12 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, repeat
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -31,6 +28,7 @@ from .ledger import BadClip, Ledger
 from .open_dataset import open_datasets
 from .plan import GHOST, PLAN_VERSION, Plan, Segment, Slot, micro_steps
 from .raw_clips import RawClips
+from .read_ahead import ReadAhead
 from .workers import WorkerPool
 
 _log = logging.getLogger(__name__)
@@ -46,12 +44,6 @@ class _ReadClip:
     caption: str = ""
     clip: np.ndarray | None = None  # None for a ghost
     bad: list[BadClip] = field(default_factory=list)  # what was tried before
-
-
-@dataclass(frozen=True)
-class _ReadStep:
-    clips: list[list[_ReadClip]]
-    batches: list[VideoBatch]
 
 
 class VideoLoader:
@@ -81,7 +73,7 @@ class VideoLoader:
         self._pool: WorkerPool | None = None
         self._ring: FrameRing | None = None
         if config.access is Access.raw and config.workers:
-            self._ring = FrameRing(config.prefetch + 1, max(map(self._step_bytes, self.buckets)))
+            self._ring = FrameRing(config.prefetch + 1, max(self._step_bytes(bucket) for bucket in self.buckets))
             self._pool = WorkerPool(config.workers, timeout_seconds=config.timeout_seconds, ring=self._ring)
         self._sources: list[RawClips | LatentCache] = [
             LatentCache(index, config, vae_fingerprint=vae_fingerprint)
@@ -89,6 +81,7 @@ class VideoLoader:
             else RawClips(index, config, pool=self._pool, ring=self._ring)
             for index in self.indexes
         ]
+        self._read_ahead = ReadAhead(self._frames_shape, pool=self._pool, ring=self._ring, prefetch=config.prefetch)
         self.plan = self._build_plan(Segment())
 
     def __len__(self) -> int:
@@ -163,10 +156,7 @@ class VideoLoader:
         A clip that cannot be decoded is replaced and entered in the ledger. Raises DatasetChangedError when bytes are not those
         of the index, and TransientReadError when the storage does not answer: what cannot be repeated is not replaced.
         """
-        for found in self._read_ahead(self._local_groups(start_step), self._read_slot):
-            for clip in (clip for clips in found.clips for clip in clips if not clip.slot.is_ghost):
-                self.ledger.add(clip.bad)
-            yield found.batches
+        return self._read_ahead(self._local_groups(start_step), self._read_slot, self._finish_step)
 
     def each_once(self, clips: int) -> Iterator[VideoBatch]:
         """For validation: this rank's share of `clips` clips, or of all if there are fewer, the same ones every time.
@@ -175,17 +165,16 @@ class VideoLoader:
         filled up with ghosts; a clip that cannot be decoded becomes one as well.
         """
         groups = self.plan.each_once(clips, rank=self._rank, world_size=self._world_size)
-        for found in self._read_ahead(([group] for group in groups), self._read_middle):
-            yield from found.batches
+        steps = ([group] for group in groups)
+        yield from chain.from_iterable(self._read_ahead(steps, self._read_middle, self._finish_step))
 
     def every_row(self, batch_size: int) -> Iterator[VideoBatch]:
         """Each row that fits once, bucket by bucket: its first caption, the middle of clip and picture; batches may be smaller.
 
         For encoding and measuring: independent of rank and seed. A row that cannot be read is left out and logged.
         """
-        groups = ([group] for group in self._every_group(batch_size))
-        for found in self._read_ahead(groups, self._read_middle, leave_out=True):
-            yield from found.batches
+        steps = ([group] for group in self._every_group(batch_size))
+        yield from chain.from_iterable(self._read_ahead(steps, self._read_middle, self._finish_readable))
 
     def close(self) -> None:
         """Ends the decoding processes."""
@@ -215,61 +204,23 @@ class VideoLoader:
         steps = micro_steps(bucket.global_batch, world_size=self._world_size, micro_batch=bucket.micro_batch)
         return steps * bucket.micro_batch * bucket.clip_bytes
 
-    def _read_ahead(
-        self,
-        steps: Iterable[list[list[Slot]]],
-        read: Callable[[Slot, Spot | None], _ReadClip],
-        *,
-        leave_out: bool = False,
-    ) -> Iterator[_ReadStep]:
-        # Reads steps in their order; with decoding processes, some steps ahead of the one that is asked for. What cannot be read is
-        # a ghost in its batch, or left out of it.
-        if self._pool is None:
-            for groups in steps:
-                yield self._finish([[read(slot, None) for slot in group] for group in groups], None, leave_out)
-            return
-        waiting: deque[tuple[list[list[Future[_ReadClip]]], int | None]] = deque()
+    def _step_bytes(self, bucket: Bucket) -> int:
+        # Of the frames that this rank needs for one step.
+        steps = micro_steps(bucket.global_batch, world_size=self._world_size, micro_batch=bucket.micro_batch)
+        return steps * bucket.micro_batch * bucket.clip_bytes
 
-        def first() -> _ReadStep:
-            futures, place = waiting.popleft()
-            return self._finish([[future.result() for future in group] for group in futures], place, leave_out)
+    def _frames_shape(self, slot: Slot) -> tuple[int, int, int, int]:
+        bucket = self.buckets[slot.bucket]
+        return bucket.frames, bucket.height, bucket.width, 3
 
-        try:
-            for groups in steps:
-                place, spots = self._spots(groups)
-                futures = [[self._pool.run(read, slot, next(spots)) for slot in group] for group in groups]
-                waiting.append((futures, place))
-                if len(waiting) > self._config.prefetch:
-                    yield first()
-            while waiting:
-                yield first()
-        finally:
-            for futures, place in waiting:
-                for future in (future for group in futures for future in group):
-                    future.cancel()
-                if place is not None:
-                    wait_for([future for group in futures for future in group])
-                    self._ring.release(place)  # type: ignore[union-attr]
+    def _finish_step(self, groups: list[list[_ReadClip]]) -> list[VideoBatch]:
+        for clip in (clip for group in groups for clip in group if not clip.slot.is_ghost):
+            self.ledger.add(clip.bad)
+        return [self._batch(group) for group in groups]
 
-    def _spots(self, groups: list[list[Slot]]) -> tuple[int | None, Iterator[Spot | None]]:
-        # Where in the ring the frames of a step go, clip by clip; nowhere if it has no room, and they come through the pipes.
-        bucket = self.buckets[groups[0][0].bucket]
-        clips = sum(map(len, groups))
-        assert self._ring is not None
-        place = self._ring.acquire() if clips * bucket.clip_bytes <= self._ring.place_bytes else None
-        if place is None:
-            return None, repeat(None)
-        shape = (bucket.frames, bucket.height, bucket.width, 3)
-        return place, (Spot(place, clip * bucket.clip_bytes, shape) for clip in range(clips))
-
-    def _finish(self, groups: list[list[_ReadClip]], place: int | None, leave_out: bool) -> _ReadStep:
-        # Puts the batches together, which copies the frames out of the ring.
-        if leave_out:
-            groups = [[clip for clip in group if clip.clip is not None] for group in groups]
-        found = _ReadStep(groups, [self._batch(group) for group in groups if group])
-        if place is not None:
-            self._ring.release(place)  # type: ignore[union-attr]
-        return found
+    def _finish_readable(self, groups: list[list[_ReadClip]]) -> list[VideoBatch]:
+        readable = ([clip for clip in group if clip.clip is not None] for group in groups)
+        return [self._batch(group) for group in readable if group]
 
     def _read_slot(self, slot: Slot, spot: Spot | None) -> _ReadClip:
         if slot.is_ghost:
