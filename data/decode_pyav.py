@@ -140,14 +140,14 @@ def read(data: bytes, times_seconds: Sequence[float], *, seekable: bool) -> np.n
         for frame in decoded:
             # `shown` is on screen until `frame` starts.
             while len(frames) < len(wanted) and wanted[len(frames)] < frame.pts:
-                frames.append(_picture(shown, stream))
+                frames.append(shown_pixels(shown, stream))
             length, shown = frame.pts - shown.pts, frame
             if len(frames) == len(wanted):
                 break
         if len(frames) < len(wanted):
             end = shown.pts + (shown.duration or length or 1 / (frame_rate(stream.average_rate, []) * stream.time_base))
             check_end(times_seconds[-1], float(end - origin) * time_base)
-            frames += [_picture(shown, stream)] * (len(wanted) - len(frames))
+            frames += [shown_pixels(shown, stream)] * (len(wanted) - len(frames))
     if len({frame.shape for frame in frames}) > 1:
         raise DecodeError(f"frame size changes: {sorted({frame.shape[:2] for frame in frames})}")
     return np.stack(frames)
@@ -198,8 +198,8 @@ def _packets(data: bytes) -> tuple[int, bool]:
         return sum(not p.is_hidden for p in packets), bool(packets) and finds_by_seeking(container, stream, packets)
 
 
-def _picture(frame: Any, stream: Any) -> np.ndarray:
-    """uint8 [H, W, 3], upright and with square pixels.
+def shown_pixels(frame: Any, stream: Any) -> np.ndarray:
+    """A decoded frame of a stream as uint8 [H, W, 3], upright and with square pixels.
 
     FFmpeg converts by the matrix and range that the frame is tagged with, BT.601 and limited where it is not, and rounds to
     8 bits; an alpha channel is dropped. It leaves the brightness curve as it is, so PQ and HLG come out flat and pale: such clips

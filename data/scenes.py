@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .decode import DecodeError
+from .decode_pyav import shown_pixels
 from .images import is_image
 from .media_info import inspect_media, inspect_range
 from .storage import read_range
@@ -40,7 +41,7 @@ def find_scenes(path: Path) -> list[float]:
 def cut_scenes(path: Path, starts: list[float], folder: Path) -> list[Path]:
     """Writes each scene of a video as an H.264 mp4 into `folder`, frame by frame; timestamps, and so variable rates, are kept.
 
-    8 bits a colour, upright, odd sizes lose a row or column. Raises DecodeError for a damaged video.
+    8 bits a colour, upright, with square pixels; odd sizes lose a row or column. Raises DecodeError for a damaged video.
     """
     import av
 
@@ -63,7 +64,7 @@ def cut_scenes(path: Path, starts: list[float], folder: Path) -> list[Path]:
                     written.append(folder / f"{path.stem}-{len(written):04d}.mp4")
                     output = av.open(str(written[-1]), mode="w", format="mp4")
                     stream, origin = None, frame.pts
-                pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                pixels = shown_pixels(frame, video)
                 if stream is None:
                     stream = _add_stream(output, pixels.shape, video)
                 picture = av.VideoFrame.from_ndarray(

@@ -22,6 +22,7 @@ from muybridge.data.decode import (
     read_frames_with_fallback,
 )
 from muybridge.data.media_info import inspect_media
+from muybridge.data.scenes import cut_scenes
 from muybridge.data.tar_samples import reason_class
 from muybridge.tests.data import video_files
 from muybridge.tests.data.video_files import encode, plain, read_numbers, remux, turned
@@ -206,6 +207,15 @@ def test_all_decoders_return_the_same_pictures_of_real_clips(
         difference = np.abs(frames.astype(int) - expected)
         # FFmpeg's versions round differently, and smooth the half resolution of 10-bit colours differently at its edges.
         assert difference.mean() < 4 if "10bits" in name else difference.max() <= 2
+
+
+def test_scenes_are_cut_as_they_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(made("wide pixels, turned"))
+    [file] = cut_scenes(tmp_path / "in", [0.0], tmp_path)
+    info = probe(file.read_bytes())
+    assert (info.frames, info.width, info.height) == (50, 64, 128)
+    frames = read_frames(file.read_bytes(), [0.01, 1.81])
+    assert read_numbers(np.rot90(frames, 1, axes=(1, 2))) == [0, 45]
 
 
 PATCHES = [(230, 40, 40), (40, 200, 60), (30, 50, 220), (128, 128, 128), (250, 250, 250), (5, 5, 5)]
