@@ -204,11 +204,6 @@ class VideoLoader:
         steps = micro_steps(bucket.global_batch, world_size=self._world_size, micro_batch=bucket.micro_batch)
         return steps * bucket.micro_batch * bucket.clip_bytes
 
-    def _step_bytes(self, bucket: Bucket) -> int:
-        # Of the frames that this rank needs for one step.
-        steps = micro_steps(bucket.global_batch, world_size=self._world_size, micro_batch=bucket.micro_batch)
-        return steps * bucket.micro_batch * bucket.clip_bytes
-
     def _frames_shape(self, slot: Slot) -> tuple[int, int, int, int]:
         bucket = self.buckets[slot.bucket]
         return bucket.frames, bucket.height, bucket.width, 3

@@ -189,10 +189,10 @@ def test_unreadable_clips_are_replaced_the_same_way_every_time(
     config = settings(index)
     loader = build(config)
     run = list(islice(loader.steps(0), 6))
-    bad = {clip.row: clip for clip in loader.ledger.clips()}
-    assert sorted(bad) == [2, 7]
-    assert bad[2].key == "000002_clip"
-    assert bad[2].times >= 2  # once a pass, in two passes
+    ledger = {clip.row: clip for clip in loader.ledger.clips()}
+    assert sorted(ledger) == [2, 7]
+    assert ledger[2].key == "000002_clip"
+    assert ledger[2].times >= 2  # once a pass, in two passes
     assert "cannot read clip 000002_clip: " in caplog.text
     whole = steps(settings(dataset), 0, 6)
     for [found], [undamaged] in zip(run, whole):

@@ -262,10 +262,10 @@ def test_real_clips_make_batches(real_dataset: ClipIndex, caplog: pytest.LogCapt
         rows += batch.rows.tolist()
     loader.close()
     assert len(set(rows)) == 8  # all of them, and one of the second pass
-    state = loader.state()
-    assert state["unreadable_clips"] == 0
+    counts = loader.counts()
+    assert counts["bad_clips"] == 0
     if has_decoder(Decoder.decord):
-        assert state["fallback_decodes"] >= 1  # AV1
+        assert counts["fallback_decodes"] >= 1  # AV1
 
 
 def test_a_dataset_can_be_moved(videos: Path, tmp_path: Path) -> None:
