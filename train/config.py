@@ -101,7 +101,7 @@ class TrainConfig:
             global_batch=self.global_batch,
             micro_batch=self.micro_batch,
             world_size=world_size,
-            cost=self._sample_cost,
+            cost=self.sample_cost,
         )
 
     def training_data(self) -> DataConfig:
@@ -127,8 +127,8 @@ class TrainConfig:
         """Channels, frames, height and width of the latents of a clip of data.frames x height x width."""
         return self.vae.resolved().latent_shape(self.data.frames, self.data.height, self.data.width)
 
-    def _sample_cost(self, frames: int, height: int, width: int) -> float:
-        # FLOPs of the diffusion model; an autoencoder's grow with the pixels.
+    def sample_cost(self, frames: int, height: int, width: int) -> float:
+        """FLOPs of training on one clip, up to a factor: those of the diffusion model; an autoencoder's grow with the pixels."""
         if self.task is TaskKind.video_vae:
             return frames * height * width
         from ..models.flops import training_flops
