@@ -60,9 +60,9 @@ class Result:
         return {rejection.key: rejection.reason for rejection in self.report.rejections}
 
 
-def build(source: Path, out: Path, rules: CaptionRules | None = None) -> Result:
+def build(source: Path, out: Path, rules: CaptionRules | None = None, *, max_rejected_share: float = 1.0) -> Result:
     settings = IndexSettings(captions=rules or CaptionRules())
-    options: dict[str, Any] = {"workers": 1, "timeout_seconds": 20.0, "max_rejected_share": 1.0}
+    options: dict[str, Any] = {"workers": 1, "timeout_seconds": 20.0, "max_rejected_share": max_rejected_share}
     return Result(*build_index(str(source), out, settings=settings, **options))
 
 
@@ -158,6 +158,11 @@ def test_the_report_counts_each_class_and_names_key_and_shard(captioned: Result)
         "caption file is not usable JSON": 5,
         "caption file is too large": 2,
     }
+    folder = captioned.index.folder
+    with pytest.raises(ValueError, match=r"21 of 26 samples cannot be used: no caption \(6\)") as caught:
+        build(folder, folder, max_rejected_share=0.5)
+    assert all(f"{reason} ({count})" in str(caught.value) for reason, count in captioned.report.counts().items())
+    assert str(caught.value).endswith("--max-rejected sets the share that may be left out (0.5)")
 
 
 @pytest.mark.parametrize(
