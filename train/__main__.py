@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     except OutOfMemoryError as error:
         print(f"muybridge: {error}", file=sys.stderr)
         return EXIT_OUT_OF_MEMORY
-    from .trainer import train
+    from .run import train
 
     return train(config)
 

@@ -6,13 +6,10 @@ weights, the optimizer and one number.
 
 import json
 import math
-import os
 import subprocess
-import sys
 import time
-import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,8 +19,6 @@ from ..data.batch import VideoBatch
 from ..data.config import Access, DataConfig
 from ..data.ledger import BUDGET_SAMPLES, BadClip, DataBudget, DataBudgetError, from_lines, to_lines
 from ..data.loader import VideoLoader
-from ..data.media_bytes import DatasetChangedError
-from ..data.storage import TransientReadError
 from ..models.vae.folder import vae_fingerprint
 from ..models.weights import load_weights
 from .checkpoint import (
@@ -38,18 +33,7 @@ from .checkpoint import (
 from .compose import plain
 from .config import TaskKind, TrainConfig
 from .ema import EMA
-from .engine import (
-    EXIT_CONFIG,
-    EXIT_DATA_BUDGET,
-    EXIT_DIVERGED,
-    EXIT_DONE,
-    EXIT_OUT_OF_MEMORY,
-    EXIT_REQUEUE,
-    Engine,
-    StepResult,
-    exit_process,
-    initialise_distributed,
-)
+from .engine import EXIT_DONE, EXIT_REQUEUE, Engine, StepResult
 from .optimizer import build_optimizer, learning_rate
 from .preemption import StopRequest
 from .tasks import build_task
@@ -69,45 +53,6 @@ CURE_FOR_DIVERGENCE = (
 
 class Diverged(RuntimeError):
     """The loss or the gradient stopped being finite."""
-
-
-def train(config: TrainConfig) -> NoReturn:
-    """Run or resume training and end the process with the run's exit code."""
-    device = initialise_distributed(config.deepspeed)
-    alone = False
-    try:
-        code = Trainer(config, device).run()
-    except DatasetChangedError as error:  # on the rank that reads the clip
-        print(f"muybridge: {error}", file=sys.stderr)
-        code = EXIT_CONFIG
-    except TransientReadError as error:
-        print(f"muybridge: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
-        code, alone = EXIT_REQUEUE, True
-    except DataBudgetError as error:  # every rank says what it met
-        print(f"muybridge: {error}", file=sys.stderr)
-        code = EXIT_DATA_BUDGET
-    except ValueError as error:  # the same mistake on every rank: say it once
-        if dist.get_rank() == 0:
-            print(f"muybridge: {error}", file=sys.stderr)
-            if os.environ.get("MUYBRIDGE_TRACEBACK") == "1":
-                traceback.print_exc()
-        code = EXIT_CONFIG
-    except Diverged as error:
-        if dist.get_rank() == 0:
-            print(f"muybridge: {error}", file=sys.stderr)
-        code = EXIT_DIVERGED
-    except torch.OutOfMemoryError as error:
-        print(
-            f"muybridge: out of memory with micro_batch={config.micro_batch}, frames={config.data.frames}, "
-            f"height={config.data.height}, width={config.data.width} ({error})",
-            file=sys.stderr,
-        )
-        code = EXIT_OUT_OF_MEMORY
-    except BaseException:
-        # One rank's failure must end the others too, and a rank that waits for nobody lets the launcher do that.
-        traceback.print_exc()
-        code = 1
-    exit_process(code, alone=alone)
 
 
 class Trainer:
