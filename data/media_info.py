@@ -84,13 +84,23 @@ def inspect_range(
     DecodeError for media that cannot be used, and OSError or EOFError where the file cannot be read.
     """
     data = read_range(name, offset, size)
-    info = inspect_media(data, decode=decode)
-    if containers is not None and info.container and info.container not in containers:
-        raise DecodeError(f"unsupported container: {info.container} (allowed are {', '.join(containers)})")
+    info = _inspected(data, containers, decode=decode)
     found = {**index_fields(info), "checksum": zlib.crc32(data)}
     if quality:
         found |= asdict(measure_quality(_sampled_frames(data, info)))
     return found, b""
+
+
+def inspect_clip(data: bytes, *, containers: list[str] | None = None) -> tuple[dict[str, Any], bytes]:
+    """The operation of a decoding process: what `inspect_range` tells without `decode`, of a clip that was read already."""
+    return {**index_fields(_inspected(data, containers, decode=False)), "checksum": zlib.crc32(data)}, b""
+
+
+def _inspected(data: bytes, containers: list[str] | None, *, decode: bool) -> MediaInfo:
+    info = inspect_media(data, decode=decode)
+    if containers is not None and info.container and info.container not in containers:
+        raise DecodeError(f"unsupported container: {info.container} (allowed are {', '.join(containers)})")
+    return info
 
 
 def _inspect_image(data: bytes) -> MediaInfo:

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 if TYPE_CHECKING:
     from email.message import Message
@@ -107,6 +107,14 @@ def read_range(name: str, offset: int, size: int) -> bytes:
     return data
 
 
+def open_stream(name: str) -> BinaryIO:
+    """A file opened to be read once from start to end, also from servers that know no ranges. Raises OSError as `file_facts`."""
+    if not is_remote(name):
+        file_facts(name)  # of what is no regular file
+        return open(name, "rb")
+    return _retried(name, lambda: _http_stream(name) if _is_http(name) else _fsspec_stream(name))
+
+
 class RangeReader:
     """A file opened for many small reads; remote ones are read in blocks, which are kept. Close it, or use it as a context."""
 
@@ -148,25 +156,25 @@ class RangeReader:
         return self._blocks[number]
 
 
-def find_shards(source: str) -> list[str]:
+def find_shards(source: str, *, field: str = "SRC") -> list[str]:
     """The tars that a folder, a pattern with braces ({000..009}, {a,b}) or with * and ?, or a single name stands for, sorted.
 
     Compressed ones and links that lead nowhere are among them, so that they can be refused by name. Raises ValueError if there is
-    none, or none for one of the names that braces stand for, and for names that are not UTF-8.
+    none, or none for one of the names that braces stand for, and for names that are not UTF-8; `field` is what it was given as.
     """
     names = list(itertools.islice(expand_braces(source), _MAX_BRACE_NAMES + 1))
     if len(names) > _MAX_BRACE_NAMES:
-        raise ValueError(f"SRC={source} stands for more than {_MAX_BRACE_NAMES} shards")
+        raise ValueError(f"{field}={source} stands for more than {_MAX_BRACE_NAMES} shards")
     matches = {name: _matches(name) for name in names}
     found = [shard for name in names for shard in matches[name]]
     if not found:
-        raise ValueError(f"SRC={source} holds no shards ({', '.join(TAR_ENDINGS[:1])} files)")
+        raise ValueError(f"{field}={source} holds no shards ({', '.join(TAR_ENDINGS[:1])} files)")
     if barren := [name for name in matches if not matches[name]]:
-        raise ValueError(f"SRC={source}: no shards in {_listed(barren)}")
+        raise ValueError(f"{field}={source}: no shards in {_listed(barren)}")
     if nameless := [name for name in found if not is_text(name)]:  # the manifest, which is text, could not hold them
-        raise ValueError(f"SRC={source}: names that are not UTF-8: {_listed(nameless)}; rename these shards")
+        raise ValueError(f"{field}={source}: names that are not UTF-8: {_listed(nameless)}; rename these shards")
     if twice := {name for name in found if found.count(name) > 1} if len(found) != len(set(found)) else set():
-        raise ValueError(f"SRC={source} names {sorted(twice)[0]} twice")
+        raise ValueError(f"{field}={source} names {sorted(twice)[0]} twice")
     return found
 
 
@@ -251,15 +259,33 @@ def _http_range(name: str, offset: int, size: int) -> tuple[bytes, Message]:
         with error:
             if error.code == 416 and (error.headers.get("Content-Range") or "").endswith("/0"):
                 return b"", error.headers  # an empty file has no range to serve
-            if error.code in (404, 410):
-                raise FileNotFoundError(f"{name} does not exist (status {error.code})") from error
-            if error.code in (401, 403):
-                raise PermissionError(f"{name} may not be read (status {error.code})") from error
-            if error.code in (408, 429) or error.code >= 500:
-                raise TransientReadError(f"status {error.code}") from error
-            raise OSError(f"{name} cannot be read (status {error.code})") from error
+            raise _http_fault(name, error.code) from error
     except urllib.error.URLError as error:
         raise TransientReadError(str(error.reason)) from error
+
+
+def _http_stream(name: str) -> BinaryIO:
+    import urllib.error
+    import urllib.request
+
+    try:
+        answer: BinaryIO = urllib.request.urlopen(name, timeout=_TIMEOUT_SECONDS)
+        return answer
+    except urllib.error.HTTPError as error:
+        with error:
+            raise _http_fault(name, error.code) from error
+    except urllib.error.URLError as error:
+        raise TransientReadError(str(error.reason)) from error
+
+
+def _http_fault(name: str, status: int) -> OSError:
+    if status in (404, 410):
+        return FileNotFoundError(f"{name} does not exist (status {status})")
+    if status in (401, 403):
+        return PermissionError(f"{name} may not be read (status {status})")
+    if status in (408, 429) or status >= 500:
+        return TransientReadError(f"status {status}")
+    return OSError(f"{name} cannot be read (status {status})")
 
 
 def _http_facts(name: str) -> FileFacts:
@@ -281,6 +307,12 @@ def _fsspec_facts(name: str) -> FileFacts:
 def _fsspec_range(name: str, offset: int, size: int) -> bytes:
     fs, path = _filesystem(name)
     return bytes(fs.cat_file(path, start=offset, end=offset + size))
+
+
+def _fsspec_stream(name: str) -> BinaryIO:
+    fs, path = _filesystem(name)
+    stream: BinaryIO = fs.open(path, "rb")
+    return stream
 
 
 def _filesystem(name: str) -> tuple[Any, str]:

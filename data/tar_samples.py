@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from .captions import CaptionError, NoCaptionError, caption_from_text, captions_from_json, clean_caption, parse_json
 from .shards import json_labels
@@ -62,8 +62,14 @@ class ShardContent:
     end: int = 0
 
 
-class _UnusableError(Exception):
+class UnusableSampleError(Exception):
     """A sample that is left out; the text is the reason."""
+
+
+class Bytes(Protocol):
+    """Where the files of a sample are read: a tar, or memory."""
+
+    def read(self, offset: int, size: int) -> bytes: ...
 
 
 def reason_class(reason: str) -> str:
@@ -116,8 +122,8 @@ def read_samples(reader: RangeReader, rules: CaptionRules, *, shard: str) -> Sha
         content.duplicates = []
     for key, group in groups.items():
         try:
-            sample = _sample(reader, key, group, rules)
-        except (CaptionError, _UnusableError) as error:
+            sample = read_sample(reader, key, group, rules)
+        except (CaptionError, UnusableSampleError) as error:
             first = min(member.header_offset for member in group.values())
             content.rejections.append(Rejection(shard, first, key, str(error)))
             continue
@@ -127,29 +133,32 @@ def read_samples(reader: RangeReader, rules: CaptionRules, *, shard: str) -> Sha
     return content
 
 
-def _sample(reader: RangeReader, key: str, group: dict[str, Member], rules: CaptionRules) -> Sample | None:
-    # None for members that are neither media nor captions.
+def read_sample(reader: Bytes, key: str, group: dict[str, Member], rules: CaptionRules) -> Sample | None:
+    """The sample of the members with one key, by extension; None for members that are neither media nor captions.
+
+    Raises UnusableSampleError, and CaptionError, for one that is left out.
+    """
     media = [extension for extension in group if extension in MEDIA_EXTENSIONS]
     if not media:
         dotted = [e for e in group if e.rpartition(".")[2] in MEDIA_EXTENSIONS]
         if dotted:
-            raise _UnusableError(f"unknown extension: .{dotted[0]} (a key ends at the first dot of a name)")
+            raise UnusableSampleError(f"unknown extension: .{dotted[0]} (a key ends at the first dot of a name)")
         if any(extension in group for extension in CAPTION_EXTENSIONS):
             have = ", ".join(list(group)[:8])
-            raise _UnusableError(f"no media (the key has {have}; media are {', '.join(MEDIA_EXTENSIONS)})")
+            raise UnusableSampleError(f"no media (the key has {have}; media are {', '.join(MEDIA_EXTENSIONS)})")
         return None
     if len(media) > 1:
-        raise _UnusableError(f"two media files: {' and '.join(group[extension].name for extension in media[:2])}")
+        raise UnusableSampleError(f"two media files: {' and '.join(group[extension].name for extension in media[:2])}")
     if len(key.encode()) > _MAX_KEY_BYTES:
-        raise _UnusableError(f"key too long: {len(key.encode())} bytes, more than {_MAX_KEY_BYTES}")
+        raise UnusableSampleError(f"key too long: {len(key.encode())} bytes, more than {_MAX_KEY_BYTES}")
     if group[media[0]].size == 0:
-        raise _UnusableError("the file is empty")
+        raise UnusableSampleError("the file is empty")
     source, captions = _captions(reader, key, group, rules)
     labels = "" if source == "json" or "json" not in group else _labels(reader, group["json"])
     return Sample(key, group[media[0]], media[0], captions, labels)
 
 
-def _captions(reader: RangeReader, key: str, group: dict[str, Member], rules: CaptionRules) -> tuple[str, list[str]]:
+def _captions(reader: Bytes, key: str, group: dict[str, Member], rules: CaptionRules) -> tuple[str, list[str]]:
     order = ("json",) if rules.field is not None else CAPTION_EXTENSIONS
     found = next((extension for extension in order if extension in group), "")
     try:
@@ -169,7 +178,7 @@ def _captions(reader: RangeReader, key: str, group: dict[str, Member], rules: Ca
 _CAPTION_READ_BYTES = (1 << 20) + 1  # enough to see that one is too large
 
 
-def _labels(reader: RangeReader, member: Member) -> str:
+def _labels(reader: Bytes, member: Member) -> str:
     # `prepare` keeps labels in the JSON beside a text caption, in this very form; a scraper's records would only swell the index.
     if member.size > _MAX_LABELS_BYTES:
         return ""

@@ -24,7 +24,7 @@ import numpy as np
 
 from .decode import DecodeError, Decoder, read_frames_with_fallback
 from .images import is_image, read_image
-from .media_info import index_fields, inspect_media, inspect_range
+from .media_info import index_fields, inspect_clip, inspect_media, inspect_range
 from .mp4 import write_mp4
 from .resize import cover_crop
 from .scenes import inspect_scenes
@@ -70,6 +70,7 @@ def decode_clip(
 
 
 OPERATIONS: dict[str, Callable[..., tuple[dict[str, Any], bytes]]] = {
+    "inspect_clip": inspect_clip,
     "inspect_range": inspect_range,
     "inspect_scenes": inspect_scenes,
     "synthesize": synthesize,
