@@ -128,13 +128,10 @@ def read(data: bytes, times_seconds: Sequence[float], *, seekable: bool) -> np.n
         origin, time_base = shown.pts, float(stream.time_base)
         wanted = [origin + (t + TIME_TOLERANCE_SECONDS) / time_base for t in times_seconds]
         if seekable and times_seconds[0] > _WORTH_SEEKING_SECONDS:
-            container.seek(int(wanted[0]), stream=stream)  # to the last keyframe before
-            decoded = _decoded(container, stream)
+            decoded = _decoded(container, stream, seek_to=int(wanted[0]))
             shown = next(decoded, None)
-            if shown is None or shown.pts > wanted[0]:
-                return read(
-                    data, times_seconds, seekable=False
-                )  # fragments are found by their decoding time, which is earlier
+            if shown is None or shown.pts > wanted[0]:  # fragments are found by the time of decoding, which is earlier
+                return read(data, times_seconds, seekable=False)
         frames: list[np.ndarray] = []
         length = 0  # of the frame before the shown one
         for frame in decoded:
@@ -153,9 +150,12 @@ def read(data: bytes, times_seconds: Sequence[float], *, seekable: bool) -> np.n
     return np.stack(frames)
 
 
-def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+def _decoded(container: Any, stream: Any, *, seek_to: int | None = None) -> Iterator[Any]:
+    """The frames of a stream, from the last keyframe before a time on or from where the container is."""
     previous: int | None = None
     try:
+        if seek_to is not None:
+            container.seek(seek_to, stream=stream)
         for frame in container.decode(stream):
             if frame.pts is None:
                 raise DecodeError("a frame without timestamp")

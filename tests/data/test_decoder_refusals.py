@@ -15,7 +15,7 @@ from muybridge.data.decode_common import frame_rate
 from muybridge.data.media_info import inspect_media
 from muybridge.data.tar_samples import reason_class
 from muybridge.tests.data import video_files
-from muybridge.tests.data.video_files import encode, plain, read_numbers
+from muybridge.tests.data.video_files import encode, plain, read_numbers, remux
 
 DECODERS = [
     pytest.param(d, marks=pytest.mark.skipif(not has_decoder(d), reason=f"{d.value} is not installed")) for d in Decoder
@@ -142,3 +142,24 @@ def test_the_rate_is_measured_where_the_header_has_none() -> None:
     for starts in ([0.0, 0.0], [0.0, 1e-5]):
         with pytest.raises(DecodeError, match=r"^no frame rate: "):
             frame_rate(Fraction(25), starts)
+
+
+@pytest.mark.parametrize("decoder", [d for d in DECODERS if d.values[0] is not Decoder.decord])  # which may crash
+def test_damage_anywhere_ends_in_a_reason(decoder: Decoder) -> None:
+    rng = np.random.default_rng(1)
+    late = frame_times(3, fps=10.0, start_seconds=1.1)  # worth a seek
+    reasons = set()
+    for whole in (plain(), remux(plain(), container="matroska")):
+        for _ in range(120):
+            data = bytearray(whole)
+            for place in rng.integers(0, len(data), size=rng.integers(1, 6)):
+                data[place] = rng.integers(256)
+            start = max(0, data.find(b"moov"))
+            for place in rng.integers(start, min(start + 700, len(data)), size=2):
+                data[place] = rng.integers(256)
+            try:
+                assert len(read_frames(bytes(data), late, decoder=decoder)) == 3
+            except DecodeError as error:
+                reasons.add(reason_class(str(error)))
+    assert "too short" in reasons
+    assert len(reasons) > 2
