@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 NO_BUCKET = -1
+LEFT_OVER = "left over by the buckets' keep"  # the one reason that is no misfit
 # Of two buckets with as many frames, the same level: clips go to the one whose aspect ratio they have.
 _SAME_AREA = 0.85
 _SLACK_TOLERANCE_SECONDS = 1e-3  # durations are rounded in some containers
@@ -136,7 +137,7 @@ def _reasons(buckets: Sequence[Bucket], rules: FitRules) -> list[str]:
         f"still images, which have no {shortest.frames} frames",
         f"too small for {smallest.name} (data.max_upscale={rules.max_upscale:g})",
         f"of another aspect ratio than all buckets (data.max_crop={rules.max_crop:g})",
-        "left over by the buckets' keep",
+        LEFT_OVER,
     ]
 
 

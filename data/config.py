@@ -60,6 +60,7 @@ class DataConfig:
     image_share: float | None = None  # share of the samples from buckets of one frame; null leaves it to what there is
     max_upscale: float = 1.25  # clips that would have to be enlarged by more are left out
     max_crop: float = 0.5  # clips of which a larger share of the picture would be cut off are left out
+    max_misfit_share: float = 0.5  # the run does not start when more of the clips that the filter takes fit no bucket
     decoder: Decoder = Decoder.decord  # tried first; the other one reads what it cannot
     workers: int = 2  # decoding processes of each rank; 0 decodes in the training process, which a bad stream may crash
     prefetch: int = 2  # steps decoded ahead; 0 for none
@@ -85,7 +86,7 @@ class DataConfig:
         for name in ("workers", "prefetch"):
             if getattr(self, name) < 0:
                 found.append(f"{field}.{name}={getattr(self, name)} must not be negative")
-        for name in ("caption_dropout", "max_bad_share"):
+        for name in ("caption_dropout", "max_bad_share", "max_misfit_share"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{field}.{name}={getattr(self, name)} must be in 0..1")
         return found + self._bucket_faults(field)

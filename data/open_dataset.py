@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .buckets import Bucket, assign_buckets
+from .buckets import LEFT_OVER, Bucket, assign_buckets
 from .config import Access, DataConfig
 from .index import ClipIndex
 from .plan import DatasetRows
@@ -25,17 +25,18 @@ class OpenDataset:
     index: ClipIndex
     rows: DatasetRows
     excluded: dict[str, np.ndarray]  # reason -> rows, ascending
+    misfits: int  # rows that the filter takes and no bucket fits
 
 
 def open_datasets(config: DataConfig, buckets: Sequence[Bucket]) -> list[OpenDataset]:
     """Opens the datasets of the settings, in their order, and logs what is left out.
 
-    Raises ValueError if one is missing, damaged, of the wrong kind, or has no clip that fits.
+    Raises ValueError if one is missing, damaged, of the wrong kind, or has no clip that fits, or too few of them.
     """
     opened = []
     for name in config.sources():
         dataset = _open(config, name, buckets)
-        _report_excluded(dataset, f"data.datasets.{name}.path" if name else "data.path")
+        _report_excluded(dataset, f"data.datasets.{name}.path" if name else "data.path", config.max_misfit_share)
         opened.append(dataset)
     return opened
 
@@ -61,10 +62,11 @@ def _open(config: DataConfig, name: str, buckets: Sequence[Bucket]) -> OpenDatas
         index,
         DatasetRows(name, rows, weight=source.weight, content=index.fingerprint),
         {**excluded, **assignment.excluded},
+        sum(len(misfits) for reason, misfits in assignment.excluded.items() if reason != LEFT_OVER),
     )
 
 
-def _report_excluded(dataset: OpenDataset, field: str) -> None:
+def _report_excluded(dataset: OpenDataset, field: str, max_misfit_share: float) -> None:
     index = dataset.index
     durations = index.column("duration_seconds")
     reasons = []
@@ -73,6 +75,11 @@ def _report_excluded(dataset: OpenDataset, field: str) -> None:
         reasons.append(f"{len(rows)} {reason}: {', '.join(shown)}{', ...' if len(rows) > _SHOWN else ''}")
     if len(dataset.rows) == 0:
         raise ValueError(f"{field}={index.folder}: none of its {len(index)} clips fits; {'; '.join(reasons)}")
+    if dataset.misfits > max_misfit_share * (len(dataset.rows) + dataset.misfits):
+        raise ValueError(
+            f"{field}={index.folder}: {dataset.misfits} of its {len(index)} clips fit no bucket, a larger share than "
+            f"data.max_misfit_share={max_misfit_share:g}; {'; '.join(reasons)}"
+        )
     if reasons:
         left_out = len(index) - len(dataset.rows)
         _log.warning("%d of %d clips are left out; %s", left_out, len(index), "; ".join(reasons))

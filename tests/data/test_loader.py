@@ -279,6 +279,23 @@ def test_a_filter_leaves_rows_out(dataset: ClipIndex, caplog: pytest.LogCaptureF
         build(settings(dataset, filter="luma < 9"))
 
 
+def test_a_dataset_of_which_little_fits_is_refused_unless_that_is_allowed(
+    dataset: ClipIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heights = dataset.column("height").copy()
+    heights[:4] *= 3
+    heights[4:7] //= 2
+    real = ClipIndex.column
+    monkeypatch.setattr(ClipIndex, "column", lambda self, name: heights if name == "height" else real(self, name))
+    with pytest.raises(
+        ValueError,
+        match=r"7 of its 11 clips fit no bucket, a larger share than data\.max_misfit_share=0\.5; "
+        r"3 too small for 5x64x64 \(data\.max_upscale=1\.25\): .*; 4 of another aspect ratio",
+    ):
+        build(settings(dataset))
+    assert len(build(settings(dataset, max_misfit_share=0.7))) == 4
+
+
 def test_a_dataset_without_a_clip_that_fits_is_refused(dataset: ClipIndex) -> None:
     build(settings(dataset, frames=9))  # nine frames are exactly what there is
     with pytest.raises(ValueError, match=r"none of its 11 clips fits; 11 too short for 13 .*: 000000_clip \(1\.12 s\)"):
