@@ -21,6 +21,23 @@ from .workers import WorkerDied, WorkerPool
 _log = logging.getLogger(__name__)
 
 
+def decode_arguments(
+    config: DataConfig, bucket: Bucket, draws: Draws, *, last_start_seconds: float, seekable: bool
+) -> dict[str, Any]:
+    """What `worker.decode_clip` needs besides the data, for a video whose last frame starts at this time."""
+    slack_seconds = last_start_seconds - (bucket.frames - 1) / config.fps
+    start_seconds = draws.start * max(0.0, slack_seconds)
+    return {
+        "times_seconds": frame_times(bucket.frames, fps=config.fps, start_seconds=start_seconds),
+        "seekable": seekable,
+        "decoder": config.decoder.value,
+        "height": bucket.height,
+        "width": bucket.width,
+        "crop_x": draws.crop_x,
+        "crop_y": draws.crop_y,
+    }
+
+
 class RawClips:
     """Reads the clips of one dataset as frames uint8 [T, H, W, 3]."""
 
@@ -50,21 +67,9 @@ class RawClips:
             size=clip.size,
             checksum=clip.checksum,
         )
-        slack_seconds = float(self._last_starts[row]) - (bucket.frames - 1) / config.fps
-        request = {
-            "data": data,
-            "times_seconds": frame_times(
-                bucket.frames, fps=config.fps, start_seconds=draws.start * max(0.0, slack_seconds)
-            ),
-            "seekable": clip.seekable,
-            "decoder": config.decoder.value,
-            "height": bucket.height,
-            "width": bucket.width,
-            "crop_x": draws.crop_x,
-            "crop_y": draws.crop_y,
-            **({} if spot is None else {"out": spot}),
-        }
-        result, payload = self._run(request)
+        last_start = float(self._last_starts[row])
+        arguments = decode_arguments(config, bucket, draws, last_start_seconds=last_start, seekable=clip.seekable)
+        result, payload = self._run({"data": data, **arguments, **({} if spot is None else {"out": spot})})
         if result["decoder"] != config.decoder.value:
             with self._lock:
                 self.counts["fallback_decodes"] += 1
