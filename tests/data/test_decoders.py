@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from muybridge.data import decode
 from muybridge.data.decode import (
     DecodeError,
     Decoder,
@@ -145,6 +146,27 @@ def test_the_asked_frames_come_out_or_the_file_is_refused(name: str, decoder: De
         assert frames.dtype == np.uint8
         assert frames.shape == (len(times), info.height, info.width, 3)
         assert read_numbers(np.rot90(frames, case.turn, axes=(1, 2))) == [case.first + n for n in numbers]
+
+
+@pytest.mark.parametrize("decoder", [d for d in DECODERS if d.values[0] is not Decoder.pyav])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.refused == LEFT])
+def test_without_pyav_unusual_files_are_read_front_to_back_or_refused(
+    name: str, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, data = CASES[name], made(name)
+    if decoder is Decoder.decord and ("pixels" in name or "streams" in name):
+        pytest.skip("decord does not tell the shape of pixels, nor that there are several streams")
+    monkeypatch.setattr(decode, "has_decoder", lambda other: other is decoder)
+    numbers = [0, 1, 2, 18, 31, 37]
+    is_refused = "start" in name or "before" in name
+    try:
+        frames = read_frames(data, [case.start(n) + 0.005 for n in numbers], decoder=decoder, seekable=False)
+    except DecodeError:
+        if not is_refused:
+            raise
+        return
+    assert read_numbers(np.rot90(frames, case.turn, axes=(1, 2))) == [case.first + n for n in numbers]
+    assert frames.shape[1:3] == case.size[::-1]
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
