@@ -63,32 +63,34 @@ class Segment:
 
     start_step: int = 0
     start_sample: int = 0  # samples of the steps before
-    # Draws before this segment by the hash of a stream: the streams that are still there go on where they were.
+    # Draws by the hash of a stream before `step`, which is not before the start: streams that are still there go on from them.
+    step: int = 0
     drawn: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Segment:
         """The segment of a plan with this `Plan.state`."""
-        hashes, before, _ = _unpacked(state["streams"])
-        return cls(state["start_step"], state["start_sample"], _positive(hashes, before))
+        return cls(state["start_step"], state["start_sample"], state["step"], _unpacked(state["streams"]))
 
     @classmethod
     def after(cls, state: dict[str, Any]) -> Segment:
         """The segment that begins where a plan with this `Plan.state` stops."""
-        hashes, _, reached = _unpacked(state["streams"])
-        return cls(state["step"], state["sample"], _positive(hashes, reached))
+        return cls(state["step"], state["sample"], state["step"], _unpacked(state["streams"]))
 
 
-def _packed(*columns: list[int]) -> str:
-    return base64.b85encode(zlib.compress(np.array(columns, dtype="<u8").tobytes(), 9)).decode()
+def _packed(drawn: dict[int, int]) -> str:
+    # The differences of sorted hashes are small, and so is what stands in the higher bytes: together they compress well.
+    hashes = np.array(sorted(drawn), dtype="<u8")
+    counts = np.array([drawn[key] for key in hashes.tolist()], dtype="<u8")
+    columns = np.stack([np.diff(hashes, prepend=np.uint64(0)), counts])  # [2, streams]
+    planes = columns.view(np.uint8).reshape(2, -1, 8).transpose(0, 2, 1)  # [2, 8 bytes, streams]
+    return base64.b85encode(zlib.compress(planes.tobytes(), 9)).decode()
 
 
-def _unpacked(text: str) -> list[list[int]]:
-    return np.frombuffer(zlib.decompress(base64.b85decode(text)), "<u8").reshape(3, -1).tolist()
-
-
-def _positive(hashes: list[int], counts: list[int]) -> dict[int, int]:
-    return {key: count for key, count in zip(hashes, counts, strict=True) if count}
+def _unpacked(text: str) -> dict[int, int]:
+    planes = np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint8).reshape(2, 8, -1)
+    differences, counts = np.ascontiguousarray(planes.transpose(0, 2, 1)).view("<u8")[..., 0]
+    return dict(zip(np.cumsum(differences).tolist(), counts.tolist(), strict=True))
 
 
 @lru_cache(maxsize=4096)
@@ -110,7 +112,7 @@ class Plan:
     ) -> None:
         """`image_share` is the share of the samples that come from buckets of one frame; None leaves it to what there is.
 
-        Raises ValueError where there is nothing to draw from.
+        Raises ValueError where there is nothing to draw from, or the segment is one of other data.
         """
         if not any(len(dataset) and dataset.weight > 0 for dataset in datasets):
             raise ValueError("no dataset with a positive weight has a clip")
@@ -127,7 +129,17 @@ class Plan:
             if sum(shares) > 0
         }
         self._stream_hashes = [[self._stream_hash(d, b) for b in range(len(buckets))] for d in range(len(datasets))]
-        self._drawn_before = [[self.segment.drawn.get(key, 0) for key in hashes] for hashes in self._stream_hashes]
+        self._drawn_before = [
+            [
+                self.segment.drawn.get(key, 0) - self._drawn_since(d, b, self.segment.step)
+                for b, key in enumerate(hashes)
+            ]
+            for d, hashes in enumerate(self._stream_hashes)
+        ]
+        if min(map(min, self._drawn_before)) < 0:
+            raise ValueError(
+                "the checkpoint was made with other rows of the datasets, though their settings are the same"
+            )
 
     def bucket(self, step: int) -> int:
         """The bucket of a step, as a place in the list."""
@@ -160,11 +172,12 @@ class Plan:
         return int(rows[order(attempt)])
 
     def each_once(self, clips: int, *, rank: int, world_size: int) -> list[list[Slot]]:
-        """`clips` rows, or all if there are fewer, each in one slot on one rank: the same ones every time.
+        """`clips` rows, or all with a weight if there are fewer, each in one slot on one rank: the same ones every time.
 
         All ranks get as many groups, of the same buckets in the same order, filled up with ghosts.
         """
-        streams = [(b, d) for d in range(len(self.datasets)) for b in range(len(self.buckets))]
+        weighted = [d for d, dataset in enumerate(self.datasets) if dataset.weight > 0]
+        streams = [(b, d) for d in weighted for b in range(len(self.buckets))]
         ends = np.cumsum([len(self.datasets[d].rows[b]) for b, d in streams])
         rows = int(ends[-1])
         order = Permutation.keyed(rows, self.seed, "each_once")
@@ -184,25 +197,21 @@ class Plan:
 
     def samples_before(self, step: int) -> int:
         """Samples of all steps before a step."""
-        steps = step - self.segment.start_step
-        counts = (self._bucket_of_step.count(b, steps) * bucket.global_batch for b, bucket in enumerate(self.buckets))
-        return self.segment.start_sample + sum(counts)
+        return self.segment.start_sample + sum(self._places(b, step) for b in range(len(self.buckets)))
 
     def state(self, step: int) -> dict[str, Any]:
         """The plan before a step as JSON, a few bytes a stream: all that a plan for other data needs to go on there."""
-        reached: dict[int, int] = {}
-        for b, bucket in enumerate(self.buckets):
-            places = self._bucket_of_step.count(b, step - self.segment.start_step) * bucket.global_batch
-            for d in range(len(self.datasets)):
-                reached[self._stream_hashes[d][b]] = self._drawn(d, b, places)
-        streams = [key for key in {**self.segment.drawn, **reached} if self.segment.drawn.get(key) or reached.get(key)]
-        before = [self.segment.drawn.get(key, 0) for key in streams]
+        drawn: dict[int, int] = {}
+        for d, hashes in enumerate(self._stream_hashes):
+            for b, key in enumerate(hashes):
+                if count := self._drawn(d, b, step):
+                    drawn[key] = count
         return {
             "start_step": self.segment.start_step,
             "start_sample": self.segment.start_sample,
             "step": step,
             "sample": self.samples_before(step),
-            "streams": _packed(streams, before, [reached.get(key, 0) for key in streams]),
+            "streams": _packed(drawn),
         }
 
     def ghost_share(self, world_size: int) -> float:
@@ -217,9 +226,9 @@ class Plan:
     def _slots_at(self, step: int, positions: Sequence[int]) -> list[Slot]:
         number = self.bucket(step)
         bucket = self.buckets[number]
-        first = self._bucket_of_step.count(number, step - self.segment.start_step) * bucket.global_batch
+        first = self._places(number, step)
         choice = self._dataset_of_slot[number]
-        drawn = [self._drawn(d, number, first) for d in range(len(self.datasets))]
+        drawn = [self._drawn(d, number, step) for d in range(len(self.datasets))]
         draws = []
         for place in range(first, first + bucket.global_batch):
             dataset = choice(place)
@@ -237,10 +246,18 @@ class Plan:
             slots.append(Slot(step, position, number, dataset, row, pass_number))
         return slots
 
-    def _drawn(self, dataset: int, bucket: int, places: int) -> int:
-        # How often a stream was drawn from before the slot number `places` of its bucket in this segment.
+    def _places(self, bucket: int, step: int) -> int:
+        # Slots of a bucket in this segment before a step.
+        steps = self._bucket_of_step.count(bucket, step - self.segment.start_step)
+        return steps * self.buckets[bucket].global_batch
+
+    def _drawn_since(self, dataset: int, bucket: int, step: int) -> int:
+        # How often a stream was drawn from in this segment before a step.
         choice = self._dataset_of_slot.get(bucket)
-        return self._drawn_before[dataset][bucket] + (choice.count(dataset, places) if choice else 0)
+        return choice.count(dataset, self._places(bucket, step)) if choice else 0
+
+    def _drawn(self, dataset: int, bucket: int, step: int) -> int:
+        return self._drawn_before[dataset][bucket] + self._drawn_since(dataset, bucket, step)
 
     def _sample_shares(self, image_share: float | None) -> list[list[float]]:
         weight = sum(dataset.weight for dataset in self.datasets if len(dataset))
