@@ -78,6 +78,11 @@ class Segment:
         return cls(state["step"], state["sample"], state["step"], _unpacked(state["streams"]))
 
 
+def state_without_streams(step: int, sample: int) -> dict[str, Any]:
+    """The `Plan.state` of a run that reached this step, after so many samples, without a plan."""
+    return {"start_step": step, "start_sample": sample, "step": step, "sample": sample, "streams": _packed({})}
+
+
 def _packed(drawn: dict[int, int]) -> str:
     # The differences of sorted hashes are small, and so is what stands in the higher bytes: together they compress well.
     hashes = np.array(sorted(drawn), dtype="<u8")
@@ -216,12 +221,7 @@ class Plan:
 
     def ghost_share(self, world_size: int) -> float:
         """The share of all places that hold no sample, and are computed for nothing; weighted by their pixels."""
-        samples = places = 0.0
-        for share, bucket in zip(self.step_shares, self.buckets, strict=True):
-            accumulation = micro_steps(bucket.global_batch, world_size=world_size, micro_batch=bucket.micro_batch)
-            samples += share * bucket.global_batch * bucket.clip_bytes
-            places += share * accumulation * world_size * bucket.micro_batch * bucket.clip_bytes
-        return 1 - samples / places
+        return ghost_share(self.buckets, self.step_shares, world_size)
 
     def _slots_at(self, step: int, positions: Sequence[int]) -> list[Slot]:
         number = self.bucket(step)
@@ -290,6 +290,16 @@ class Plan:
         digest = hashlib.blake2b(text.encode(), digest_size=4)
         digest.update(np.ascontiguousarray(rows, dtype=np.int32).tobytes())
         return int.from_bytes(digest.digest(), "little")
+
+
+def ghost_share(buckets: Sequence[Bucket], step_shares: Sequence[float], world_size: int) -> float:
+    """The share of all places that hold no sample; weighted by their pixels. `step_shares` is how often each bucket comes."""
+    samples = places = 0.0
+    for share, bucket in zip(step_shares, buckets, strict=True):
+        accumulation = micro_steps(bucket.global_batch, world_size=world_size, micro_batch=bucket.micro_batch)
+        samples += share * bucket.global_batch * bucket.clip_bytes
+        places += share * accumulation * world_size * bucket.micro_batch * bucket.clip_bytes
+    return 1 - samples / places
 
 
 def micro_steps(global_batch: int, *, world_size: int, micro_batch: int) -> int:
