@@ -27,7 +27,7 @@ class VideoBatch:
     keys: list[str]  # "" for a ghost
     captions: list[str]  # "" where the caption was dropped
     frames: torch.Tensor | None = None  # uint8 [B, T, H, W, 3]
-    latents: torch.Tensor | None = None  # float32 [B, z, T', H', W']
+    latents: torch.Tensor | None = None  # bfloat16 [B, z, T', H', W'], as a latent cache holds them
     # A frozen text encoder's features of each caption, bfloat16 [S, D], from a latent cache that holds them; no rows for a ghost.
     text: list[torch.Tensor] | None = None
 

@@ -1,141 +1,216 @@
-"""A dataset of latents: the autoencoder's output for each clip of a video dataset, in the same shards and index.
+"""A latent cache: the autoencoder's output for each clip of a dataset, and a frozen text encoder's for each caption.
 
-The manifest says which videos, which transform and which autoencoder they belong to; latents that belong to others are refused.
+It has a row for each row of its source, in the same order, and WebDataset tars with a safetensors member per clip. Its manifest
+says which videos, which transform and which models it belongs to; what belongs to others is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
-from .buckets import Bucket
+from .buckets import NO_BUCKET, Bucket
 from .config import DataConfig
-from .draws import MIDDLE, Draws
+from .decode import DecodeError
+from .draws import Draws
 from .frame_ring import Spot
-from .index import ClipIndex, read_manifest
-from .media_bytes import checked
-from .shards import DatasetWriter, remove_dataset
+from .index import ClipIndex, read_manifest, read_record, sidecar_path
+from .media_bytes import checked, read_media
+from .storage import is_remote
 
-_TENSOR_NAME = "latents"
-_DTYPES = {"F32": "<f4", "F16": "<f2"}
+CACHE_FORMAT = 2  # 1 held float32 latents of the clips in use, and no text
+REMEDY = "make it again with: muybridge encode --overwrite"
+
+_MAPPED_SHARDS = 256  # each takes a file descriptor, of which a process has 1024 at first
 
 
-def cache_description(source: ClipIndex, config: DataConfig, *, vae_fingerprint: str) -> dict[str, Any]:
-    """What a cache is made from, as its manifest keeps it."""
+@dataclass(frozen=True)
+class LatentBucket:
+    """A clip shape of a cache."""
+
+    name: str  # frames x height x width of its clips
+    latent_shape: tuple[int, ...]  # z, T', H', W'
+
+
+def cache_description(
+    source: ClipIndex, config: DataConfig, *, vae_fingerprint: str, text_fingerprint: str | None
+) -> dict[str, Any]:
+    """What a cache is made from, as its manifest keeps it; `text_fingerprint` None for a cache without text."""
     return {
+        "cache_format": CACHE_FORMAT,
         "source": str(source.folder),
         "source_fingerprint": source.fingerprint,
         "transform": config.transform(),
         "filter": config.filter,
         "vae_fingerprint": vae_fingerprint,
+        "text_fingerprint": text_fingerprint,
     }
 
 
-def has_latents(folder: str | Path, source: ClipIndex, config: DataConfig, *, vae_fingerprint: str) -> bool:
-    """Whether a folder holds the finished latents of these clips, this transform and this autoencoder."""
-    manifest = read_manifest(Path(folder))
-    wanted = cache_description(source, config, vae_fingerprint=vae_fingerprint)
-    return manifest is not None and manifest["complete"] and _differences(manifest["description"], wanted) == []
+def description_digest(description: dict[str, Any]) -> str:
+    """A name for a cache's content that does not depend on where the videos lie."""
+    content = {name: value for name, value in description.items() if name != "source"}
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
-class LatentWriter:
-    """Writes a latent cache row by row; use it as a context, and call `close` at the end.
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """How a cache's description differs from what is wanted of it, one text an item; what `wanted` leaves out may be anything."""
+    if found.get("cache_format", 1) != wanted.get("cache_format", CACHE_FORMAT):
+        return [f"its cache_format is {found.get('cache_format', 1)}, not {CACHE_FORMAT}"]
+    have, want = _flat(found), _flat(wanted)
+    # "source" is where the videos lay; they may have moved, their fingerprint says whether they are the same.
+    names = [name for name in want if name != "source"]
+    names += [name for name in have if name not in want and name.partition(".")[0] in wanted and name != "source"]
+    return [
+        f"its {name} is {have.get(name)}, not {want.get(name)}" for name in names if have.get(name) != want.get(name)
+    ]
 
-    Raises ValueError if the folder holds anything but an earlier cache.
-    """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        source: ClipIndex,
-        config: DataConfig,
-        *,
-        vae_fingerprint: str,
-        shard_bytes: int = 256_000_000,
-    ) -> None:
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        if folder.is_dir() and any(folder.iterdir()) and (manifest is None or manifest["kind"] != "latents"):
-            raise ValueError(f"{folder} is not empty and holds no latents; choose another folder")
-        remove_dataset(folder)
-        self._source = source
-        description = cache_description(source, config, vae_fingerprint=vae_fingerprint)
-        self._writer = DatasetWriter(folder, kind="latents", description=description, shard_bytes=shard_bytes)
+@dataclass(frozen=True)
+class CacheOrigin:
+    """What the latents of a run must have been made with. What is None is not compared."""
 
-    def __enter__(self) -> LatentWriter:
-        return self
+    vae_fingerprint: str | None = None
+    text_fingerprint: str | None = None  # without that of a text encoder, text is not read
+    videos: dict[str, str] = field(default_factory=dict)  # folder of each dataset's videos, compared where it is there
 
-    def __exit__(self, *error: object) -> None:
-        self._writer.__exit__(*error)
 
-    def add(self, row: int, latents: torch.Tensor) -> None:
-        """Appends the latents [z, T', H', W'] (float32 or float16) of a row of the source."""
-        data = save({_TENSOR_NAME: latents.detach().cpu().contiguous()})
-        self._writer.add(self._source.clip(row), data, extension="latents.safetensors")
+ANY_ORIGIN = CacheOrigin()
 
-    def close(self) -> ClipIndex:
-        """Finishes the cache; before this it counts as unfinished."""
-        return self._writer.close()
+
+def check_cache(index: ClipIndex, config: DataConfig, name: str, origin: CacheOrigin) -> None:
+    """Raises ValueError if the folder of the dataset `name` holds no latents, or not those of these settings and models."""
+    where = f"data.datasets.{name}.path={index.folder}" if name else f"data.path={index.folder}"
+    if index.manifest["kind"] != "latents":
+        raise ValueError(f"{where} holds {index.manifest['kind']} clips; encode them first: muybridge encode")
+    wanted: dict[str, Any] = {"transform": config.transform(), "filter": config.sources()[name].filter}
+    videos = read_manifest(Path(origin.videos[name])) if origin.videos.get(name) else None
+    compared = {
+        "source_fingerprint": videos["fingerprint"] if videos and videos["complete"] else None,
+        "vae_fingerprint": origin.vae_fingerprint,
+        "text_fingerprint": origin.text_fingerprint,
+    }
+    wanted |= {item: value for item, value in compared.items() if value is not None}
+    if stale := differences(index.manifest["description"], wanted):
+        raise ValueError(f"{where} is stale: {', '.join(stale)}; {REMEDY}")
+
+
+def cached_buckets(index: ClipIndex, buckets: Sequence[Bucket]) -> np.ndarray:
+    """The bucket that every row had when the cache was made, int16, as a place in the list; -1 for rows that fit none."""
+    places = {bucket.name: place for place, bucket in enumerate(buckets)}
+    table = [places[bucket["name"]] for bucket in index.manifest["buckets"]]
+    stored = np.load(index.folder / index.manifest["bucket_of_row"], mmap_mode="r", allow_pickle=False)
+    return np.array([*table, NO_BUCKET], dtype=np.int16)[stored]  # -1 takes the last
+
+
+class CachedClip(NamedTuple):
+    """The latents of a clip and the features of one of its captions: views of its shard, bfloat16 as int16."""
+
+    latents: np.ndarray  # [z, T', H', W']
+    text: np.ndarray | None  # [S, D]; None where it is not wanted
 
 
 class LatentCache:
-    """Reads latents by memory-mapped shards: no processes, no decoding.
+    """Reads latents from memory-mapped shards, or remote ones by range: no processes, no decoding."""
 
-    Raises ValueError if the folder holds no latents or those of another transform or autoencoder.
-    """
-
-    def __init__(self, index: ClipIndex, config: DataConfig, *, vae_fingerprint: str | None = None) -> None:
-        where = f"data.path={index.folder}"
-        if index.manifest["kind"] != "latents":
-            raise ValueError(f"{where} holds {index.manifest['kind']} clips; encode them first: muybridge encode")
-        wanted: dict[str, Any] = {"transform": config.transform(), "filter": config.filter}
-        if vae_fingerprint is not None:
-            wanted["vae_fingerprint"] = vae_fingerprint
-        if stale := _differences(index.manifest["description"], wanted):
-            raise ValueError(f"{where} is stale: {', '.join(stale)}; make it again with: muybridge encode")
+    def __init__(self, index: ClipIndex, *, reads_text: bool) -> None:
+        """Raises DatasetChangedError if the features of the empty caption are damaged."""
+        self.is_remote = any(map(is_remote, index.shard_names))  # whether reading waits for a network
         self.counts: dict[str, int] = {}
         self._index = index
         self._columns = [index.column(name) for name in ("shard", "offset", "size", "checksum")]
-        self._shards: dict[int, mmap.mmap] = {}
-        self._blanks: dict[str, np.ndarray] = {}
+        self._shards: OrderedDict[int, memoryview] = OrderedDict()
+        self._lock = threading.Lock()
+        self._empty_text = _read_empty_text(index) if reads_text else None
+        self._shapes = {bucket["name"]: bucket["latent_shape"] for bucket in index.manifest["buckets"]}
 
-    def read(self, row: int, bucket: Bucket, draws: Draws, spot: Spot | None = None) -> np.ndarray:
-        """Latents of a row, float32 [z, T', H', W']. Raises DatasetChangedError."""
-        del bucket, draws, spot  # latents are of the middle of the clip, in the shape that it was encoded in
+    def read(self, row: int, bucket: Bucket, draws: Draws, spot: Spot | None = None) -> CachedClip:
+        """What is cached of a row, with the features of the caption that was drawn.
+
+        Raises DecodeError where the clip could not be encoded, DatasetChangedError, and OSError as `media_bytes.read_media` does.
+        """
+        del bucket, spot  # latents have the shape that they were encoded in, and lie in memory
         shard, offset, size, checksum = (int(column[row]) for column in self._columns)
-        data = checked(
-            lambda: memoryview(self._mapped(shard))[offset : offset + size],
-            shard=self._index.shard_names[shard],
-            key=self._index.text("key", row),
-            checksum=checksum,
-        )
+        if size == 0:
+            raise DecodeError(self._failure(row, shard))
+        if self.is_remote:
+            data = self._read_file(row)
+        else:
+            data = self._mapped(shard)[offset : offset + size]
+            if zlib.crc32(data) != checksum:
+                data = self._read_file(
+                    row
+                )  # once more and not from the map; says what is wrong where it is wrong again
         # A safetensors file: the header's length, the header (JSON), the tensors. The checksum says it is what we wrote.
         start = 8 + int.from_bytes(data[:8], "little")
-        tensor = json.loads(str(data[8:start], "utf-8"))[_TENSOR_NAME]
-        first, last = tensor["data_offsets"]
-        values = np.frombuffer(data[start + first : start + last], dtype=_DTYPES[tensor["dtype"]])
-        return values.reshape(tensor["shape"]).astype(np.float32, copy=False)
+        header = json.loads(bytes(data[8:start]))
+        text = self._empty_text
+        if text is not None and draws.caption is not None:
+            text = _view(data, start, header[f"text.{draws.caption}"])
+        return CachedClip(_view(data, start, header["latents"]), text)
 
-    def blank(self, bucket: Bucket, rows: np.ndarray) -> np.ndarray:
-        """Zeros in the shape of the latents of a bucket, given its rows."""
-        if bucket.name not in self._blanks:
-            self._blanks[bucket.name] = np.zeros_like(self.read(int(rows[0]), bucket, MIDDLE))
-        return self._blanks[bucket.name]
+    def assemble(self, bucket: Bucket, clips: Sequence[CachedClip | None]) -> dict[str, Any]:
+        """The fields of a `VideoBatch` that clips of one bucket fill; None stands for a ghost."""
+        # Not widened here: float32 is made on the device, from half the bytes.
+        latents = np.empty((len(clips), *self._shapes[bucket.name]), dtype=np.int16)
+        for place, clip in enumerate(clips):
+            latents[place] = 0 if clip is None else clip.latents
+        fields: dict[str, Any] = {"latents": torch.from_numpy(latents).view(torch.bfloat16)}
+        if self._empty_text is not None:
+            text = [self._empty_text if clip is None or clip.text is None else clip.text for clip in clips]
+            # Copies, because torch wants writable memory.
+            fields["text"] = [torch.from_numpy(bits.copy()).view(torch.bfloat16) for bits in text]
+        return fields
 
-    def _mapped(self, shard: int) -> mmap.mmap:
-        if shard not in self._shards:
-            with self._index.shards[shard].open("rb") as file:
-                self._shards[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._shards[shard]
+    def _mapped(self, shard: int) -> memoryview:
+        with self._lock:
+            if shard in self._shards:
+                self._shards.move_to_end(shard)
+            else:
+                with self._index.shards[shard].open("rb") as file:
+                    self._shards[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                if len(self._shards) > _MAPPED_SHARDS:
+                    self._shards.popitem(last=False)
+            return self._shards[shard]
+
+    def _read_file(self, row: int) -> memoryview:
+        clip = self._index.clip(row)
+        name = self._index.shard_names[clip.shard]
+        return memoryview(read_media(name, key=clip.key, offset=clip.offset, size=clip.size, checksum=clip.checksum))
+
+    def _failure(self, row: int, shard: int) -> str:
+        record = read_record(sidecar_path(self._index.folder, self._index.manifest["shards"][shard]["name"]))
+        reasons = {failed: reason for failed, _, reason in record.rejections} if record is not None else {}
+        return reasons.get(row, "it is not in the cache")
 
 
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    # "source" is where the videos lay; they may have moved, their fingerprint says whether they are the same.
-    different = [name for name, value in wanted.items() if name != "source" and found.get(name) != value]
-    return [f"its {name} is {found.get(name)}, not {wanted[name]}" for name in different]
+def _read_empty_text(index: ClipIndex) -> np.ndarray:
+    about = index.manifest["empty_text"]
+    path = index.folder / about["name"]
+    data = checked(path.read_bytes, shard=str(path), key="of the empty caption", checksum=about["checksum"])
+    start = 8 + int.from_bytes(data[:8], "little")
+    return _view(memoryview(data), start, json.loads(data[8:start])["text"])
+
+
+def _view(data: memoryview, start: int, tensor: dict[str, Any]) -> np.ndarray:
+    first, last = tensor["data_offsets"]
+    assert tensor["dtype"] == "BF16"
+    return np.frombuffer(data[start + first : start + last], dtype="<i2").reshape(tensor["shape"])
+
+
+def _flat(items: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in items.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found

@@ -23,12 +23,12 @@ from .config import Access, DataConfig
 from .decode import DecodeError
 from .draws import MIDDLE, draw
 from .frame_ring import FrameRing, Spot
-from .latent_cache import LatentCache
+from .latent_cache import CachedClip, CacheOrigin, LatentCache
 from .ledger import BadClip, Ledger
 from .open_dataset import open_datasets
 from .plan import GHOST, PLAN_VERSION, Plan, Segment, Slot, micro_steps
-from .raw_clips import RawClips
-from .read_ahead import ReadAhead
+from .raw_clips import RawClips, stack_frames
+from .read_ahead import ReadAhead, ReadThreads
 from .workers import WorkerPool
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class _ReadClip:
     slot: Slot
     row: int = GHOST  # after any substitution
     caption: str = ""
-    clip: np.ndarray | None = None  # None for a ghost
+    clip: np.ndarray | CachedClip | None = None  # None for a ghost
     bad: list[BadClip] = field(default_factory=list)  # what was tried before
 
 
@@ -58,29 +58,37 @@ class VideoLoader:
         world_size: int,
         seed: int,
         vae_fingerprint: str | None = None,
+        text_fingerprint: str | None = None,
+        videos: dict[str, str] | None = None,
     ) -> None:
-        """`vae_fingerprint`, where given, must be that of the autoencoder that made the latents."""
+        """The last three are what a latent cache must have been made with, see `latent_cache.CacheOrigin`."""
         if faults := config.faults("data"):
             raise ValueError("; ".join(faults))
         self.buckets = list(buckets)
         self.ledger = Ledger()
         self._config = config
         self._rank, self._world_size, self._seed = rank, world_size, seed
-        opened = open_datasets(config, self.buckets)
+        origin = CacheOrigin(vae_fingerprint, text_fingerprint, videos or {})
+        opened = open_datasets(config, self.buckets, origin)
         self.indexes = [dataset.index for dataset in opened]
         self._datasets = [dataset.rows for dataset in opened]
         self._names = [dataset.name for dataset in self._datasets]
-        self._pool: WorkerPool | None = None
+        self._pool: WorkerPool | ReadThreads | None = None
         self._ring: FrameRing | None = None
-        if config.access is Access.raw and config.workers:
-            self._ring = FrameRing(config.prefetch + 1, max(self._step_bytes(bucket) for bucket in self.buckets))
-            self._pool = WorkerPool(config.workers, timeout_seconds=config.timeout_seconds, ring=self._ring)
-        self._sources: list[RawClips | LatentCache] = [
-            LatentCache(index, config, vae_fingerprint=vae_fingerprint)
-            if config.access is Access.latents
-            else RawClips(index, config, pool=self._pool, ring=self._ring)
-            for index in self.indexes
-        ]
+        self._caches: list[LatentCache] = []
+        self._sources: Sequence[RawClips | LatentCache]
+        if config.access is Access.latents:
+            reads_text = text_fingerprint is not None
+            self._sources = self._caches = [LatentCache(index, reads_text=reads_text) for index in self.indexes]
+            if any(cache.is_remote for cache in self._caches):
+                self._pool = ReadThreads()
+        else:
+            pool = None
+            if config.workers:
+                self._ring = FrameRing(config.prefetch + 1, max(self._step_bytes(bucket) for bucket in self.buckets))
+                pool = WorkerPool(config.workers, timeout_seconds=config.timeout_seconds, ring=self._ring)
+            self._sources = [RawClips(index, config, pool=pool, ring=self._ring) for index in self.indexes]
+            self._pool = pool
         self._read_ahead = ReadAhead(self._frames_shape, pool=self._pool, ring=self._ring, prefetch=config.prefetch)
         self.plan = self._build_plan(Segment())
 
@@ -273,10 +281,8 @@ class VideoLoader:
 
     def _batch(self, clips: list[_ReadClip]) -> VideoBatch:
         bucket = self.buckets[clips[0].slot.bucket]
-        blank = None if all(clip.clip is not None for clip in clips) else self._blank(clips[0].slot.bucket)
-        media = [blank if clip.clip is None else clip.clip for clip in clips]
         is_real = [clip.clip is not None for clip in clips]
-        field = "latents" if self._config.access is Access.latents else "frames"
+        media: list[Any] = [clip.clip for clip in clips]
         datasets = [clip.slot.dataset if real else GHOST for clip, real in zip(clips, is_real, strict=True)]
         return VideoBatch(
             step=clips[0].slot.step,
@@ -287,13 +293,8 @@ class VideoLoader:
             weights=torch.tensor(is_real, dtype=torch.float32),
             keys=[self.indexes[c.slot.dataset].text("key", c.row) if real else "" for c, real in zip(clips, is_real)],
             captions=[clip.caption for clip in clips],
-            **{field: torch.from_numpy(np.stack(media))},  # type: ignore[arg-type]
+            **(self._caches[0].assemble(bucket, media) if self._caches else stack_frames(bucket, media)),
         )
-
-    def _blank(self, bucket: int) -> np.ndarray:
-        # What a ghost holds. Any dataset with clips in the bucket knows their shape.
-        d = next(d for d, dataset in enumerate(self._datasets) if len(dataset.rows[bucket]))
-        return self._sources[d].blank(self.buckets[bucket], self._datasets[d].rows[bucket])
 
 
 def _short_hash(text: str) -> str:

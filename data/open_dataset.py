@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .buckets import LEFT_OVER, Bucket, assign_buckets
+from .buckets import LEFT_OVER, Assignment, Bucket, assign_buckets
 from .config import Access, DataConfig
 from .index import ClipIndex
+from .latent_cache import ANY_ORIGIN, CacheOrigin, cached_buckets, check_cache
 from .plan import DatasetRows
 from .row_filter import select_rows
 
@@ -28,20 +29,21 @@ class OpenDataset:
     misfits: int  # rows that the filter takes and no bucket fits
 
 
-def open_datasets(config: DataConfig, buckets: Sequence[Bucket]) -> list[OpenDataset]:
+def open_datasets(config: DataConfig, buckets: Sequence[Bucket], origin: CacheOrigin = ANY_ORIGIN) -> list[OpenDataset]:
     """Opens the datasets of the settings, in their order, and logs what is left out.
 
-    Raises ValueError if one is missing, damaged, of the wrong kind, or has no clip that fits, or too few of them.
+    Raises ValueError if one is missing, damaged, of the wrong kind, a cache of another `origin`, or has no clip that fits, or
+    too few of them.
     """
     opened = []
     for name in config.sources():
-        dataset = _open(config, name, buckets)
+        dataset = _open(config, name, buckets, origin)
         _report_excluded(dataset, f"data.datasets.{name}.path" if name else "data.path", config.max_misfit_share)
         opened.append(dataset)
     return opened
 
 
-def _open(config: DataConfig, name: str, buckets: Sequence[Bucket]) -> OpenDataset:
+def _open(config: DataConfig, name: str, buckets: Sequence[Bucket], origin: CacheOrigin) -> OpenDataset:
     field = f"data.datasets.{name}" if name else "data"
     source = config.sources()[name]
     is_cache = config.access is Access.latents
@@ -49,14 +51,13 @@ def _open(config: DataConfig, name: str, buckets: Sequence[Bucket]) -> OpenDatas
     index = ClipIndex.open(source.path, field=f"{field}.path", made_by=made_by)
     if not is_cache and index.manifest["kind"] != "raw":
         raise ValueError(f"{field}.path={source.path} holds {index.manifest['kind']}; set data.access=latents")
-    chosen = np.ones(len(index), dtype=bool)
-    excluded = {}
-    if source.filter and not is_cache:  # a cache holds the rows of the filter that it was made with
-        chosen[:] = False
-        chosen[select_rows(index, source.filter, field=f"{field}.filter")] = True
-        if not chosen.all():
-            excluded[f"not in {field}.filter={source.filter!r}"] = np.flatnonzero(~chosen)
-    assignment = assign_buckets(index, buckets, config.fit_rules(), chosen)
+    if is_cache:
+        check_cache(index, config, name, origin)
+        # Decided when it was made, from columns that only the videos have.
+        assignment, excluded = Assignment(cached_buckets(index, buckets)), {}
+    else:
+        chosen, excluded = _chosen(index, source.filter, field)
+        assignment = assign_buckets(index, buckets, config.fit_rules(), chosen)
     rows = [np.flatnonzero(assignment.buckets == b).astype(np.int32) for b in range(len(buckets))]
     return OpenDataset(
         index,
@@ -64,6 +65,15 @@ def _open(config: DataConfig, name: str, buckets: Sequence[Bucket]) -> OpenDatas
         {**excluded, **assignment.excluded},
         sum(len(misfits) for reason, misfits in assignment.excluded.items() if reason != LEFT_OVER),
     )
+
+
+def _chosen(index: ClipIndex, expression: str | None, field: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    # The rows that the filter takes, bool [rows], and the others by their reason.
+    if not expression:
+        return np.ones(len(index), dtype=bool), {}
+    chosen = np.zeros(len(index), dtype=bool)
+    chosen[select_rows(index, expression, field=f"{field}.filter")] = True
+    return chosen, {} if chosen.all() else {f"not in {field}.filter={expression!r}": np.flatnonzero(~chosen)}
 
 
 def _report_excluded(dataset: OpenDataset, field: str, max_misfit_share: float) -> None:

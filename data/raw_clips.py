@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from . import worker
 from .buckets import Bucket
@@ -77,11 +79,6 @@ class RawClips:
             return self._ring.view(spot)
         return np.frombuffer(payload, dtype=np.uint8).reshape(bucket.frames, bucket.height, bucket.width, 3)
 
-    def blank(self, bucket: Bucket, rows: np.ndarray) -> np.ndarray:
-        """Black frames in the shape of the bucket."""
-        del rows  # all clips of a bucket have its shape
-        return np.zeros((bucket.frames, bucket.height, bucket.width, 3), dtype=np.uint8)
-
     def _run(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes | bytearray]:
         if self._pool is None:
             return worker.decode_clip(**request)
@@ -92,3 +89,12 @@ class RawClips:
             _log.warning("%s; trying once more", error)
             safer = Decoder.pyav if has_decoder(Decoder.pyav) else self._config.decoder
             return self._pool.call("decode_clip", **{**request, "decoder": safer.value})
+
+
+def stack_frames(bucket: Bucket, clips: Sequence[np.ndarray | None]) -> dict[str, torch.Tensor]:
+    """The fields of a `VideoBatch` that clips of one bucket fill; None stands for a ghost."""
+    frames = np.zeros((len(clips), bucket.frames, bucket.height, bucket.width, 3), dtype=np.uint8)
+    for place, clip in enumerate(clips):
+        if clip is not None:
+            frames[place] = clip
+    return {"frames": torch.from_numpy(frames)}

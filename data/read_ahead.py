@@ -4,17 +4,43 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import repeat
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from .frame_ring import FrameRing, Spot
-from .workers import WorkerPool
+
+_REMOTE_READS = 8
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Output = TypeVar("Output")
 Groups = list[list[Item]]
+
+
+class Pool(Protocol):
+    """What runs reads beside each other."""
+
+    def run(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]: ...
+
+
+class ReadThreads:
+    """Reads some clips of a remote latent cache at a time, which wait for the network and not for a processor."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_REMOTE_READS)
+
+    def run(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Starts a read."""
+        return self._threads.submit(function, *arguments)
+
+    def counts(self) -> dict[str, int]:
+        """As a `WorkerPool` counts crashes, of which threads have none."""
+        return {}
+
+    def close(self) -> None:
+        """Forgets what has not begun, and waits for what has."""
+        self._threads.shutdown(cancel_futures=True)
 
 
 class ReadAhead(Generic[Item]):
@@ -27,7 +53,7 @@ class ReadAhead(Generic[Item]):
         self,
         frames_shape: Callable[[Item], tuple[int, int, int, int]],
         *,
-        pool: WorkerPool | None,
+        pool: Pool | None,
         ring: FrameRing | None,
         prefetch: int,
     ) -> None:

@@ -10,10 +10,9 @@ import torch
 
 from ..data.config import Access
 from ..models.vae import VideoVAE
-from ..models.vae.folder import vae_fingerprint
 from ..models.weights import save_model
 from ..train.config import TrainConfig, load_train_config
-from .encode import encode_dataset
+from .encode import ClipEncoder, encode_dataset
 from .prepare import prepare_synthetic
 
 
@@ -31,11 +30,6 @@ def make_toy_inputs(folder: Path, *, clips: int = 64) -> list[str]:
         torch.manual_seed(0)
         vae = VideoVAE(replace(config.vae.architecture, latents_mean=[], latents_std=[])).eval()
         save_model(folder / "vae", vae.config.to_diffusers(), vae.state_dict())
-        encode_dataset(
-            replace(config.data, access=Access.raw),
-            folder / "latents" / "train",
-            vae,
-            fingerprint=vae_fingerprint(folder / "vae"),
-            device=torch.device("cpu"),
-        )
+        data, encoder = replace(config.data, access=Access.raw), ClipEncoder(config, torch.device("cpu"))
+        encode_dataset(data, folder / "latents" / "train", encoder)
     return overrides

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 # Before any other package looks for one called `kernels`, see there.
 importlib.import_module("muybridge")
@@ -99,3 +100,28 @@ def tiny_run(toy_folder: Path) -> list[str]:
         f"data.path={toy_folder / 'shards' / 'train'}",
         f"data.latents={toy_folder / 'latents'}",
     ]
+
+
+@pytest.fixture(scope="session")
+def tiny_umt5(make_once: Once) -> Path:
+    """A folder as diffusers writes it, with a umT5 of random weights, 32 wide, and a word tokenizer."""
+    transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        config = transformers.UMT5Config(
+            vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"
+        )
+        transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+        words = "a red green circle square moves to the left & < quotes".split()
+        vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        end = [("</s>", 1)]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=end)
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ).save_pretrained(folder / "tokenizer")
+
+    return make_once("tiny_umt5", make)

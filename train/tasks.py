@@ -96,8 +96,9 @@ class TextToVideoTask(Task):
         return self.umt5.encode(captions)
 
     def losses(self, model: Callable[..., Any], batch: VideoBatch, *, purpose: str = "") -> SampleLosses:
-        latents = batch.latents
-        if latents is None:
+        if batch.latents is not None:
+            latents = batch.latents.float()  # [B, z, T', H', W']
+        else:
             with torch.no_grad():
                 latents = self.vae.normalise(self.vae.encode(batch.pixels).mode())  # [B, z, T', H', W']
         slots, seed = batch.slots.tolist(), self.config.seed

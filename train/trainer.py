@@ -19,6 +19,7 @@ from ..data.batch import VideoBatch
 from ..data.config import Access, DataConfig
 from ..data.ledger import BUDGET_SAMPLES, BadClip, DataBudget, DataBudgetError, from_lines, to_lines
 from ..data.loader import VideoLoader
+from ..models.text import text_fingerprint
 from ..models.vae.folder import vae_fingerprint
 from ..models.weights import load_weights
 from .checkpoint import (
@@ -69,10 +70,13 @@ class Trainer:
             torch.set_num_threads(config.threads)
 
         # Data first: its mistakes are the commonest, and it needs no model to find them.
-        self.loader = self._build_loader(config.training_data())
+        cached_with = self._cached_with()
+        videos = {name: dataset.path for name, dataset in config.data.sources().items()}
+        self.loader = self._build_loader(config.training_data(), videos, cached_with)
         self.validation_loader = None
         if (validation_data := config.validation_data()) is not None and config.validation.every_steps:
-            self.validation_loader = self._build_loader(validation_data)
+            videos = {"": config.validation.path or ""}
+            self.validation_loader = self._build_loader(validation_data, videos, cached_with)
 
         self.task = build_task(config, device)
         torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
@@ -281,16 +285,25 @@ class Trainer:
             if bucket.global_batch % (bucket.micro_batch * self.world)
         )
 
-    def _build_loader(self, data: DataConfig) -> VideoLoader:
-        cached_with = self.config.vae.path if data.access is Access.latents else None
+    def _cached_with(self) -> dict[str, str | None]:
+        if self.config.data.access is not Access.latents:
+            return {}
+        # Latents of another autoencoder have the same shape and would train without a complaint.
+        assert self.config.vae.path is not None
+        vae, text = vae_fingerprint(self.config.vae.path), text_fingerprint(self.config.text)
+        return {"vae_fingerprint": vae, "text_fingerprint": text}
+
+    def _build_loader(
+        self, data: DataConfig, videos: dict[str, str], cached_with: dict[str, str | None]
+    ) -> VideoLoader:
         return VideoLoader(
             data,
             buckets=self.buckets,
             rank=self.rank,
             world_size=self.world,
             seed=self.config.seed,
-            # Latents of another autoencoder have the same shape and would train without a complaint.
-            vae_fingerprint=vae_fingerprint(cached_with) if cached_with else None,
+            videos=videos,
+            **cached_with,
         )
 
     def _load_initial_weights(self, model: torch.nn.Module) -> None:

@@ -17,31 +17,16 @@ from muybridge.models.text import (
     text_fingerprint,
 )
 
-transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
-tokenizers = pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
+pytest.importorskip("transformers", reason="the extra `text` is not installed")
 pytest.importorskip("ftfy", reason="the extra `text` is not installed")
 
-WORDS = "a red green circle square moves to the left & < quotes".split()
 MAX_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_umt5: Path) -> Path:
     """A folder as diffusers writes it, with a tiny umT5 of random weights and a word tokenizer."""
-    root = tmp_path_factory.mktemp("wan")
-    torch.manual_seed(0)
-    config = transformers.UMT5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"
-    )
-    transformers.UMT5EncoderModel(config).save_pretrained(root / "text_encoder")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(root / "tokenizer")
-    return root
+    return tiny_umt5
 
 
 def build(folder: Path, **overrides: object) -> Umt5TextEncoder:
