@@ -27,6 +27,7 @@ VERBS = {
     "prepare": Verb(".prepare", "turn videos and captions into WebDataset shards with an index"),
     "index": Verb(".index", "index WebDataset shards that are already there"),
     "encode": Verb(".encode", "cache a dataset's latents and text embeddings as shards"),
+    "doctor": Verb(".doctor", "look at a run's data before the run: clips, captions, waste, speed"),
     "train": Verb("..train.__main__", "train a VAE or a diffusion transformer; run again to resume"),
     "sample": Verb(".sample", "generate videos from prompts with a trained run"),
     "evaluate": Verb(".evaluate", "judge whether generated shapes follow their prompts"),

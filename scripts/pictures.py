@@ -1,4 +1,4 @@
-"""Pictures of what a run did: contact sheets of clips, loss curves, and originals beside their reconstructions."""
+"""Pictures of clips and of what a run did: contact sheets, captioned grids, loss curves, originals beside reconstructions."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,18 @@ FRAME_GAP = 3
 CAPTION_GAP = 6
 ROW_GAP = 18
 MARGIN = 28
-FONT_SIZE = 17
+FONT_SIZE = 15
 LINE_HEIGHT = 22
 CAPTION_LINES = 2
 MAX_CLIPS = 60  # nobody looks at more at once, and viewers refuse very tall pictures
+# And of the grid of clips.
+GRID_WIDTH = 1700  # at most, unless one column is wider
+GRID_COLUMNS = 4
+TILE_SIDES = (256, 512)  # the longer side of a clip as it is shown is between these
+GRID_CAPTION_LINES = 9
 PAPER, INK, FAINT_INK = (255, 255, 255), (32, 36, 44), (120, 126, 138)
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Font = ImageFont.FreeTypeFont
 
 
 def contact_sheet(
@@ -34,8 +39,8 @@ def contact_sheet(
         raise ValueError(f"a contact sheet of {len(clips)} clips needs one caption for each, not {len(captions)}")
     strips = [_strip(clip, frames_per_clip) for clip in clips[:MAX_CLIPS]]
     tile_width = max(strip.width for strip in strips)
-    font = ImageFont.load_default(FONT_SIZE)
-    texts = [_wrap(caption, tile_width, font) for caption in captions[:MAX_CLIPS]]
+    font = _font()
+    texts = [_wrap(caption, tile_width, font, most_lines=CAPTION_LINES) for caption in captions[:MAX_CLIPS]]
     row_height = FRAME_HEIGHT + CAPTION_GAP + LINE_HEIGHT * max(map(len, texts)) + ROW_GAP
     columns = min(len(strips), max(1, SHEET_WIDTH // (tile_width + MARGIN)))
     rows = -(-len(strips) // columns)
@@ -54,6 +59,13 @@ def contact_sheet(
     sheet.save(path, format="PNG", optimize=True)
 
 
+def _font() -> Font:
+    # matplotlib's, as Pillow's own has no letters but those of English.
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
+
+
 def _strip(clip: np.ndarray, count: int) -> Image.Image:
     """`count` frames of a clip, evenly spread from the first to the last, side by side."""
     times = np.unique(np.linspace(0, len(clip) - 1, count).round().astype(int))
@@ -66,8 +78,8 @@ def _strip(clip: np.ndarray, count: int) -> Image.Image:
     return strip
 
 
-def _wrap(caption: str, width: int, font: Font) -> list[str]:
-    """The caption on as many lines as are given to it, cut with an ellipsis where they do not suffice."""
+def _wrap(caption: str, width: int, font: Font, *, most_lines: int) -> list[str]:
+    """The caption on at most so many lines, cut with an ellipsis where they do not suffice."""
     lines: list[str] = [""]
     for word in caption.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -75,15 +87,62 @@ def _wrap(caption: str, width: int, font: Font) -> list[str]:
             lines[-1] = longer
         else:
             lines.append(word)
-    shown = lines[:CAPTION_LINES]
-    is_cut = len(lines) > CAPTION_LINES
+    shown = lines[:most_lines]
+    is_cut = len(lines) > most_lines
     for number, line in enumerate(shown):
-        is_last = is_cut and number == CAPTION_LINES - 1
+        is_last = is_cut and number == most_lines - 1
         text = line
         while text and font.getlength(text + ("…" if is_last or text != line else "")) > width:
             text = text[:-1]
         shown[number] = text + ("…" if is_last or text != line else "")
     return shown
+
+
+def captioned_grid(
+    clips: np.ndarray, captions: Sequence[str], labels: Sequence[str], *, title: str, columns: int = GRID_COLUMNS
+) -> np.ndarray:
+    """Clips uint8 [B, T, H, W, 3] side by side as one uint8 [T, H', W', 3]: label and caption below each, even sides as mp4 needs.
+
+    Small clips are shown larger, pixel by pixel, and large ones smaller.
+    """
+    height, width = clips.shape[2:4]
+    size = _shown_size(height, width)
+    font = _font()
+    tile_width = max(size[0], TILE_SIDES[0])  # narrower, a caption would have a word a line
+    texts = [_wrap(caption, tile_width, font, most_lines=GRID_CAPTION_LINES) for caption in captions]
+    tile_height = size[1] + CAPTION_GAP + LINE_HEIGHT * (1 + max(map(len, texts))) + ROW_GAP
+    columns = max(1, min(len(clips), columns, GRID_WIDTH // (tile_width + MARGIN)))
+    rows = -(-len(clips) // columns)
+    top = MARGIN + LINE_HEIGHT + CAPTION_GAP
+    grid_width, grid_height = MARGIN + columns * (tile_width + MARGIN), top + rows * tile_height
+    page = Image.new("RGB", (grid_width + grid_width % 2, grid_height + grid_height % 2), PAPER)
+    draw = ImageDraw.Draw(page)
+    [title] = _wrap(title, grid_width - 2 * MARGIN, font, most_lines=1)
+    draw.text((MARGIN, MARGIN // 2), title, fill=INK, font=font)
+    places = [
+        (MARGIN + number % columns * (tile_width + MARGIN), top + number // columns * tile_height)
+        for number in range(len(clips))
+    ]
+    for (left, upper), label, lines in zip(places, labels, texts, strict=True):
+        below = upper + size[1] + CAPTION_GAP
+        [label] = _wrap(label, tile_width, font, most_lines=1)
+        draw.text((left, below), label, fill=FAINT_INK, font=font)
+        for number, line in enumerate(lines, start=1):
+            draw.text((left, below + number * LINE_HEIGHT), line, fill=INK, font=font)
+    grid = np.repeat(np.asarray(page)[None], clips.shape[1], axis=0)
+    sampling = Image.Resampling.NEAREST if size[0] > width else Image.Resampling.LANCZOS
+    for clip, (left, upper) in zip(clips, places, strict=True):
+        for frame, target in zip(clip, grid):
+            shown = frame if size == (width, height) else np.asarray(Image.fromarray(frame).resize(size, sampling))
+            target[upper : upper + size[1], left : left + size[0]] = shown
+    return grid
+
+
+def _shown_size(height: int, width: int) -> tuple[int, int]:
+    """Width and height of a clip in the grid: a whole multiple of a small one, so that its pixels can be seen."""
+    side, (least, most) = max(height, width), TILE_SIDES
+    scale = -(-least // side) if side < least else min(1.0, most / side)
+    return round(width * scale), round(height * scale)
 
 
 def loss_plot(runs: Mapping[str, Path], path: str | Path) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
 from muybridge.scripts import pictures
 from muybridge.scripts.pictures import FRAME_GAP, FRAME_HEIGHT, MARGIN, contact_sheet, loss_plot, side_by_side
@@ -50,8 +50,8 @@ def test_a_long_list_is_cut(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("caption", ["many short words " * 20, "wordwithoutspaces" * 20, "two words", ""])
 def test_captions_stay_within_their_tile(caption: str) -> None:
-    font = ImageFont.load_default(pictures.FONT_SIZE)
-    lines = pictures._wrap(caption, 200, font)
+    font = pictures._font()
+    lines = pictures._wrap(caption, 200, font, most_lines=pictures.CAPTION_LINES)
     assert 1 <= len(lines) <= pictures.CAPTION_LINES
     assert all(font.getlength(line) <= 200 for line in lines)
     is_complete = " ".join(lines) == caption.strip()
