@@ -24,7 +24,9 @@ from .worker import LENGTHS, packed_header
 
 T = TypeVar("T")
 
-REQUESTS_PER_PROCESS = 5000
+# Decoders leak, PyAV 0.3 kB a clip and 0.5 kB where every second one is damaged (benchmarks/results/loader_memory_cpu.json): in so
+# many requests a process grows by less than 2 %, and its start costs as much as a few dozen small clips.
+REQUESTS_PER_PROCESS = 2500
 _COMMAND = [sys.executable, "-m", "muybridge.data.worker"]
 _START_SECONDS = 120.0  # a cold file system can take long to load the libraries
 # The processes are what runs at the same time; threads of theirs would only be in each other's way.
