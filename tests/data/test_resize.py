@@ -55,7 +55,7 @@ def test_fine_patterns_turn_grey_instead_of_aliasing() -> None:
 
 def test_frames_and_pixels_are_inverse() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
-    pixels = to_pixels(frames)
+    pixels = to_pixels(torch.from_numpy(frames))
     assert pixels.shape == (2, 3, 3, 4, 5)
     assert pixels.is_contiguous()
     assert pixels.min() >= -1
