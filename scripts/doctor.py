@@ -16,12 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.config import Access
+from ..data.config import Access, DataConfig
 from ..data.loader import VideoLoader
 from ..data.open_dataset import open_datasets
 from ..data.plan import Plan
 from ..data.storage import TransientReadError
 from ..models.flops import count_tokens
+from ..models.text import text_fingerprint
 from ..models.vae.folder import vae_fingerprint
 from ..train.config import TaskKind, TrainConfig, load_train_config
 from .dataset_commands import console, positive, say
@@ -32,6 +33,7 @@ from .doctor_report import (
     collect_facts,
     dataset_table,
     histogram_table,
+    misfit_notes,
     reading_speed,
     waste_table,
 )
@@ -71,7 +73,10 @@ def examine(
     config: TrainConfig, out: Path, *, processes: int, steps: int, step_seconds: float | None
 ) -> dict[str, Any]:
     """Prints the facts, reads the first `steps` steps of each bucket, writes their pictures to `out`; returns the report."""
-    data, buckets = config.training_data(), config.buckets(processes)
+    if config.data.access not in (Access.raw, Access.latents):
+        raise ValueError(f"data.access={config.data.access} has no index to look at; make one with: muybridge index")
+    # Training refuses a dataset of which most clips fit no bucket; here it is shown why.
+    data, buckets = replace(config.training_data(), max_misfit_share=1.0), config.buckets(processes)
     opened = open_datasets(data, buckets)
     rows = [dataset.rows for dataset in opened]
     plan = Plan(buckets, rows, seed=config.seed, image_share=data.image_share)
@@ -89,11 +94,12 @@ def examine(
     )
     chosen = first_steps(plan, steps, last_step=config.steps)
     never = [facts.buckets[bucket].name for bucket, found in chosen.items() if not found]
+    facts.notes += misfit_notes(opened, config.data.max_misfit_share)
     facts.notes += [f"{name}: none of the run's {config.steps} steps has this bucket" for name in never]
     validation = _validation_facts(config)
     _print_facts(facts, validation)
     _remove_earlier(out)
-    loader = _build_loader(config)
+    loader = _build_loader(config, data)
     cores = max(1, data.workers) if data.access is Access.raw else 1  # latents are read by the training process
     try:
         samples = read_samples(loader, chosen, out, processes=cores, fps=data.fps)
@@ -121,20 +127,21 @@ def examine(
     }
 
 
-def _build_loader(config: TrainConfig) -> VideoLoader:
+def _build_loader(config: TrainConfig, data: DataConfig) -> VideoLoader:
     # Of each step only as many clips are read as can be shown. How many processes share a step does not change its clips.
-    data = replace(config.training_data(), prefetch=0)
     buckets = [
         replace(bucket, micro_batch=min(CLIPS_A_STEP, bucket.global_batch)) for bucket in config.buckets(world_size=1)
     ]
-    has_vae = data.access is Access.latents and config.vae.path and not config.missing_inputs()
+    has_models = data.access is Access.latents and config.vae.path and not config.missing_inputs()
     return VideoLoader(
-        data,
+        replace(data, prefetch=0),
         buckets=buckets,
         rank=0,
         world_size=max(-(-bucket.global_batch // bucket.micro_batch) for bucket in buckets),
         seed=config.seed,
-        vae_fingerprint=vae_fingerprint(config.vae.path) if has_vae and config.vae.path else None,
+        vae_fingerprint=vae_fingerprint(config.vae.path) if has_models and config.vae.path else None,
+        text_fingerprint=text_fingerprint(config.text) if has_models else None,
+        videos={name: source.path for name, source in config.data.sources().items()} if has_models else None,
     )
 
 
@@ -142,7 +149,7 @@ def _validation_facts(config: TrainConfig) -> dict[str, Any] | None:
     data = config.validation_data()
     if data is None or not config.validation.every_steps:
         return None
-    [dataset] = open_datasets(data, config.buckets(world_size=1))
+    [dataset] = open_datasets(replace(data, max_misfit_share=1.0), config.buckets(world_size=1))
     return {"path": data.path, "clips": len(dataset.index), "taken": len(dataset.rows)}
 
 

@@ -246,7 +246,9 @@ def _notes(facts: list[BucketFacts], buckets: Sequence[Bucket], fields: list[str
     notes = []
     for found, bucket, field_name in zip(facts, buckets, fields, strict=True):
         if not found.clips:
-            notes.append(f"{found.name}: no clip fits, or larger buckets take them all; it never comes")
+            notes.append(
+                f"{found.name}: no clip fits, or larger buckets take them all; training refuses such a bucket: take it out"
+            )
             continue
         if abs(found.relative_cost - 1) > COST_TOLERANCE:
             notes.append(
@@ -260,6 +262,16 @@ def _notes(facts: list[BucketFacts], buckets: Sequence[Bucket], fields: list[str
                 f"{_cure_for_ghosts(bucket, field_name, processes)}"
             )
     return notes
+
+
+def misfit_notes(opened: Sequence[OpenDataset], max_misfit_share: float) -> list[str]:
+    """A warning for each dataset that training refuses, as too many of its clips fit no bucket."""
+    return [
+        f"{dataset.rows.name or 'data.path'}: {dataset.misfits} clips that are wanted fit no bucket, a larger share than "
+        f"data.max_misfit_share={max_misfit_share:g}; training refuses that"
+        for dataset in opened
+        if dataset.misfits > max_misfit_share * (len(dataset.rows) + dataset.misfits)
+    ]
 
 
 def _cure_for_ghosts(bucket: Bucket, field_name: str, processes: int) -> str:
