@@ -76,8 +76,9 @@ class ReadAhead(Generic[Item]):
         waiting: deque[tuple[Groups[Future[Result]], int | None]] = deque()
 
         def first() -> Output:
-            futures, place = waiting.popleft()
+            futures, place = waiting[0]
             output = finish([[future.result() for future in group] for group in futures])
+            waiting.popleft()  # not before: after an error the others of the step are waited for below
             self._release(place)
             return output
 
