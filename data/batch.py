@@ -21,7 +21,7 @@ class VideoBatch:
     step: int
     step_samples: int  # of the whole step over all ranks, which the sum of losses is divided by
     slots: torch.Tensor  # int64 [B], position of each clip in the global batch of the step
-    datasets: torch.Tensor  # int64 [B], place of each clip's dataset in the configuration; -1 for a ghost
+    datasets: torch.Tensor  # int64 [B], place of each clip's dataset among the sorted names; -1 for a ghost
     rows: torch.Tensor  # int64 [B], row of each clip in the dataset's index (after any substitution); -1 for a ghost
     weights: torch.Tensor  # float32 [B], of each clip's loss in the step's: 1, and 0 for a ghost
     keys: list[str]  # "" for a ghost

@@ -92,8 +92,8 @@ class DataConfig:
         return found + self._bucket_faults(field)
 
     def sources(self) -> dict[str, DatasetConfig]:
-        """The datasets by name; a single one is called ""."""
-        return self.datasets or {"": DatasetConfig(path=self.path, filter=self.filter)}
+        """The datasets by name; a single one is called "". Sorted: in which order they were set must not matter."""
+        return dict(sorted(self.datasets.items())) or {"": DatasetConfig(path=self.path, filter=self.filter)}
 
     def shapes(self) -> list[BucketConfig]:
         """The clip shapes that are trained on."""

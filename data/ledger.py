@@ -1,6 +1,7 @@
 """The ledger of clips that could not be read: which, why, and what stood in their place; and how many are too many.
 
-It rides in the checkpoints. A row that it knows is replaced without another attempt, with the same result.
+It rides in the checkpoints. A row that it knows in a pass is replaced without another attempt, with the same result; the next pass
+draws another excerpt of the clip, which may be readable, so that one is tried whoever met the clip before.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class BadClip:
     step: int
     position: int  # in the global batch
     substitute: int | None  # the row that stood in for it there; None where nothing did
+    passes: tuple[int, ...]  # in which it was tried, ascending
     times: int = 1  # how often it was replaced
 
 
@@ -45,16 +47,16 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._clips)
 
-    def reason(self, dataset: str, row: int) -> str | None:
-        """Why a row cannot be read; None where nothing is known against it."""
+    def reason(self, dataset: str, row: int, pass_number: int) -> str | None:
+        """Why a row cannot be read in a pass; None where nothing is known against it."""
         clip = self._clips.get((dataset, row))
-        return clip.reason if clip else None
+        return clip.reason if clip and pass_number in clip.passes else None
 
     def add(self, found: list[BadClip]) -> None:
         """Enters the bad clips of one sample, in the order in which they were tried; none where it was read at once."""
         for clip in found:
             known = self._clips.get((clip.dataset, clip.row))
-            self._clips[clip.dataset, clip.row] = replace(known, times=known.times + 1) if known else clip
+            self._clips[clip.dataset, clip.row] = _together(known, clip, times=known.times + 1) if known else clip
         self._replaced += bool(found)
         self._in_a_row = self._in_a_row + 1 if found else 0
 
@@ -81,8 +83,7 @@ class Ledger:
             if known is None:
                 merged[key] = clip
             elif new_times := clip.times - (shared.times if shared else 0):
-                first = min(known, clip, key=lambda c: (c.step, c.position))
-                merged[key] = replace(first, times=known.times + new_times)
+                merged[key] = _together(known, clip, times=known.times + new_times)
         self._clips, self._shared = dict(merged), merged
 
     def summary(self) -> str:
@@ -92,6 +93,11 @@ class Ledger:
         return "; ".join(shown) + more
 
 
+def _together(a: BadClip, b: BadClip, *, times: int) -> BadClip:
+    first = min(a, b, key=lambda clip: (clip.step, clip.position))
+    return replace(first, passes=tuple(sorted({*a.passes, *b.passes})), times=times)
+
+
 def to_lines(clips: Iterable[BadClip]) -> str:
     """One JSON object a line."""
     return "".join(json.dumps(asdict(clip)) + "\n" for clip in clips)
@@ -99,7 +105,8 @@ def to_lines(clips: Iterable[BadClip]) -> str:
 
 def from_lines(path: Path) -> list[BadClip]:
     """The inverse of `to_lines`."""
-    return [BadClip(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    facts = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [BadClip(**{**fact, "passes": tuple(fact["passes"])}) for fact in facts]
 
 
 class DataBudget:

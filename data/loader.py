@@ -34,6 +34,8 @@ from .workers import WorkerPool
 _log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+MAX_STATE_BYTES = 4096  # as JSON, for six datasets of forty buckets
+_HASH_TEXT = 16  # characters of a hash
 _MAX_STATE_TEXT = 200  # characters of a setting that a checkpoint keeps as it is; of longer ones it keeps a hash
 
 
@@ -96,6 +98,16 @@ class VideoLoader:
         """Clips that can be drawn: those of the filters that fit a bucket."""
         return sum(map(len, self._datasets))
 
+    def refuse_empty_buckets(self) -> None:
+        """Raises ValueError for buckets that could never come in training, as no dataset with a weight has a clip for them."""
+        drawn = [dataset for dataset in self._datasets if dataset.weight > 0]
+        names = [bucket.name for b, bucket in enumerate(self.buckets) if not any(len(data.rows[b]) for data in drawn)]
+        if names:
+            raise ValueError(
+                f"data.buckets: no clip belongs to {', '.join(names)}; take {'it' if len(names) == 1 else 'them'} out, or see "
+                "muybridge doctor for where the clips go"
+            )
+
     @property
     def fingerprint(self) -> str:
         """Changes if and only if the sequence of samples could: checked when a run resumes."""
@@ -124,8 +136,14 @@ class VideoLoader:
         return {name: text if len(text) <= _MAX_STATE_TEXT else _short_hash(text) for name, text in texts.items()}
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint before a step keeps, besides the step and the ledger: at most about 4 KB of JSON."""
-        return {"version": STATE_VERSION, "settings": self.settings(), "plan": self.plan.state(step)}
+        """What a checkpoint before a step keeps, besides the step and the ledger: about `MAX_STATE_BYTES` of JSON at most."""
+        settings = self.settings()
+        state = {"version": STATE_VERSION, "settings": settings, "plan": self.plan.state(step)}
+        for name in sorted(settings, key=lambda name: -len(settings[name])):
+            if len(json.dumps(state)) <= MAX_STATE_BYTES or len(settings[name]) <= _HASH_TEXT:
+                break
+            settings[name] = _short_hash(settings[name])
+        return state
 
     def resume(self, state: dict[str, Any] | None) -> bool:
         """Continue from a checkpoint's `state`; whether the data changed since, so that a new segment of the plan begins here.
@@ -135,7 +153,7 @@ class VideoLoader:
         if state is None or state.get("version") != STATE_VERSION:
             raise ValueError("the checkpoint is of an older version, whose order of samples cannot be continued")
         saved, now = state["settings"], self.settings()
-        changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+        changed = [name for name in {**saved, **now} if not _is_same(saved.get(name), now.get(name))]
         if changed and not self._config.accept_changes:
             texts = [f"{name}: {saved.get(name, 'absent')} saved, {now.get(name, 'absent')} now" for name in changed]
             raise ValueError(
@@ -234,7 +252,7 @@ class VideoLoader:
         attempt = 0
         while row is not None:
             try:
-                if reason := self.ledger.reason(name, row):
+                if reason := self.ledger.reason(name, row, slot.pass_number):
                     raise DecodeError(reason)
                 captions = index.captions(row)
                 draws = draw(
@@ -263,9 +281,10 @@ class VideoLoader:
         found = []
         for row, reason in tried:
             key = self.indexes[slot.dataset].text("key", row)
-            if self.ledger.reason(self._names[slot.dataset], row) is None:
+            if self.ledger.reason(self._names[slot.dataset], row, slot.pass_number) is None:
                 _log.warning("cannot read clip %s: %s", key, reason)
-            found.append(BadClip(self._names[slot.dataset], row, key, reason, slot.step, slot.position, substitute))
+            place = slot.step, slot.position, substitute, (slot.pass_number,)
+            found.append(BadClip(self._names[slot.dataset], row, key, reason, *place))
         return found
 
     def _read_middle(self, slot: Slot, spot: Spot | None) -> _ReadClip:
@@ -297,5 +316,9 @@ class VideoLoader:
         )
 
 
+def _is_same(saved: str | None, now: str | None) -> bool:
+    return saved == now or (now is not None and saved == _short_hash(now))
+
+
 def _short_hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(text.encode(), digest_size=_HASH_TEXT // 2).hexdigest()

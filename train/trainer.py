@@ -73,6 +73,7 @@ class Trainer:
         cached_with = self._cached_with()
         videos = {name: dataset.path for name, dataset in config.data.sources().items()}
         self.loader = self._build_loader(config.training_data(), videos, cached_with)
+        self.loader.refuse_empty_buckets()
         self.validation_loader = None
         if (validation_data := config.validation_data()) is not None and config.validation.every_steps:
             videos = {"": config.validation.path or ""}
