@@ -142,7 +142,7 @@ def read(data: bytes, times_seconds: Sequence[float], *, seekable: bool) -> np.n
             if len(frames) == len(wanted):
                 break
         if len(frames) < len(wanted):
-            end = shown.pts + (shown.duration or length or 1 / (frame_rate(stream.average_rate, []) * stream.time_base))
+            end = shown.pts + (shown.duration or length)
             check_end(times_seconds[-1], float(end - origin) * time_base)
             frames += [shown_pixels(shown, stream)] * (len(wanted) - len(frames))
     if len({frame.shape for frame in frames}) > 1:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from muybridge.data import decode
+from muybridge.data import decode, decode_decord, decode_pyav
 from muybridge.data.decode import (
     DecodeError,
     Decoder,
@@ -53,9 +54,14 @@ def test_decord_alone_is_enough(numbered: Any, monkeypatch: pytest.MonkeyPatch) 
     assert numbered.read(frames) == [28, 29, 30, 31, 32]
     with pytest.raises(DecodeError, match="decord cannot open it"):
         probe(data[: len(data) // 2])
-    from muybridge.tests.data.video_files import plain, remux  # needs PyAV, and some tests here do not
+    from muybridge.tests.data.video_files import encode, plain, remux  # needs PyAV, and some tests here do not
 
-    for cut in (remux(plain(), earlier_ms=200), remux(plain(), from_packet=4, container="matroska")):
+    late = encode(options={"g": "10", "bf": "0"})
+    for cut in (
+        remux(plain(), earlier_ms=200),
+        remux(late, from_packet=4),
+        remux(late, from_packet=4, container="matroska"),
+    ):
         with pytest.raises(DecodeError, match="frames at its start are hidden or cannot be decoded"):
             probe(
                 cut
@@ -66,6 +72,23 @@ def test_times_must_ascend() -> None:
     for times in ([], [1.0, 0.5], [-1.0]):
         with pytest.raises(ValueError, match="must be ascending"):
             read_frames(b"", times)
+
+
+@pytest.mark.skipif(not (has_decoder(Decoder.decord) and has_decoder(Decoder.pyav)), reason="needs both")
+def test_a_file_that_decord_sees_otherwise_is_not_left_to_it(numbered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = numbered.encode(CONSTANT)
+    info, starts = decode_decord.probe(data)
+    for other in (
+        (info, [start + 0.02 * (start > 1) for start in starts]),
+        (replace(info, frames=51), [*starts, 2.0]),
+        (replace(info, width=info.height, height=info.width), starts),
+    ):
+        assert probe(data).seekable
+        with monkeypatch.context() as patch:
+            patch.setattr(decode_decord, "probe", lambda data, other=other: other)
+            assert probe(data) == replace(probe(data), seekable=False)
+    monkeypatch.setattr(decode_pyav, "_packets", lambda data: (51, True))  # one of which gives no frame
+    assert not probe(data).seekable
 
 
 def test_who_stands_in_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
