@@ -10,8 +10,8 @@ import numpy as np
 
 NO_BUCKET = -1
 LEFT_OVER = "left over by the buckets' keep"  # the one reason that is no misfit
-# Buckets with as many frames and at least this share of the area are alike: clips go to the one of their aspect ratio. Steps between
-# the usual resolutions are larger (480p has 0.43 of 720p), and shapes of one resolution differ by less.
+# Buckets with as many frames and at least this share of the area are alike: clips go to the one of their aspect ratio. Steps
+# between the usual resolutions are larger (480p has 0.43 of 720p), and shapes of one resolution differ by less.
 _SAME_AREA = 0.7
 _SLACK_TOLERANCE_SECONDS = 1e-3  # durations are rounded in some containers
 _CHUNK = 1 << 17  # rows at a time: all temporary arrays stay in the processor's cache

@@ -40,7 +40,7 @@ CONTAINERS = ["mp4", "matroska", "image"]
 
 _FACTS_AT_A_TIME = 16
 _SHOWN = 20
-_VERSION = 1  # raise it when the same shard would give another sidecar
+_VERSION = 2  # raise it when the same shard would give another sidecar
 
 
 @dataclass(frozen=True)
