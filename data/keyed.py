@@ -69,6 +69,10 @@ class Shares:
 
     def __call__(self, place: int) -> int:
         """The option at a place."""
+        return self.draw(place)[0]
+
+    def draw(self, place: int) -> tuple[int, int]:
+        """The option at a place, and how often it came before."""
         node = self._root
         while isinstance(node, _Node):
             left = node.lefts(place)
@@ -76,7 +80,7 @@ class Shares:
                 place, node = left, node.left
             else:
                 place, node = place - left, node.right
-        return node
+        return node, place
 
     def count(self, option: int, places: int) -> int:
         """How often the option comes among the first `places` places."""

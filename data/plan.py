@@ -228,20 +228,14 @@ class Plan:
         bucket = self.buckets[number]
         first = self._places(number, step)
         choice = self._dataset_of_slot[number]
-        drawn = [self._drawn(d, number, step) for d in range(len(self.datasets))]
-        draws = []
-        for place in range(first, first + bucket.global_batch):
-            dataset = choice(place)
-            draws.append((dataset, drawn[dataset]))
-            drawn[dataset] += 1
         # Which dataset comes where is regular; without this a rank could get always the same one.
         order = Permutation.keyed(bucket.global_batch, self.seed, "position", step)
         slots = []
         for position in positions:
-            dataset, count = draws[order(position)]
+            dataset, count = choice.draw(first + order(position))
             source = self.datasets[dataset]
             rows = source.rows[number]
-            pass_number, place = divmod(count, len(rows))
+            pass_number, place = divmod(self._drawn_before[dataset][number] + count, len(rows))
             row = int(rows[_order_of_pass(len(rows), self.seed, source.name, bucket.name, pass_number)(place)])
             slots.append(Slot(step, position, number, dataset, row, pass_number))
         return slots

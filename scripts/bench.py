@@ -25,6 +25,7 @@ BF16_PEAKS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
 # Kinds that are programs of their own: module and line of help.
 PROGRAMS = {
     "code": (".machine_code", "registers, spills and tensor-core instructions of every kernel launch, without a GPU"),
+    "plan": (".bench_plan", "time and memory of planning steps over 10.5 million clips in 6 datasets and 40 buckets"),
     "kernels": (".bench_kernels", "the kernels against cuDNN, flash, FlexAttention and torch.compile on a CUDA GPU"),
 }
 
