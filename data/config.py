@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from .buckets import Bucket, BucketConfig, FitRules, balanced_micro_batch
-from .decode import Decoder
+from .decode import Decoder, decoder_fault
 
 _DATASET_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
@@ -20,6 +20,9 @@ class Access(StrEnum):
 
     raw = "raw"  # encoded videos, decoded on the fly
     latents = "latents"  # a latent cache
+    # Tars of encoded videos that have no index, read from start to end. Not exact: the order of samples depends on the number of
+    # processes, and a run that resumes begins a new one. `muybridge index` makes an index, and exact runs, where that is possible.
+    stream = "stream"
 
 
 @dataclass
@@ -42,7 +45,9 @@ class DatasetConfig:
 class DataConfig:
     """Which clips to train on and how to read them."""
 
-    path: str = ""  # dataset folder, as `muybridge prepare` writes it
+    # Dataset folder, as `muybridge prepare` writes it. With access=stream the tars: their folder, or names or URLs with braces
+    # (https://host/shard-{000..127}.tar).
+    path: str = ""
     # Several datasets by name, instead of `path` and `filter`; empty for one.
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     access: Access = Access.raw  # whether the clips of `path` are decoded, or their cached latents are read
@@ -61,7 +66,7 @@ class DataConfig:
     max_upscale: float = 1.25  # clips that would have to be enlarged by more are left out
     max_crop: float = 0.5  # clips of which a larger share of the picture would be cut off are left out
     max_misfit_share: float = 0.5  # the run does not start when more of the clips that the filter takes fit no bucket
-    decoder: Decoder = Decoder.decord  # tried first; the other one reads what it cannot
+    decoder: Decoder = Decoder.decord  # tried first; PyAV, then decord read what it cannot
     workers: int = 2  # decoding processes of each rank; 0 decodes in the training process, which a bad stream may crash
     prefetch: int = 2  # steps decoded ahead; 0 for none
     timeout_seconds: float = 60.0  # a clip that takes longer to decode counts as unreadable
@@ -76,6 +81,8 @@ class DataConfig:
             found.append(
                 f"{field}.latents must name a folder with {field}.access=latents; make it with: muybridge encode"
             )
+        if self.access is Access.stream:
+            found += self._stream_faults(field)
         if self.frames < 1 or self.frames % 4 != 1:
             found.append(
                 f"{field}.frames={self.frames} must be 1 + a multiple of 4 (the autoencoder's temporal stride)"
@@ -89,6 +96,8 @@ class DataConfig:
         for name in ("caption_dropout", "max_bad_share", "max_misfit_share"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{field}.{name}={getattr(self, name)} must be in 0..1")
+        if fault := decoder_fault(self.decoder, field=f"{field}.decoder"):
+            found.append(fault)
         return found + self._bucket_faults(field)
 
     def sources(self) -> dict[str, DatasetConfig]:
@@ -126,6 +135,18 @@ class DataConfig:
                 )
         if not any(dataset.weight > 0 for dataset in self.datasets.values()):
             found.append(f"{field}.datasets: one of the weights must be positive")
+        return found
+
+    def _stream_faults(self, field: str) -> list[str]:
+        found = [
+            f"{field}.{name} must not be set with {field}.access=stream, which has no index (make one with: muybridge index)"
+            for name in ("datasets", "filter", "image_share")
+            if getattr(self, name)
+        ]
+        if self.workers == 0:
+            found.append(
+                f"{field}.workers=0 must be at least 1 with {field}.access=stream, whose clips nobody has looked at before"
+            )
         return found
 
     def _bucket_faults(self, field: str) -> list[str]:

@@ -29,14 +29,10 @@ from .open_dataset import open_datasets
 from .plan import GHOST, PLAN_VERSION, Plan, Segment, Slot, micro_steps
 from .raw_clips import RawClips, stack_frames
 from .read_ahead import ReadAhead, ReadThreads
+from .run_state import STATE_VERSION, changed_settings, setting_texts, shortened
 from .workers import WorkerPool
 
 _log = logging.getLogger(__name__)
-
-STATE_VERSION = 1
-MAX_STATE_BYTES = 4096  # as JSON, for six datasets of forty buckets
-_HASH_TEXT = 16  # characters of a hash
-_MAX_STATE_TEXT = 200  # characters of a setting that a checkpoint keeps as it is; of longer ones it keeps a hash
 
 
 @dataclass(frozen=True)
@@ -132,36 +128,29 @@ class VideoLoader:
             values[f"{where}.filter"] = dataset.filter
             if name:
                 values[f"{where}.weight"] = dataset.weight
-        texts = {name: json.dumps(value) for name, value in values.items()}
-        return {name: text if len(text) <= _MAX_STATE_TEXT else _short_hash(text) for name, text in texts.items()}
+        return setting_texts(values)
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint before a step keeps, besides the step and the ledger: about `MAX_STATE_BYTES` of JSON at most."""
-        settings = self.settings()
-        state = {"version": STATE_VERSION, "settings": settings, "plan": self.plan.state(step)}
-        for name in sorted(settings, key=lambda name: -len(settings[name])):
-            if len(json.dumps(state)) <= MAX_STATE_BYTES or len(settings[name]) <= _HASH_TEXT:
-                break
-            settings[name] = _short_hash(settings[name])
-        return state
+        return shortened({"version": STATE_VERSION, "settings": self.settings(), "plan": self.plan.state(step)})
 
     def resume(self, state: dict[str, Any] | None) -> bool:
         """Continue from a checkpoint's `state`; whether the data changed since, so that a new segment of the plan begins here.
 
         Raises ValueError, naming each setting that differs, unless `data.accept_changes`.
         """
-        if state is None or state.get("version") != STATE_VERSION:
-            raise ValueError("the checkpoint is of an older version, whose order of samples cannot be continued")
-        saved, now = state["settings"], self.settings()
-        changed = [name for name in {**saved, **now} if not _is_same(saved.get(name), now.get(name))]
-        if changed and not self._config.accept_changes:
-            texts = [f"{name}: {saved.get(name, 'absent')} saved, {now.get(name, 'absent')} now" for name in changed]
-            raise ValueError(
-                f"these changed: {'; '.join(texts)} (undo it, choose another run_dir, or set data.accept_changes=true to go on "
-                "with the new data from this step)"
-            )
+        changed = changed_settings(state, self.settings(), accept_changes=self._config.accept_changes)
+        assert state is not None
         self.plan = self._build_plan(Segment.after(state["plan"]) if changed else Segment.of(state["plan"]))
         return bool(changed)
+
+    def samples_before(self, step: int) -> int:
+        """Samples of all steps before a step."""
+        return self.plan.samples_before(step)
+
+    def ghost_share(self) -> float:
+        """The share of all places that hold no sample, see `Plan.ghost_share`."""
+        return self.plan.ghost_share(self._world_size)
 
     def counts(self) -> dict[str, int]:
         """Rows in use and left out, bad clips so far, and since the start decodes by the other decoder and crashes."""
@@ -314,11 +303,3 @@ class VideoLoader:
             captions=[clip.caption for clip in clips],
             **(self._caches[0].assemble(bucket, media) if self._caches else stack_frames(bucket, media)),
         )
-
-
-def _is_same(saved: str | None, now: str | None) -> bool:
-    return saved == now or (now is not None and saved == _short_hash(now))
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=_HASH_TEXT // 2).hexdigest()

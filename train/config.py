@@ -106,7 +106,7 @@ class TrainConfig:
 
     def training_data(self) -> DataConfig:
         """The data settings with the paths at what is read: the clips or their latents."""
-        if self.data.access is Access.raw:
+        if self.data.access is not Access.latents:
             return self.data
         folder = Path(self.data.latents or "") / "train"
         if not self.data.datasets:
@@ -118,10 +118,12 @@ class TrainConfig:
         """The same for the validation clips, with every caption kept; None where there are none."""
         if self.validation.path is None:
             return None
-        path = self.validation.path
-        if self.data.access is Access.latents:
+        path, access = self.validation.path, self.data.access
+        if access is Access.latents:
             path = str(Path(self.data.latents or "") / "validation")
-        return replace(self.data, path=path, datasets={}, image_share=None, caption_dropout=0.0)
+        if access is Access.stream:  # its clips are the same ones every time, which takes an index
+            access = Access.raw
+        return replace(self.data, path=path, access=access, datasets={}, image_share=None, caption_dropout=0.0)
 
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Channels, frames, height and width of the latents of a clip of data.frames x height x width."""

@@ -1,7 +1,8 @@
-"""Stopping on request: a signal or a stop file sets a flag, and all ranks agree on the step at which they stop."""
+"""What ranks tell each other between steps. Stopping on request: a signal or a stop file sets a flag, and all agree on the step."""
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,21 @@ class Agreement:
     stop: bool  # any of them was asked to stop
     replaced_samples: int  # of the step, over all ranks
     is_unreadable: bool  # one of them has read nothing but bad clips for long
+
+
+def gather_over_gloo() -> Callable[[list[int]], list[list[int]]]:
+    """A function that gives every rank the rows of all, equally long, in the order of the ranks. Both are collective."""
+    world = dist.get_world_size()
+    group = dist.new_group(backend="gloo") if world > 1 else None
+
+    def gather(row: list[int]) -> list[list[int]]:
+        if group is None:
+            return [row]
+        rows = [torch.empty(len(row), dtype=torch.int64) for _ in range(world)]
+        dist.all_gather(rows, torch.tensor(row), group=group)
+        return [part.tolist() for part in rows]
+
+    return gather
 
 
 class StopRequest:

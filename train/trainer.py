@@ -19,6 +19,7 @@ from ..data.batch import VideoBatch
 from ..data.config import Access, DataConfig
 from ..data.ledger import BUDGET_SAMPLES, BadClip, DataBudget, DataBudgetError, from_lines, to_lines
 from ..data.loader import VideoLoader
+from ..data.stream import NOT_EXACT, StreamLoader
 from ..models.text import text_fingerprint
 from ..models.vae.folder import vae_fingerprint
 from ..models.weights import load_weights
@@ -36,7 +37,7 @@ from .config import TaskKind, TrainConfig
 from .ema import EMA
 from .engine import EXIT_DONE, EXIT_REQUEUE, Engine, StepResult
 from .optimizer import build_optimizer, learning_rate
-from .preemption import StopRequest
+from .preemption import StopRequest, gather_over_gloo
 from .tasks import build_task
 from .throughput import MetricsWindow
 from .tracking import Tracker
@@ -71,9 +72,7 @@ class Trainer:
 
         # Data first: its mistakes are the commonest, and it needs no model to find them.
         cached_with = self._cached_with()
-        videos = {name: dataset.path for name, dataset in config.data.sources().items()}
-        self.loader = self._build_loader(config.training_data(), videos, cached_with)
-        self.loader.refuse_empty_buckets()
+        self.loader = self._build_training_loader(config.training_data(), cached_with)
         self.validation_loader = None
         if (validation_data := config.validation_data()) is not None and config.validation.every_steps:
             videos = {"": config.validation.path or ""}
@@ -116,11 +115,13 @@ class Trainer:
             )
             if resume_from is not None:
                 self.tracker.note(f"resumed from {resume_from}")
+            if config.data.access is Access.stream:
+                self.tracker.note(f"muybridge: {NOT_EXACT}")
             if data_changed:
                 self.tracker.note(
                     f"muybridge: the data changed: a new order of samples begins at step {self.start_step}"
                 )
-            if (share := self.loader.plan.ghost_share(world)) > GHOST_SHARE_WORTH_A_NOTE:
+            if (share := self.loader.ghost_share()) > GHOST_SHARE_WORTH_A_NOTE:
                 self.tracker.note(
                     f"muybridge: {share:.0%} of the computation is for nothing: global batches that are no multiples of "
                     f"micro_batch x processes: {self._uneven_buckets()}"
@@ -167,7 +168,7 @@ class Trainer:
             if step % self.config.tracking.log_every_steps == 0 or step == self.config.steps:
                 row = window.close(result, lr)
                 if self.tracker is not None:
-                    self.tracker.log(step, {**row, "samples_seen": self.loader.plan.samples_before(step)})
+                    self.tracker.log(step, {**row, "samples_seen": self.loader.samples_before(step)})
                 self._check_convergence(step, row)
             if self._is_due(step, self.config.checkpoint.every_steps) and step < self.config.steps:
                 saved_step = self._save(step, saved_step)
@@ -196,7 +197,7 @@ class Trainer:
         """Whether all ranks stop here, after step - 1. Raises DataBudgetError on all of them."""
         ledger = self.loader.ledger
         found = self.stop_request.agree(replaced_samples=ledger.take_replaced(), is_unreadable=ledger.has_long_run)
-        is_over = self.budget.add(self.loader.plan.samples_before(step), found.replaced_samples)
+        is_over = self.budget.add(self.loader.samples_before(step), found.replaced_samples)
         if is_over or found.is_unreadable:
             raise DataBudgetError(
                 f"{self.budget.replaced} of the last {BUDGET_SAMPLES} samples could not be read, more than "
@@ -293,6 +294,23 @@ class Trainer:
         assert self.config.vae.path is not None
         vae, text = vae_fingerprint(self.config.vae.path), text_fingerprint(self.config.text)
         return {"vae_fingerprint": vae, "text_fingerprint": text}
+
+    def _build_training_loader(
+        self, data: DataConfig, cached_with: dict[str, str | None]
+    ) -> VideoLoader | StreamLoader:
+        if data.access is Access.stream:
+            return StreamLoader(
+                data,
+                buckets=self.buckets,
+                rank=self.rank,
+                world_size=self.world,
+                seed=self.config.seed,
+                gather=gather_over_gloo(),
+            )
+        videos = {name: dataset.path for name, dataset in self.config.data.sources().items()}
+        loader = self._build_loader(data, videos, cached_with)
+        loader.refuse_empty_buckets()
+        return loader
 
     def _build_loader(
         self, data: DataConfig, videos: dict[str, str], cached_with: dict[str, str | None]

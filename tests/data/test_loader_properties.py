@@ -21,9 +21,10 @@ from muybridge.data.decode import DecodeError, Decoder
 from muybridge.data.draws import Draws
 from muybridge.data.index import Clip
 from muybridge.data.ledger import BadClip, from_lines, to_lines
-from muybridge.data.loader import MAX_STATE_BYTES, VideoLoader
+from muybridge.data.loader import VideoLoader
 from muybridge.data.plan import GHOST
 from muybridge.data.raw_clips import RawClips
+from muybridge.data.run_state import MAX_STATE_BYTES
 from muybridge.data.shards import DatasetWriter
 from muybridge.data.storage import TransientReadError
 from muybridge.tests.data.plan_cases import Leg, legs
