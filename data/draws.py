@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .keyed import keyed_bits, keyed_uniform
 
@@ -21,11 +21,25 @@ class Draws:
 MIDDLE = Draws(0.5, 0.5, 0.5, 0)
 
 
-def draw(seed: int, dataset: str, row: int, pass_number: int, *, captions: int, caption_dropout: float) -> Draws:
-    """The draws of a row of a dataset in one pass, for a clip with this number of captions."""
+def draw(
+    seed: int,
+    dataset: str,
+    row: int,
+    pass_number: int,
+    *,
+    captions: int,
+    caption_dropout: float,
+    only_caption: bool = False,
+) -> Draws:
+    """The draws of a row of a dataset in one pass, for a clip with this number of captions.
+
+    With `only_caption` all else is the middle, as in a latent cache; the caption is the same.
+    """
     key = (dataset, row, pass_number)
     caption: int | None = keyed_bits(seed, "caption_choice", *key) % captions
     if keyed_uniform(seed, "caption", *key) < caption_dropout:
         caption = None
+    if only_caption:
+        return replace(MIDDLE, caption=caption)
     start, crop_x, crop_y = (keyed_uniform(seed, purpose, *key) for purpose in ("start", "crop_x", "crop_y"))
     return Draws(start, crop_x, crop_y, caption)

@@ -129,7 +129,9 @@ class LatentCache:
         self.is_remote = any(map(is_remote, index.shard_names))  # whether reading waits for a network
         self.counts: dict[str, int] = {}
         self._index = index
-        self._columns = [index.column(name) for name in ("shard", "offset", "size", "checksum")]
+        self._shard, self._offset, self._size, self._checksum = (
+            index.column(name) for name in ("shard", "offset", "size", "checksum")
+        )
         self._shards: OrderedDict[int, memoryview] = OrderedDict()
         self._lock = threading.Lock()
         self._empty_text = _read_empty_text(index) if reads_text else None
@@ -141,20 +143,20 @@ class LatentCache:
         Raises DecodeError where the clip could not be encoded, DatasetChangedError, and OSError as `media_bytes.read_media` does.
         """
         del bucket, spot  # latents have the shape that they were encoded in, and lie in memory
-        shard, offset, size, checksum = (int(column[row]) for column in self._columns)
+        shard, offset, size = self._shard.item(row), self._offset.item(row), self._size.item(row)
         if size == 0:
             raise DecodeError(self._failure(row, shard))
         if self.is_remote:
             data = self._read_file(row)
         else:
             data = self._mapped(shard)[offset : offset + size]
-            if zlib.crc32(data) != checksum:
+            if zlib.crc32(data) != self._checksum.item(row):
                 data = self._read_file(
                     row
                 )  # once more and not from the map; says what is wrong where it is wrong again
         # A safetensors file: the header's length, the header (JSON), the tensors. The checksum says it is what we wrote.
         start = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(bytes(data[8:start]))
+        header = json.loads(str(data[8:start], "ascii"))
         text = self._empty_text
         if text is not None and draws.caption is not None:
             text = _view(data, start, header[f"text.{draws.caption}"])
