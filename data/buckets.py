@@ -175,10 +175,10 @@ def _assign_part(
     for level in levels:
         frames = buckets[level[0]].frames
         span = (frames - 1) / rules.fps
-        # A clip's last frame must start no later than the video's last frame.
-        in_time = is_open & (last_start >= span - _SLACK_TOLERANCE_SECONDS)
+        in_time = is_open  # every clip has one frame, whatever a container says of its duration
         if frames > 1:
-            in_time &= ~is_image
+            # A clip's last frame must start no later than the video's last frame.
+            in_time = is_open & ~is_image & (last_start >= span - _SLACK_TOLERANCE_SECONDS)
         if not in_time.any():
             continue
         np.maximum(passed, np.uint8(_TOO_SMALL), out=passed, where=in_time)

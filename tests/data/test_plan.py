@@ -94,7 +94,7 @@ def test_a_large_permutation_can_be_undone(size: int) -> None:
 
 def test_the_order_of_a_pass_has_nothing_of_the_order_of_the_rows() -> None:
     """P10: the correlation of place and row, of neighbours, and of two passes stays below 0.01."""
-    size = 100_000
+    size = 60_000
     plan = Plan([Bucket(1, 8, 8, size, 1)], [DatasetRows("a", [rows(size)])], seed=3)
     first, second = (np.array([slot.row for slot in plan.slots(step)]) for step in range(2))
     for a, b in ((np.arange(size), first), (first[:-1], first[1:]), (first, second)):
