@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .storage import FileFacts, file_facts, is_remote
+from .storage import FileFacts, TransientReadError, file_facts, is_remote
 
 INDEX_NAME = "index.arrow"
 MANIFEST_NAME = "manifest.json"
@@ -134,7 +134,8 @@ class ClipIndex:
     ) -> ClipIndex:
         """Opens a dataset folder; `field` is how an error names it, `made_by` the command that makes it.
 
-        Raises ValueError if the folder, its index or one of its shards is missing, unfinished or changed since.
+        Raises ValueError if the folder, its index or one of its shards is missing, unfinished or changed since, and
+        TransientReadError where a storage does not answer.
         """
         folder = Path(folder)
         remedy = f"make it with: {made_by}"
@@ -199,6 +200,8 @@ class ClipIndex:
                 size = file_facts(name).size
             except FileNotFoundError:
                 return f"{shard['name']} is missing"
+            except TransientReadError:  # nothing is wrong with the dataset
+                raise
             except OSError as error:
                 return f"{shard['name']} cannot be read ({error})"
             return "" if size == shard["bytes"] else f"{shard['name']} has {size} bytes, not {shard['bytes']}"

@@ -108,9 +108,10 @@ class LatentWriter:
 
     def write_empty_text(self, text: torch.Tensor) -> None:
         """Stores the features [S, D] of the empty caption, which stands for a dropped one."""
-        partial = self.folder / f"{self._empty_text}.partial"
-        partial.write_bytes(save({"text": _stored(text)}))
-        partial.replace(self.folder / self._empty_text)
+        with self._locked():
+            partial = self.folder / f"{self._empty_text}.partial"
+            partial.write_bytes(save({"text": _stored(text)}))
+            partial.replace(self.folder / self._empty_text)
 
     def write_shard(self, number: int, clips: Iterable[EncodedClip]) -> None:
         """Writes a shard, whose clips must be those of `rows`, in their order. It counts only when it is whole.

@@ -75,9 +75,10 @@ def main(argv: list[str]) -> int:
         return 0
     rank, world_size = _place()
     encoder = ClipEncoder(config, _device())
+    has_finished = False
     try:
         for folder, data in caches.items():
-            encode_dataset(data, folder, encoder, rank=rank, world_size=world_size, overwrite=overwrite)
+            has_finished |= encode_dataset(data, folder, encoder, rank=rank, world_size=world_size, overwrite=overwrite)
     except TransientReadError as error:
         return _fail(f"{error}; the same command goes on from there", EXIT_REQUEUE)
     except DatasetChangedError as error:  # on the rank that reads the clip
@@ -86,7 +87,9 @@ def main(argv: list[str]) -> int:
         return _fail(str(error), EXIT_DATA_BUDGET)
     except torch.OutOfMemoryError as error:
         return _fail(f"out of memory ({error})", EXIT_OUT_OF_MEMORY)
-    if rank == 0 and all((manifest := read_manifest(folder)) and manifest["complete"] for folder in caches):
+    if (rank == 0 or has_finished) and all(
+        (manifest := read_manifest(folder)) and manifest["complete"] for folder in caches
+    ):
         access = [] if config.data.access is Access.latents else ["data.access=latents"]
         say(f"Next: muybridge train {' '.join([*settings, *access])}")
     return 0
@@ -144,11 +147,10 @@ def encode_dataset(
     rank: int = 0,
     world_size: int = 1,
     overwrite: bool = False,
-) -> ClipIndex | None:
+) -> bool:
     """Writes this process's share of what is missing in the latent cache `folder`; the last process finishes it.
 
-    Returns the finished cache, or None while other processes have shards to write. Raises ValueError, TransientReadError, and
-    DataBudgetError where nothing can be decoded.
+    Returns whether this process did. Raises ValueError, TransientReadError, and DataBudgetError where nothing can be decoded.
     """
     buckets = single_clips(data)
     [dataset] = open_datasets(data, buckets)
@@ -166,12 +168,12 @@ def encode_dataset(
         text_bytes=encoder.text_bytes,
         overwrite=overwrite,
     )
-    if not writer.missing_shards() and (index := writer.close()) is not None:
-        if rank == 0:
-            say(f"{folder} is complete and fits; kept")
-        return index
     if encoder.text_fingerprint is not None and not writer.has_empty_text:
         writer.write_empty_text(encoder.text([""])[0])
+    if not writer.missing_shards() and writer.close() is not None:
+        if rank == 0:
+            say(f"{folder} is complete and fits; kept")
+        return False
     pool = ring = None
     if data.workers:
         ring = FrameRing(BATCHES_AHEAD + 1, max(_batch_size(bucket) * bucket.clip_bytes for bucket in buckets))
@@ -191,7 +193,7 @@ def encode_dataset(
         say(
             f"This process has written its shards of {folder}; {left} are left to the others, the last of which finishes it."
         )
-    return index
+    return index is not None
 
 
 _ReadRow = tuple[int, np.ndarray | DecodeError]

@@ -196,7 +196,9 @@ def test_processes_share_the_work_and_need_not_run_at_the_same_time(
     assert "Next" not in out
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["encode", *one]) == 0
-    assert "Wrote the latents of 16 clips (4 shards" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Wrote the latents of 16 clips (4 shards" in out
+    assert "Next: muybridge train" in out
     assert without_times(contents(tmp_path / "latents")) == alone
     monkeypatch.setenv("RANK", "2")
     assert cli.main(["encode", *one]) == 64
@@ -337,6 +339,10 @@ def test_a_storage_that_does_not_answer_ends_with_75_and_one_message(
     [message] = capsys.readouterr().err.splitlines()
     assert message.startswith("muybridge: http://127.0.0.1:")
     assert message.endswith("status 503; the same command goes on from there")
+    assert (
+        cli.main(["encode", *settings, f"data.path={tmp_path / 'clips'}"]) == 75
+    )  # it does not even say how large they are
+    assert "refused" in capsys.readouterr().err
 
 
 def test_a_dry_run_encodes_nothing(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
