@@ -1,4 +1,4 @@
-"""Writing a dataset folder: WebDataset tars, then the index over them. The one file that uses webdataset."""
+"""Writing a dataset folder: WebDataset tars, then the index over them. The one file that writes by webdataset."""
 
 from __future__ import annotations
 
