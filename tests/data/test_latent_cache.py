@@ -17,12 +17,13 @@ from muybridge.data.buckets import Bucket
 from muybridge.data.config import Access, DataConfig, build_buckets
 from muybridge.data.decode import DecodeError
 from muybridge.data.draws import MIDDLE
-from muybridge.data.index import ClipIndex
+from muybridge.data.index import Clip, ClipIndex
 from muybridge.data.latent_cache import CacheOrigin, LatentBucket, LatentCache, cache_description, check_cache
 from muybridge.data.latent_writer import EncodedClip, LatentWriter
 from muybridge.data.loader import VideoLoader
 from muybridge.data.media_bytes import DatasetChangedError
 from muybridge.data.row_filter import select_rows
+from muybridge.data.shards import DatasetWriter
 
 VIDEO = DataConfig(frames=9, fps=8.0, height=64, width=64)
 BUCKET = Bucket(9, 64, 64, global_batch=1, micro_batch=1)
@@ -118,6 +119,25 @@ def test_each_caption_comes_with_its_own_features(dataset: ClipIndex, tmp_path: 
     assert "" in seen  # a dropped caption has the features of the empty one
     assert len(seen) > 8
     assert build(tmp_path / "latents").each_once(1) is not None  # and a run that needs no features reads none
+
+
+def test_of_several_captions_the_one_that_is_drawn_has_its_features(tmp_path: Path) -> None:
+    captions = ["short", "a longer one", "the longest of them all"]
+    with DatasetWriter(tmp_path / "clips", kind="raw", description={"source": "test"}) as clips:
+        for number in range(6):
+            clip = Clip(
+                f"{number}", captions[0], 99, 8, 1, 9.0, 64, 64, seekable=True, caption_choices=json.dumps(captions)
+            )
+            clips.add(clip, b"video", extension="mp4")
+        source = clips.close()
+    write(tmp_path / "latents", source, has_text=True)
+    loader = build(tmp_path / "latents", origin=WITH_TEXT)
+    seen = set()
+    for batch in (batch for micro_steps in islice(loader.steps(0), 8) for batch in micro_steps):
+        for caption, features in zip(batch.captions, batch.text, strict=True):
+            assert torch.equal(features, text_of(caption))
+            seen.add(caption)
+    assert seen == set(captions)
 
 
 def test_a_batch_of_ghosts_has_the_shape_of_the_others(dataset: ClipIndex, tmp_path: Path) -> None:
