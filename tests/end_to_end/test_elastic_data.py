@@ -162,7 +162,8 @@ def test_the_runs_went_as_they_were_meant_to(runs: tuple[Path, dict[str, list[di
 def test_the_samples_are_of_every_kind(reference: dict[tuple[int, int], Sample]) -> None:
     samples = list(reference.values())
     assert {tuple(s["shape"]) for s in samples} == {(9, 32, 32), (5, 32, 48), (1, 32, 32)}
-    assert {(s["dataset"], s["shape"][0]) for s in samples} == {(0, 9), (0, 5), (1, 5), (1, 1)}
+    kinds = {(s["key"].split("_")[1], s["shape"][0]) for s in samples}
+    assert kinds == {("moving", 9), ("moving", 5), ("mixed", 5), ("mixed", 1)}
     rows = {(s["dataset"], s["row"]) for s in samples}
     assert len(rows) == 20, "all rows come but the unreadable one"
     excerpts = Counter((s["dataset"], s["row"]) for s in samples)
@@ -234,27 +235,31 @@ def test_weights_and_image_share_decide_what_is_trained_on(
         },
         buckets=[BucketConfig(9, 32, 32), BucketConfig(5, 32, 48), BucketConfig(1, 32, 32)],
         image_share=image_share,
+        height=32,
+        width=32,
         workers=0,
     )
     buckets = build_buckets(config, global_batch=GLOBAL_BATCH, micro_batch=2, world_size=1)
     loader = VideoLoader(config, buckets=buckets, rank=0, world_size=1, seed=0)
-    monkeypatch.setattr(RawClips, "read", lambda self, row, bucket, *_: self.blank(bucket, np.array([row])))
+    monkeypatch.setattr(
+        RawClips, "read", lambda self, row, b, *_: np.zeros((b.frames, b.height, b.width, 3), dtype=np.uint8)
+    )
     steps: Counter[int] = Counter()  # by frames
-    counts: Counter[tuple[int, int]] = Counter()  # samples by frames and dataset
+    counts: Counter[tuple[int, str]] = Counter()  # samples by frames and dataset
     for batches in islice(loader.steps(0), 60):
         frames = batches[0].frames
         assert frames is not None
         steps[frames.shape[1]] += 1
         for batch in batches:
-            counts.update((frames.shape[1], d) for d in batch.datasets.tolist() if d >= 0)
+            counts.update((frames.shape[1], key.split("_")[1]) for key in batch.keys if key)
     # Two thirds and one third; of the videos 5 of 11 and 6 of 11 rows are long and short, of the others 7 of 10 are pictures.
     pictures = image_share or 1 / 3 * 0.7
     videos = (1 - pictures) / (2 / 3 + 1 / 3 * 0.3)
     expected = {
-        (1, 1): pictures,
-        (5, 1): videos / 3 * 0.3,
-        (5, 0): videos * 2 / 3 * 6 / 11,
-        (9, 0): videos * 2 / 3 * 5 / 11,
+        (1, "mixed"): pictures,
+        (5, "mixed"): videos / 3 * 0.3,
+        (5, "moving"): videos * 2 / 3 * 6 / 11,
+        (9, "moving"): videos * 2 / 3 * 5 / 11,
     }
     assert counts.keys() == expected.keys()
     of_bucket = {b.frames: sum(share for kind, share in expected.items() if kind[0] == b.frames) for b in buckets}
