@@ -52,8 +52,6 @@ class RawClips:
         self._config = config
         self._pool, self._ring = pool, ring
         self._lock = threading.Lock()
-        durations = index.column("duration_seconds")
-        self._last_starts = durations - index.column("fps_denominator") / index.column("fps_numerator")  # seconds
 
     def read(self, row: int, bucket: Bucket, draws: Draws, spot: Spot | None = None) -> np.ndarray:
         """Frames of a row in the shape of the bucket; at a spot of the ring where one is given, which then holds them.
@@ -69,7 +67,7 @@ class RawClips:
             size=clip.size,
             checksum=clip.checksum,
         )
-        last_start = float(self._last_starts[row])
+        last_start = clip.duration_seconds - clip.fps_denominator / clip.fps_numerator
         arguments = decode_arguments(config, bucket, draws, last_start_seconds=last_start, seekable=clip.seekable)
         result, payload = self._run({"data": data, **arguments, **({} if spot is None else {"out": spot})})
         if result["decoder"] != config.decoder.value:
