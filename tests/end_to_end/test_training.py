@@ -184,7 +184,7 @@ def test_a_finished_run_leaves_its_settings_and_weights(runs: tuple[Path, dict[s
     [
         ("other seed", "seed: 0 saved, 1 now"),
         ("other batch", "global_batch: 8 saved, 16 now"),
-        ("other data", "data (content): "),
+        ("other data", "data.caption_dropout: 0.1 saved, 0.5 now"),
         ("other model", "does not fit the configured model"),
         ("other VAE", "stale: its vae_fingerprint is"),
         ("no latents", "muybridge encode"),
@@ -336,7 +336,7 @@ def test_nothing_of_an_interruption_is_left(story: dict[str, Any]) -> None:
     names = sorted(path.name for path in (story["run_dir"] / "checkpoints").iterdir())
     assert names == ["step-00000070", f"step-{STORY_STEPS:08d}"]
     suffixes = {path.suffix for path in (story["run_dir"] / "checkpoints").rglob("*") if path.is_file()}
-    assert suffixes == {".safetensors", ".json"}
+    assert suffixes == {".safetensors", ".json", ".jsonl"}
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
