@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import partial
 from itertools import chain, count
 from pathlib import PurePosixPath
@@ -35,6 +34,7 @@ from .plan import GHOST, SUBSTITUTES, ghost_share, split_places, state_without_s
 from .raw_clips import decode_arguments
 from .read_ahead import ReadAhead
 from .run_state import STATE_VERSION, changed_settings, setting_texts
+from .stream_agreement import Gather, agree, alone, common_bucket
 from .stream_reader import HOPELESS_PASSES, HOPELESS_SAMPLES, StreamClip, StreamReader
 from .stream_samples import BadSample, SampleStream, find_streams
 from .workers import WorkerPool
@@ -42,9 +42,6 @@ from .workers import WorkerPool
 NOT_EXACT = (
     "data.access=stream: the order of samples depends on the number of processes and is not continued after a restart"
 )
-
-# Gives every rank the rows of all ranks, in their order. Collective.
-Gather = Callable[[list[int]], list[list[int]]]
 
 _log = logging.getLogger(__name__)
 _WAIT_SECONDS = 0.05  # between two questions whether all ranks have a bucket ready
@@ -68,21 +65,6 @@ class _ReadClip:
     caption: str = ""
     frames: np.ndarray | None = None
     bad: list[BadClip] = field(default_factory=list)  # what was tried before
-
-
-def alone(row: list[int]) -> list[list[int]]:
-    """The `Gather` of a single process."""
-    return [row]
-
-
-def common_bucket(ready: Sequence[Sequence[int]], needed: Sequence[int]) -> int | None:
-    """The bucket of which every rank has a step's clips, and the poorest rank most; None where there is none.
-
-    `ready` is [ranks][buckets]; the same on all ranks gives the same answer on all of them.
-    """
-    least = [min(clips) for clips in zip(*ready, strict=True)]
-    full = [bucket for bucket, clips in enumerate(least) if clips >= needed[bucket]]
-    return max(full, key=lambda bucket: (Fraction(least[bucket], needed[bucket]), -bucket), default=None)
 
 
 class StreamLoader:
@@ -227,27 +209,28 @@ class StreamLoader:
     def _agreed_bucket(self, reader: StreamReader, step: int) -> int:
         while True:
             ready = reader.ready()
-            for bad in reader.take_bad():
+            for bad in reader.take_outcomes():
                 self._enter(bad, step)
-            rows = self._gather([*ready, int(reader.is_hopeless), int(self.ledger.has_long_run)])
-            of_ranks = [row[: len(ready)] for row in rows]
-            bucket = common_bucket(of_ranks, self._needed)
-            if bucket is not None:
-                return bucket
-            self._refuse_hopeless(*zip(*(row[len(ready) :] for row in rows), strict=True))
+            found = agree(
+                ready,
+                needed=self._needed,
+                is_hopeless=reader.is_hopeless,
+                is_unreadable=self.ledger.has_long_run,
+                gather=self._gather,
+            )
+            if found.bucket is not None:
+                return found.bucket
+            if found.unreadable is not None:
+                raise DataBudgetError(
+                    f"no step can be made: process {found.unreadable} met nothing but bad samples for long; {self._told()}"
+                )
+            if found.hopeless is not None:
+                raise ValueError(
+                    f"data.path={self._config.path}: process {found.hopeless} found no clip that it can use in "
+                    f"{HOPELESS_SAMPLES} samples or {HOPELESS_PASSES} passes; {self._told()}"
+                )
             # A rank that has a step's clips of some bucket waits for the poorer ones, until these have some too, but of others.
-            reader.wait(_WAIT_SECONDS, reads_on=all(common_bucket([row], self._needed) is not None for row in of_ranks))
-
-    def _refuse_hopeless(self, hopeless: tuple[int, ...], unreadable: tuple[int, ...]) -> None:
-        if any(unreadable):
-            raise DataBudgetError(
-                f"no step can be made: process {unreadable.index(1)} met nothing but bad samples for long; {self._told()}"
-            )
-        if any(hopeless):
-            raise ValueError(
-                f"data.path={self._config.path}: process {hopeless.index(1)} found no clip that it can use in "
-                f"{HOPELESS_SAMPLES} samples or {HOPELESS_PASSES} passes; {self._told()}"
-            )
+            reader.wait(_WAIT_SECONDS, reads_on=found.all_have_some)
 
     def _steps_of_one(self, reader: StreamReader, batch_size: int) -> Iterator[list[list[_Place]]]:
         while not reader.is_hopeless:
@@ -344,7 +327,10 @@ class StreamLoader:
     def _real_places(self, bucket: Bucket, rank: int) -> list[list[int]]:
         return [[p for p in places if p < bucket.global_batch] for places in self._places(bucket, rank)]
 
-    def _enter(self, bad: BadSample, step: int) -> None:
+    def _enter(self, bad: BadSample | None, step: int) -> None:
+        if bad is None:
+            self.ledger.add([])
+            return
         found = BadClip("", bad.row, _name(bad.shard, bad.key), bad.reason, step, GHOST, None, passes=())
         self._log_bad(found)
         self.ledger.add([found])

@@ -74,7 +74,7 @@ class StreamReader:
         self._pool, self._workers = pool, workers
         self._queues: list[deque[StreamClip]] = [deque() for _ in buckets]
         self._queued_bytes = [0] * len(buckets)
-        self._bad: list[BadSample] = []
+        self._outcomes: list[BadSample | None] = []
         self._useless_samples = self._useless_passes = 0  # since a clip that fits
         self._reads_on = self._is_closed = self._has_reported = False
         self._error: BaseException | None = None
@@ -107,10 +107,10 @@ class StreamReader:
         with self._changed:
             return self._pop(bucket) if len(self._queues[bucket]) > self._needed[bucket] else None
 
-    def take_bad(self) -> list[BadSample]:
-        """What could not be used since the last call."""
+    def take_outcomes(self) -> list[BadSample | None]:
+        """What could not be used since the last call, in the order of the samples; None for all that could in between."""
         with self._changed:
-            found, self._bad = self._bad, []
+            found, self._outcomes = self._outcomes, []
             return found
 
     def wait(self, seconds: float, *, reads_on: bool) -> None:
@@ -173,6 +173,8 @@ class StreamReader:
             return
         with self._changed:
             self.samples += 1
+            if not self._outcomes or self._outcomes[-1] is not None:
+                self._outcomes.append(None)
             if isinstance(found, str):
                 self.left_out[found] += 1
                 self._useless_samples += 1
@@ -190,7 +192,7 @@ class StreamReader:
         with self._changed:
             self.samples += 1
             self._useless_samples += 1
-            self._bad.append(bad)
+            self._outcomes.append(bad)
             self._changed.notify_all()
 
     def _end_pass(self) -> None:

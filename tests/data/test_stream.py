@@ -29,7 +29,8 @@ from muybridge.data.config import Access, DataConfig, build_buckets
 from muybridge.data.ledger import DataBudgetError
 from muybridge.data.loader import VideoLoader
 from muybridge.data.storage import TransientReadError
-from muybridge.data.stream import StreamLoader, common_bucket
+from muybridge.data.stream import StreamLoader
+from muybridge.data.stream_agreement import agree, common_bucket
 from muybridge.data.stream_reader import MOST_STEPS
 from muybridge.data.stream_samples import (
     BadSample,
@@ -250,6 +251,17 @@ def test_a_storage_that_does_not_answer_is_no_broken_shard(monkeypatch: pytest.M
         list(read_shard(f"{url}/0.tar"))
 
 
+def test_a_storage_that_stops_to_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr("muybridge.data.storage._FIRST_WAIT_SECONDS", 0.01)
+    with (
+        served({"/0.tar": tar_of(pairs(range(6)))}, status=503) as url,
+        closing(build(stream_settings(url + "/{0..1}.tar"))) as loader,
+        pytest.raises(TransientReadError, match=r"1\.tar cannot be read after 5 attempts: status 503"),
+    ):
+        list(islice(loader.steps(0), 100))
+
+
 def test_shards_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.path=.* holds no shards"):
         find_streams(str(tmp_path), field="data.path")
@@ -277,6 +289,9 @@ def test_the_agreed_bucket_is_ready_on_all_ranks_and_best_for_the_poorest(data: 
     else:
         assert steps[chosen] == max(steps) >= 1
     assert chosen == common_bucket(ready[::-1], needed)
+    rows = [[*row, 0, 0] for row in ready]
+    found = {agree(row, needed=needed, is_hopeless=False, is_unreadable=False, gather=lambda _: rows) for row in ready}
+    assert {agreement.bucket for agreement in found} == {chosen}  # on every rank
 
 
 class Meeting:
@@ -327,7 +342,7 @@ def run_ranks(config: DataConfig, *, world_size: int, steps: int, global_batch: 
 def test_two_ranks_have_one_shape_a_step_and_other_samples(tmp_path: Path) -> None:
     # At first one rank has wide pictures only and the other one tall ones: each must read on until it has what the other has.
     folder = write_shards(tmp_path, pairs(range(30)), pairs(range(30, 60), TALL))
-    found = run_ranks(stream_settings(folder, buckets=TWO_SHAPES, width=48), world_size=2, steps=12, global_batch=4)
+    found = run_ranks(stream_settings(folder, buckets=TWO_SHAPES, width=48), world_size=2, steps=40, global_batch=4)
     shapes = [[tuple(batch.frames.shape) for step in rank for batch in step] for rank in found]
     assert shapes[0] == shapes[1]
     assert set(shapes[0]) == {(2, 1, 32, 48, 3), (2, 1, 48, 32, 3)}
