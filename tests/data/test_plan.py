@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -57,7 +58,7 @@ def test_another_process_plans_the_same_step() -> None:
             check=True,
             capture_output=True,
             text=True,
-            env={"PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
         )
         assert json.loads(answer.stdout) == expected
 
