@@ -170,6 +170,8 @@ class Trainer:
                 if self.tracker is not None:
                     self.tracker.log(step, {**row, "samples_seen": self.loader.samples_before(step)})
                 self._check_convergence(step, row)
+            # Before the checkpoint: it must count this step's bad clips, and none may be of a step that was one too many.
+            stopped = self._agree(step)
             if self._is_due(step, self.config.checkpoint.every_steps) and step < self.config.steps:
                 saved_step = self._save(step, saved_step)
             if self._is_due(step, self.config.validation.every_steps) or (
@@ -178,7 +180,6 @@ class Trainer:
                 began = time.perf_counter()
                 self._validate(step)
                 window.leave_out(time.perf_counter() - began)
-            stopped = self._agree(step)
         if step > saved_step or not committed_checkpoints(self.checkpoints):
             self._save(step, saved_step, must_succeed=True)
         return step
