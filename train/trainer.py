@@ -345,8 +345,10 @@ class Trainer:
             has_changed = self.loader.resume(facts.get("data"))
         except ValueError as error:
             raise ValueError(f"{folder} cannot be continued: {error}") from error
-        self.loader.ledger.share([from_lines(folder / LEDGER_NAME)])
-        self.budget = DataBudget(self.config.data.max_bad_share, facts["data_budget"])
+        # Of changed data a row may be another clip, or that clip mended: what is still bad is found and counted anew.
+        if not has_changed:
+            self.loader.ledger.share([from_lines(folder / LEDGER_NAME)])
+            self.budget = DataBudget(self.config.data.max_bad_share, facts["data_budget"])
         return has_changed
 
     def _write_provenance(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from muybridge.data.index import ClipIndex
-from muybridge.tests.end_to_end.clip_folders import picture, video, write_folder
+from muybridge.tests.end_to_end.clip_folders import cut, picture, video, write_folder
 
 BUCKETS = "data.buckets=[{frames:9,height:32,width:32},{frames:5,height:32,width:32},{frames:1,height:32,width:32}]"
 CHANGED_AT = 6  # step
@@ -41,7 +41,8 @@ def runs(
     root = tmp_path_factory.mktemp("runs")
     write_folder(root / "moving", [video(n, 13 if n % 2 else 7) for n in range(13)])
     for name, first in (("mixed", 0), ("others", 1)):
-        write_folder(root / name, [picture(n) if n < 7 else video(n, 7) for n in range(first, first + 10)])
+        media = [picture(n) if n < 7 else video(n, 7) for n in range(first, first + 10)]
+        write_folder(root / name, media, damage={2: cut} if name == "mixed" else {})
     common = [
         *(*tiny_run, f"run_dir={root / 'run'}", "data.path=", "data.access=raw", BUCKETS, "data.workers=0"),
         f"data.datasets={{moving:{{path:{root / 'moving'},weight:2}},mixed:{{path:{root / 'mixed'}}}}}",
@@ -125,7 +126,16 @@ def test_no_row_of_an_unchanged_dataset_comes_again_before_all_others(
     # The other dataset gave way at the change, and its pictures come in passes of their own.
     assert all((kind(s)[0] == "others") == (s["step"] >= CHANGED_AT) for s in samples if kind(s)[0] != "moving")
     pictures = Counter(s["row"] for s in samples if kind(s) == ("others", 1))
-    assert max(pictures.values()) - pictures.total() // 6 <= 1
+    assert max(pictures.values()) - min(pictures[row] for row in range(6)) <= 1
+
+
+def test_a_clip_that_was_mended_is_read(runs: tuple[Path, dict[str, list[dict[str, Any]]]]) -> None:
+    root, found = runs
+    assert sum(rank["counts"]["bad_clips"] for rank in found["begun"]) > 0
+    ledgers = sorted((root / "run" / "checkpoints").glob("step-*/bad_clips.jsonl"))
+    assert [bool(path.read_text()) for path in ledgers] == [False, False]
+    samples = [json.loads(line) for line in (root / "run" / "samples-after-0.jsonl").open()]
+    assert any(sample["key"] == "000002_others" for sample in samples)
 
 
 def kind(sample: dict[str, Any]) -> tuple[str, int]:

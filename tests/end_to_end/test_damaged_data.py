@@ -41,7 +41,7 @@ def settings(tiny_run: list[str], data: Path, run_dir: Path) -> list[str]:
     return [
         *(*tiny_run, f"data.path={data}", f"run_dir={run_dir}", "data.access=raw", "deepspeed.precision=fp32"),
         *("data.frames=5", "data.height=32", "data.width=32", "data.timeout_seconds=2"),
-        *(f"global_batch={GLOBAL_BATCH}", f"steps={STEPS}"),
+        *(f"global_batch={GLOBAL_BATCH}", f"steps={STEPS}", "checkpoint.every_steps=5"),
     ]
 
 
