@@ -202,7 +202,7 @@ class StreamLoader:
             bucket = self.buckets[number]
             clips = iter(reader.take(number, sum(map(len, self._real_places(bucket, self._rank)))))
             yield [
-                [_Place(step, p, number, next(clips, None) if p < bucket.global_batch else None) for p in places]
+                [_Place(step, position, number, next(clips, None)) for position in places]
                 for places in self._places(bucket, self._rank)
             ]
 

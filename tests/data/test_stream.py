@@ -114,6 +114,13 @@ def test_in_each_pass_the_ranks_share_all_samples(world_size: int, tmp_path: Pat
     assert all(takers[str(rank)] for rank in range(world_size))  # nobody goes without for long
 
 
+def test_ranks_that_share_a_shard_take_turns(tmp_path: Path) -> None:
+    shards = find_streams(str(write_shards(tmp_path, pairs(range(2)))), field="data.path")
+    for rank in range(4):
+        stream = SampleStream(shards, rank=rank, world_size=4, seed=1)
+        assert sorted(item.key for number in range(4) for item in stream.one_pass(number)) == ["000", "001"]
+
+
 def test_passes_have_orders_of_their_own(tmp_path: Path) -> None:
     shards = find_streams(str(write_shards(tmp_path, pairs(range(6)), pairs(range(6, 12)))), field="data.path")
 
