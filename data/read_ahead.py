@@ -94,10 +94,8 @@ class ReadAhead(Generic[Item]):
                 yield first()
         finally:
             for futures, place in waiting:
-                left = [future for group in futures for future in group]
-                for future in left:
-                    future.cancel()
-                wait(left)
+                # One that was cancelled never tells so after its pool was closed, so it must not be waited for.
+                wait([future for group in futures for future in group if not future.cancel()])
                 self._release(place)
 
     def _spots(self, groups: Groups[Item]) -> tuple[int | None, Iterator[Spot | None]]:
