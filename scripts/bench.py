@@ -27,6 +27,7 @@ PROGRAMS = {
     "code": (".machine_code", "registers, spills and tensor-core instructions of every kernel launch, without a GPU"),
     "plan": (".bench_plan", "time and memory of planning steps over 10.5 million clips in 6 datasets and 40 buckets"),
     "kernels": (".bench_kernels", "the kernels against cuDNN, flash, FlexAttention and torch.compile on a CUDA GPU"),
+    "loader": (".bench_loader", "CPU time of reading clips and latents against bare decoding loops and webdataset"),
 }
 
 
