@@ -108,7 +108,11 @@ def main() -> None:
     _limit_memory()
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a native library prints must not land between the answers
+    # Whatever a native library prints must not land between the answers, nor fill the log with a line for every damaged clip: what
+    # there is to say is in the answer.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     ring: np.ndarray | None = None
     write_message(answers, {})  # loaded, and ready for requests
     while (message := read_message(requests)) is not None:
