@@ -26,18 +26,9 @@ from ..models.text import text_fingerprint
 from ..models.vae.folder import vae_fingerprint
 from ..train.config import TaskKind, TrainConfig, load_train_config
 from .dataset_commands import console, positive, say
-from .doctor_report import (
-    Facts,
-    ReadingSpeed,
-    bucket_table,
-    collect_facts,
-    dataset_table,
-    histogram_table,
-    misfit_notes,
-    reading_speed,
-    waste_table,
-)
+from .doctor_report import Facts, ReadingSpeed, collect_facts, misfit_notes, reading_speed
 from .doctor_samples import CLIPS_A_STEP, SHEET_NAME, Samples, first_steps, read_samples
+from .doctor_tables import bucket_table, dataset_table, histogram_table, waste_table
 
 REPORT_NAME = "report.json"
 _SHOWN_UNREADABLE = 10
