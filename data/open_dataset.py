@@ -51,10 +51,11 @@ def _open(config: DataConfig, name: str, buckets: Sequence[Bucket], origin: Cach
     index = ClipIndex.open(source.path, field=f"{field}.path", made_by=made_by)
     if not is_cache and index.manifest["kind"] != "raw":
         raise ValueError(f"{field}.path={source.path} holds {index.manifest['kind']}; set data.access=latents")
+    excluded: dict[str, np.ndarray] = {}
     if is_cache:
         check_cache(index, config, name, origin)
         # Decided when it was made, from columns that only the videos have.
-        assignment, excluded = Assignment(cached_buckets(index, buckets)), {}
+        assignment = Assignment(cached_buckets(index, buckets))
     else:
         chosen, excluded = _chosen(index, source.filter, field)
         assignment = assign_buckets(index, buckets, config.fit_rules(), chosen)
