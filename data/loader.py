@@ -62,6 +62,10 @@ class VideoLoader:
         """The last three are what a latent cache must have been made with, see `latent_cache.CacheOrigin`."""
         if faults := config.faults("data"):
             raise ValueError("; ".join(faults))
+        if config.access is Access.stream:
+            raise ValueError(
+                "data.access=stream must be raw or latents here: this needs an index (make it with: muybridge index)"
+            )
         self.buckets = list(buckets)
         self.ledger = Ledger()
         self._config = config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import repeat
 from typing import Any, Generic, Protocol, TypeVar
@@ -67,7 +67,7 @@ class ReadAhead(Generic[Item]):
         steps: Iterable[Groups[Item]],
         read: Callable[[Item, Spot | None], Result],
         finish: Callable[[Groups[Result]], Output],
-    ) -> Iterator[Output]:
+    ) -> Generator[Output, None, None]:
         """What `finish` makes of the results of each step; frames that lie in the ring are only there until it returns."""
         if self._pool is None:
             for groups in steps:
