@@ -26,12 +26,12 @@ STEPS, GLOBAL_BATCH = 14, 5
 HISTORY: dict[str, dict[str, Any]] = {
     "two": {
         "processes": 2,
-        "settings": ["deepspeed=zero2", "micro_batch=1", "data.workers=1", "data.prefetch=3"],
+        "settings": ["deepspeed=zero3", "micro_batch=1", "data.workers=1", "data.prefetch=3"],
         "interruption": {"step": 5, "how": "kill"},
     },
     "four": {
         "processes": 4,
-        "settings": ["deepspeed=zero3", "micro_batch=2", "data.workers=1", "data.prefetch=0"],
+        "settings": ["deepspeed=zero2", "micro_batch=2", "data.workers=1", "data.prefetch=0"],
         "interruption": {"step": 6, "how": "stop file"},
     },
     "three": {
@@ -104,7 +104,10 @@ def runs(
             if part["interruption"].get("how") == "kill":
                 kill_when(root / "history" / "waiting", process, log)
                 continue
-            assert process.wait(timeout=200) == 0, log.read_text()
+            try:
+                assert process.wait(timeout=200) == 0, log.read_text()
+            finally:
+                kill_family(process)
         found |= json.loads((root / "found.json").read_text())
     return root, found
 
@@ -116,6 +119,13 @@ def kill_when(reached: Path, launcher: subprocess.Popen[bytes], log: Path) -> No
         assert launcher.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
+    kill_family(launcher)
+
+
+def kill_family(launcher: subprocess.Popen[bytes]) -> None:
+    """Kills a launcher that still runs, its ranks and their decoders."""
+    if launcher.poll() is not None:
+        return
     family = [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]
     for process in reversed(family):
         process.kill()
