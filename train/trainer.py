@@ -17,7 +17,7 @@ import yaml
 
 from ..data.batch import VideoBatch
 from ..data.config import Access, DataConfig
-from ..data.ledger import BUDGET_SAMPLES, BadClip, DataBudget, DataBudgetError, from_lines, to_lines
+from ..data.ledger import BUDGET_SAMPLES, MAX_IN_A_ROW, BadClip, DataBudget, DataBudgetError, from_lines, to_lines
 from ..data.loader import VideoLoader
 from ..data.stream import NOT_EXACT, StreamLoader
 from ..models.text import text_fingerprint
@@ -200,11 +200,15 @@ class Trainer:
         found = self.stop_request.agree(replaced_samples=ledger.take_replaced(), is_unreadable=ledger.has_long_run)
         is_over = self.budget.add(self.loader.samples_before(step), found.replaced_samples)
         if is_over or found.is_unreadable:
-            raise DataBudgetError(
+            cause = (
                 f"{self.budget.replaced} of the last {BUDGET_SAMPLES} samples could not be read, more than "
-                f"data.max_bad_share={self.config.data.max_bad_share:g}, or one process met no readable clip for long; rank "
-                f"{self.rank} met {len(ledger)} bad clips: {ledger.summary() or 'none'}. Mend the dataset or raise the share; "
-                "the same command goes on from the last checkpoint"
+                f"data.max_bad_share={self.config.data.max_bad_share:g}"
+                if is_over
+                else f"a process could not read one of its last {MAX_IN_A_ROW} samples"
+            )
+            raise DataBudgetError(
+                f"{cause}; rank {self.rank} met {len(ledger)} bad clips: {ledger.summary() or 'none'}. Mend the dataset or raise "
+                "the share; the same command goes on from the last checkpoint"
             )
         return found.stop
 
