@@ -34,6 +34,8 @@ LENGTHS = struct.Struct("<IQ")  # of the header and of the payload, in bytes
 # A file of 100 KB can hold frames of gigabytes. Enough for 121 frames of 3840x2160, which the decoders hold twice: at their peak
 # PyAV needs 6.2 GB and decord 7.4 GB. A constant, as a limit that knew the machine would have it train on other clips than another.
 MEMORY_BYTES = 8 * 2**30
+# The second is what a library's thread gets that cannot be started for want of memory (EAGAIN).
+_OUT_OF_MEMORY = (MemoryError, BlockingIOError)
 _GRACE_SECONDS = 5  # on top of a request's time, in which the parent, if it lives, ends a process that hangs
 
 
@@ -141,7 +143,7 @@ def answer_to(operation: str, arguments: dict[str, Any]) -> tuple[dict[str, Any]
         result, payload = OPERATIONS[operation](**arguments)
         return {"result": result}, payload
     except Exception as error:
-        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+        if isinstance(error, _OUT_OF_MEMORY) or isinstance(error.__cause__, _OUT_OF_MEMORY):
             return {"exhausted": f"decoding needs more than {MEMORY_BYTES / 2**30:g} GiB of memory"}, b""
         if isinstance(error, DecodeError):
             return {"unreadable": str(error)}, b""

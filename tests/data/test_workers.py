@@ -36,6 +36,7 @@ def nap(): time.sleep(0.5); return {"pid": os.getpid()}, b""
 def echo(value): return {"value": value, "pid": os.getpid()}, bytes(value)
 def chatter(): print("noise from a native library", flush=True); return {}, b""
 def count(data): return {"bytes": len(data), "sum": sum(data[::4096])}, b""
+def no_thread(): raise BlockingIOError(11, "Resource temporarily unavailable")
 def unreadable(): raise DecodeError("bad stream")
 def bug(): raise KeyError("oops")
 def allocate(size): return {"sum": int(np.ones(size, dtype=np.uint8).sum())}, b""
@@ -46,7 +47,7 @@ def fill(out, value, seconds):
     return {"pid": os.getpid()}, b""
 
 worker.OPERATIONS.update(crash=crash, hang=hang, echo=echo, chatter=chatter, unreadable=unreadable, bug=bug, count=count)
-worker.OPERATIONS.update(allocate=allocate, fill=fill, nap=nap)
+worker.OPERATIONS.update(allocate=allocate, no_thread=no_thread, fill=fill, nap=nap)
 worker.MEMORY_BYTES = 400 * 2**20
 worker._GRACE_SECONDS = 1
 worker.main()
@@ -200,7 +201,9 @@ def test_too_much_memory_costs_one_request(pool: WorkerPool) -> None:
     with pytest.raises(WorkerDied, match=r"decoding needs more than 0\.390625 GiB of memory"):
         pool.submit("allocate", size=2**30).result()
     assert pool.submit("echo", value=0).result()[0]["pid"] != before  # its heap may be in pieces
-    assert pool.counts()["decoder_crashes"] == 1
+    with pytest.raises(WorkerDied, match="decoding needs more than"):
+        pool.submit("no_thread").result()
+    assert pool.counts()["decoder_crashes"] == 2
 
 
 @pytest.fixture(scope="module")
