@@ -115,8 +115,6 @@ class Clip:
 
 
 _CLIP_FIELDS = [f.name for f in fields(Clip)]
-# The fields that `media_info.MediaInfo` and `quality.Quality` tell, for `Clip(**{...})`.
-MEDIA_FIELDS = frozenset(_CLIP_FIELDS) - {"key", "caption", "labels", "shard", "offset", "size", "caption_choices"}
 
 
 class ClipIndex:

@@ -14,5 +14,5 @@ def to_pixels(frames: torch.Tensor) -> torch.Tensor:
 
 def to_frames(pixels: torch.Tensor) -> np.ndarray:
     """The inverse of `to_pixels`: float [B, 3, T, H, W], clamped to [-1, 1], as uint8 [B, T, H, W, 3]."""
-    levels = pixels.detach().float().cpu().clamp(-1.0, 1.0).add(1.0).mul(127.5).round().to(torch.uint8)
-    return levels.permute(0, 2, 3, 4, 1).contiguous().numpy()
+    levels = pixels.detach().float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 4, 1).cpu().contiguous().numpy()

@@ -1,4 +1,4 @@
-"""`muybridge bench`: what the trainer costs beyond a bare loop, the speed of steps, and the code and speed of the kernels."""
+"""`muybridge bench`: what the trainer and the loader cost beyond bare loops, the plan, steps, and the kernels."""
 
 import argparse
 import contextlib

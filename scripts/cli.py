@@ -32,7 +32,7 @@ VERBS = {
     "sample": Verb(".sample", "generate videos from prompts with a trained run"),
     "evaluate": Verb(".evaluate", "judge whether generated shapes follow their prompts"),
     "quickstart": Verb(".quickstart", "the whole life of a model in minutes: data, VAE, DiT, videos"),
-    "bench": Verb(".bench", "measure the trainer's overhead and the kernels' speed"),
+    "bench": Verb(".bench", "measure the trainer, the loader, the plan and the kernels"),
 }
 
 

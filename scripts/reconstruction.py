@@ -8,9 +8,9 @@ import torch
 from ..data.config import DataConfig, single_clips
 from ..data.loader import VideoLoader
 from ..data.mp4 import write_mp4
+from ..data.pixels import to_frames
 from ..models.vae.folder import load_vae
 from ..models.vae.loss import psnr_db
-from ..train.generate import to_uint8_frames
 from .pictures import side_by_side
 
 SHOWN_CLIPS = 8
@@ -35,7 +35,7 @@ def measure_reconstruction(vae_folder: Path, data: DataConfig, *, video: Path) -
         # The mean colour is the constant with the least squared error.
         constant += psnr_db(pixels.mean((2, 3, 4), keepdim=True).expand_as(pixels), pixels).tolist()
         if len(pairs) < SHOWN_CLIPS:
-            pairs += map(side_by_side, to_uint8_frames(pixels), to_uint8_frames(output))
+            pairs += map(side_by_side, to_frames(pixels), to_frames(output))
     loader.close()
     write_mp4(video, np.concatenate(pairs[:SHOWN_CLIPS], axis=1), fps=data.fps)
     return {

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..data.mp4 import write_mp4
+from ..data.pixels import to_frames
 from ..models.diffusion.guidance import guided_velocity
 from ..models.diffusion.objective import VelocityModel, keyed_noise
 from ..models.diffusion.samplers import SamplerConfig, euler_sample
@@ -39,13 +39,7 @@ def generate_frames(
         model, task.encode_text(prompts), task.encode_text([NEGATIVE_PROMPT] * len(prompts)), sampler.guidance_scale
     )
     latents = euler_sample(velocity, noise, sampler, progress)  # [B, z, T', H', W']
-    return to_uint8_frames(task.vae.decode(task.vae.denormalise(latents)))
-
-
-def to_uint8_frames(pixels: Tensor) -> np.ndarray:
-    """Pixels [B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
-    frames = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return frames.permute(0, 2, 3, 4, 1).cpu().numpy()
+    return to_frames(task.vae.decode(task.vae.denormalise(latents)))
 
 
 def write_clips(
