@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from zlib_ng.zlib_ng import crc32
 
 from .storage import FileFacts, TransientReadError, file_facts, is_remote
 
@@ -111,7 +111,7 @@ class Clip:
     @property
     def caption_checksum(self) -> int:
         """CRC-32 of the captions."""
-        return zlib.crc32("\n".join(self.captions).encode())
+        return crc32("\n".join(self.captions).encode())
 
 
 _CLIP_FIELDS = [f.name for f in fields(Clip)]

@@ -10,7 +10,6 @@ import hashlib
 import json
 import mmap
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from zlib_ng.zlib_ng import crc32
 
 from .buckets import NO_BUCKET, Bucket
 from .config import DataConfig
@@ -150,7 +150,7 @@ class LatentCache:
             data = self._read_file(row)
         else:
             data = self._mapped(shard)[offset : offset + size]
-            if zlib.crc32(data) != self._checksum.item(row):
+            if crc32(data) != self._checksum.item(row):
                 data = self._read_file(
                     row
                 )  # once more and not from the map; says what is wrong where it is wrong again

@@ -6,7 +6,6 @@ import fcntl
 import io
 import re
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save
+from zlib_ng.zlib_ng import crc32
 
 from .index import (
     INDEX_NAME,
@@ -201,7 +201,7 @@ class LatentWriter:
                 name = _member_name(about.key, row, names)
                 names.add(name)
                 offset = _add(tar, f"{name}.{_EXTENSION}", data)
-                places[row] = replace(about, offset=offset, size=len(data), checksum=zlib.crc32(data))
+                places[row] = replace(about, offset=offset, size=len(data), checksum=crc32(data))
                 _add(tar, f"{name}.txt", about.caption.encode())
                 members += 2
                 if about.labels:
@@ -219,7 +219,7 @@ class LatentWriter:
         }
         if self.has_empty_text:
             data = (self.folder / self._empty_text).read_bytes()
-            content["empty_text"] = {"name": self._empty_text, "checksum": zlib.crc32(data)}
+            content["empty_text"] = {"name": self._empty_text, "checksum": crc32(data)}
         self._write_manifest(complete=True, **content, **merge_sidecars(self.folder, self._names))
 
     def _write_manifest(self, *, complete: bool, **content: Any) -> None:

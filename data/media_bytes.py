@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import TypeVar
+
+from zlib_ng.zlib_ng import crc32
 
 from .storage import read_range
 
@@ -34,7 +35,7 @@ def checked(read: Callable[[], Data], *, shard: str, key: str, checksum: int) ->
         except (FileNotFoundError, EOFError) as error:
             reason = str(error)
             continue
-        found = zlib.crc32(data)
+        found = crc32(data)
         if found == checksum:
             return data
         reason = f"the checksum of its bytes is {found:08x}, not {checksum:08x} as in the index"

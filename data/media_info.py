@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from .decode import DecodeError, Decoder, available_decoder, has_decoder, probe, read_frames_with_fallback
 from .images import is_image, open_image, read_image, upright_size
@@ -85,7 +85,7 @@ def inspect_range(
     """
     data = read_range(name, offset, size)
     info = _inspected(data, containers, decode=decode)
-    found = {**index_fields(info), "checksum": zlib.crc32(data)}
+    found = {**index_fields(info), "checksum": crc32(data)}
     if quality:
         found |= asdict(measure_quality(_sampled_frames(data, info)))
     return found, b""
@@ -93,7 +93,7 @@ def inspect_range(
 
 def inspect_clip(data: bytes, *, containers: list[str] | None = None) -> tuple[dict[str, Any], bytes]:
     """The operation of a decoding process: what `inspect_range` tells without `decode`, of a clip that was read already."""
-    return {**index_fields(_inspected(data, containers, decode=False)), "checksum": zlib.crc32(data)}, b""
+    return {**index_fields(_inspected(data, containers, decode=False)), "checksum": crc32(data)}, b""
 
 
 def _inspected(data: bytes, containers: list[str] | None, *, decode: bool) -> MediaInfo:

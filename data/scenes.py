@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import zlib
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from .decode import DecodeError
 from .decode_pyav import shown_pixels
@@ -92,7 +92,7 @@ def inspect_scenes(
     """
     data = read_range(name, offset, size)
     target = Path(folder)
-    copy = target / f"{zlib.crc32(data):08x}-{offset}"
+    copy = target / f"{crc32(data):08x}-{offset}"
     copy.write_bytes(data)
     if is_image(data):
         starts, files = [0.0], [copy]

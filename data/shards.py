@@ -6,11 +6,12 @@ import io
 import json
 import re
 import tarfile
-import zlib
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from zlib_ng.zlib_ng import crc32
 
 from .index import (
     INDEX_NAME,
@@ -71,7 +72,7 @@ class DatasetWriter:
         if clip.labels:
             members["json"] = clip.labels.encode()
         self._tar.write(members)
-        place = replace(clip, shard=len(self._shards) - 1, size=len(media), checksum=zlib.crc32(media))
+        place = replace(clip, shard=len(self._shards) - 1, size=len(media), checksum=crc32(media))
         self._pending.append((f"{clip.key}.{extension}", place))
         self._pending_bytes += len(media)
         self._clips += 1
