@@ -18,6 +18,7 @@ import struct
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -146,8 +147,18 @@ def answer_to(operation: str, arguments: dict[str, Any]) -> tuple[dict[str, Any]
         if isinstance(error, _OUT_OF_MEMORY) or isinstance(error.__cause__, _OUT_OF_MEMORY):
             return {"exhausted": f"decoding needs more than {MEMORY_BYTES / 2**30:g} GiB of memory"}, b""
         if isinstance(error, DecodeError):
-            return {"unreadable": str(error)}, b""
+            # Decoders have many words for an allocation that failed, those for damage among them: see what there is to allocate.
+            limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+            return {"unreadable": str(error), "is_short_of_memory": 2 * _private_bytes() > limit}, b""
         return {"error": f"{type(error).__name__}: {error}"}, b""
+
+
+def _private_bytes() -> int:
+    # What the limit below counts: as long as `error` lives, also most of what the failed operation had.
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[5]) * mmap.PAGESIZE
+    except OSError:  # no Linux, so no limit either
+        return 0
 
 
 def _limit_memory() -> None:

@@ -137,9 +137,11 @@ def test_the_ledger_holds_the_damaged_clips_and_no_others(
     assert {entry["row"]: entry["times"] for entry in entries} == {row: draws[row] for row in DAMAGE}
     for entry in entries:
         assert plan.slots(entry["step"])[entry["position"]].row == entry["row"]
-    for run in ("one", "two"):  # each is tried once more, in a fresh process
+    for run in ("one", "two"):  # each is tried once more, with PyAV
         counts = [rank["counts"] for rank in found[run]]
-        assert sum(rank["decoder_crashes"] for rank in counts) == 2 * draws[213]
+        # And before that in a fresh process, where the first one had read other clips.
+        crashes = sum(rank["decoder_crashes"] for rank in counts)
+        assert 2 * draws[213] <= crashes <= 3 * draws[213]
         assert sum(rank["decoder_timeouts"] for rank in counts) == 2 * draws[304]
 
 
