@@ -11,7 +11,7 @@ from ..data.mp4 import write_mp4
 from ..data.pixels import to_frames
 from ..models.diffusion.guidance import guided_velocity
 from ..models.diffusion.objective import VelocityModel, keyed_noise
-from ..models.diffusion.samplers import SamplerConfig, euler_sample
+from ..models.diffusion.samplers import SamplerConfig, sample
 from .config import TrainConfig
 from .tasks import TextToVideoTask
 
@@ -38,7 +38,7 @@ def generate_frames(
     velocity = guided_velocity(
         model, task.encode_text(prompts), task.encode_text([NEGATIVE_PROMPT] * len(prompts)), sampler.guidance_scale
     )
-    latents = euler_sample(velocity, noise, sampler, progress)  # [B, z, T', H', W']
+    latents = sample(velocity, noise, sampler, progress)  # [B, z, T', H', W']
     return to_frames(task.vae.decode(task.vae.denormalise(latents)))
 
 

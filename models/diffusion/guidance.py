@@ -1,10 +1,11 @@
-"""Classifier-free guidance: sharpen a velocity by what the caption adds over a negative prompt."""
+"""Velocity functions for samplers: classifier-free guidance, and two experts that share the noise levels."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .noise_schedule import TIMESTEPS
 from .objective import VelocityModel
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]  # (latents [B, ...], timestep [B]) -> velocity [B, ...]
@@ -23,5 +24,24 @@ def guided_velocity(model: VelocityModel, text: Tensor, negative_text: Tensor, s
         both = model(torch.cat((latents, latents)), torch.cat((timestep, timestep)), both_texts)
         conditional, unconditional = both.float().chunk(2)
         return torch.lerp(unconditional, conditional, scale)
+
+    return velocity
+
+
+def expert_velocity(high: VelocityFn, low: VelocityFn, boundary: float) -> VelocityFn:
+    """`high` where the timestep is at least 1000 `boundary`, `low` below: Wan 2.2's two experts.
+
+    Raises ValueError where the rows of a batch fall on both sides; each call waits for the device to read the timestep.
+    """
+
+    def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
+        lowest, highest = torch.stack(timestep.aminmax()).tolist()
+        if lowest < TIMESTEPS * boundary <= highest:
+            raise ValueError(
+                f"timesteps from {lowest} to {highest} in one batch must lie on one side of the experts' boundary "
+                f"{TIMESTEPS * boundary}"
+            )
+        expert = high if lowest >= TIMESTEPS * boundary else low
+        return expert(latents, timestep)
 
     return velocity

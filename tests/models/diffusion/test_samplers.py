@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from muybridge.models.diffusion.samplers import SamplerConfig, euler_noise_levels, euler_sample
+from muybridge.models.diffusion.samplers import SamplerConfig, sample, sampling_schedule
 
 DATA_STD = 0.5
 
@@ -17,15 +17,15 @@ def gaussian_velocity(latents: Tensor, timestep: Tensor) -> Tensor:
 
 
 def test_noise_levels_run_from_one_to_zero_and_are_shifted_once() -> None:
-    assert euler_noise_levels(SamplerConfig(steps=4, shift=1.0)) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
-    assert euler_noise_levels(SamplerConfig(steps=2, shift=3.0)) == pytest.approx([1, 0.75, 0])
-    assert len(euler_noise_levels(SamplerConfig(steps=50))) == 51
+    assert sampling_schedule(SamplerConfig(steps=4, shift=1.0)).noise_levels == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert sampling_schedule(SamplerConfig(steps=2, shift=3.0)).noise_levels == pytest.approx([1, 0.75, 0])
+    assert len(sampling_schedule(SamplerConfig(steps=50)).noise_levels) == 51
 
 
 def test_a_constant_velocity_reaches_the_data_in_one_step() -> None:
     noise, data = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     for steps in (1, 7):
-        found = euler_sample(lambda *_: noise - data, noise, SamplerConfig(steps=steps))
+        found = sample(lambda *_: noise - data, noise, SamplerConfig(steps=steps))
         torch.testing.assert_close(found, data, atol=1e-5, rtol=1e-5)
 
 
@@ -34,7 +34,7 @@ def test_gaussian_noise_becomes_data_of_the_right_spread_at_first_order() -> Non
     noise = torch.randn(2, 8)
     errors = []
     for steps in (50, 100, 200):
-        found = euler_sample(gaussian_velocity, noise, SamplerConfig(steps=steps, shift=1.0))
+        found = sample(gaussian_velocity, noise, SamplerConfig(steps=steps, shift=1.0))
         errors.append((found - DATA_STD * noise).abs().max().item())
     assert errors[0] < 0.05
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
@@ -46,7 +46,7 @@ def test_it_agrees_with_the_scheduler_of_diffusers(steps: int) -> None:
     diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
     config = SamplerConfig(steps=steps, shift=5.0)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
-    scheduler.set_timesteps(sigmas=euler_noise_levels(config)[:-1])
+    scheduler.set_timesteps(sigmas=sampling_schedule(config).noise_levels[:-1])
     noise = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
     latents, timesteps = noise, []
     for timestep in scheduler.timesteps:
@@ -58,19 +58,19 @@ def test_it_agrees_with_the_scheduler_of_diffusers(steps: int) -> None:
         seen.append(timestep[0].item())
         return gaussian_velocity(latents, timestep)
 
-    torch.testing.assert_close(euler_sample(velocity, noise, config), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sample(velocity, noise, config), latents, atol=1e-5, rtol=1e-5)
     assert seen == pytest.approx(timesteps, abs=1e-3)
 
 
 def test_progress_is_told_after_each_step() -> None:
     told: list[tuple[int, int]] = []
-    euler_sample(lambda x, t: x, torch.ones(1, 2), SamplerConfig(steps=3), lambda *done: told.append(done))
+    sample(lambda x, t: x, torch.ones(1, 2), SamplerConfig(steps=3), lambda *done: told.append(done))
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_no_graph_is_kept() -> None:
     weight = torch.ones(1, requires_grad=True)
-    assert not euler_sample(lambda x, t: x * weight, torch.ones(1, 2), SamplerConfig(steps=2)).requires_grad
+    assert not sample(lambda x, t: x * weight, torch.ones(1, 2), SamplerConfig(steps=2)).requires_grad
 
 
 def test_faults_name_field_value_and_rule() -> None:
