@@ -5,10 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+
+Bits = TypeVar("Bits", int, np.ndarray)  # a number below 2**64, or an array of them
 
 _ROUNDS = 6
 _BITS = 64
 _MASK = (1 << _BITS) - 1
+_WORTH_AN_ARRAY = 32  # values: the network takes 3 us for one, and 60 us for an array of any length up to a thousand
 
 
 def keyed_bits(seed: int, purpose: str, *key: int | str) -> int:
@@ -35,19 +42,47 @@ class Permutation:
         return cls(size, tuple(keyed_bits(seed, purpose, *key, number) for number in range(_ROUNDS)))
 
     def __call__(self, value: int) -> int:
+        """The value's place in the order. Raises IndexError."""
         if not 0 <= value < self.size:
             raise IndexError(f"value={value} must be in 0..{self.size - 1}")
-        half_bits = max(1, ((self.size - 1).bit_length() + 1) // 2)
-        half_mask = (1 << half_bits) - 1
+        return self._walk(value)
+
+    def many(self, values: Sequence[int]) -> list[int]:
+        """The places of many values. Raises IndexError."""
+        if len(values) < _WORTH_AN_ARRAY:
+            return [self(value) for value in values]
+        assert self.size <= 1 << _BITS
+        found = np.array(values, dtype=np.uint64)
+        if int(found.max()) >= self.size:
+            raise IndexError(f"value={found.max()} must be in 0..{self.size - 1}")
+        waiting = np.arange(len(found))
+        while len(waiting) >= _WORTH_AN_ARRAY:
+            found[waiting] = self._network(found[waiting])
+            waiting = waiting[found[waiting] >= self.size]
+        places = found.tolist()
+        for index in waiting.tolist():
+            places[index] = self._walk(places[index])
+        return places
+
+    @cached_property
+    def _half_bits(self) -> int:
+        return max(1, ((self.size - 1).bit_length() + 1) // 2)
+
+    def _walk(self, value: int) -> int:
         # The network permutes 0..4**half_bits - 1, at most four times the size; following its cycle until it comes back
         # below the size permutes what we need, in fewer than four rounds on average.
-        while True:
-            left, right = value >> half_bits, value & half_mask
-            for key in self.keys:
-                left, right = right, left ^ (_mix(right ^ key) & half_mask)
-            value = left << half_bits | right
-            if value < self.size:
-                return value
+        value = self._network(value)
+        while value >= self.size:
+            value = self._network(value)
+        return value
+
+    def _network(self, value: Bits) -> Bits:
+        half_bits = self._half_bits
+        half_mask = (1 << half_bits) - 1
+        left, right = value >> half_bits, value & half_mask
+        for key in self.keys:
+            left, right = right, left ^ (_mix(right ^ key) & half_mask)
+        return left << half_bits | right
 
 
 class Shares:
@@ -75,8 +110,8 @@ class Shares:
         """The option at a place, and how often it came before."""
         node = self._root
         while isinstance(node, _Node):
-            left = node.lefts(place)
-            if node.lefts(place + 1) > left:
+            left, is_left = node.split(place)
+            if is_left:
                 place, node = left, node.left
             else:
                 place, node = place - left, node.right
@@ -116,8 +151,13 @@ class _Node:
         """How many of the first `places` places go to the left."""
         return (self._share * places + self._offset) >> _BITS
 
+    def split(self, place: int) -> tuple[int, bool]:
+        """`lefts(place)`, and whether the place itself goes to the left: whether `lefts(place + 1)` is more."""
+        units = self._share * place + self._offset
+        return units >> _BITS, (units & _MASK) + self._share > _MASK
 
-def _mix(bits: int) -> int:
+
+def _mix(bits: Bits) -> Bits:
     # The finaliser of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _MASK

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -230,15 +231,23 @@ class Plan:
         choice = self._dataset_of_slot[number]
         # Which dataset comes where is regular; without this a rank could get always the same one.
         order = Permutation.keyed(bucket.global_batch, self.seed, "position", step)
+        passes: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (position, place) by (dataset, pass number)
+        for position, slot_place in zip(positions, order.many(positions), strict=True):
+            dataset, count = choice.draw(first + slot_place)
+            drawn = self._drawn_before[dataset][number] + count
+            pass_number, place = divmod(drawn, len(self.datasets[dataset].rows[number]))
+            passes.setdefault((dataset, pass_number), []).append((position, place))
         slots = []
-        for position in positions:
-            dataset, count = choice.draw(first + order(position))
+        for (dataset, pass_number), places in passes.items():
             source = self.datasets[dataset]
             rows = source.rows[number]
-            pass_number, place = divmod(self._drawn_before[dataset][number] + count, len(rows))
-            row = int(rows[_order_of_pass(len(rows), self.seed, source.name, bucket.name, pass_number)(place)])
-            slots.append(Slot(step, position, number, dataset, row, pass_number))
-        return slots
+            order = _order_of_pass(len(rows), self.seed, source.name, bucket.name, pass_number)
+            chosen = rows[order.many([place for _, place in places])].tolist()
+            slots += [
+                Slot(step, position, number, dataset, row, pass_number)
+                for (position, _), row in zip(places, chosen, strict=True)
+            ]
+        return sorted(slots, key=attrgetter("position"))
 
     def _places(self, bucket: int, step: int) -> int:
         # Slots of a bucket in this segment before a step.

@@ -28,6 +28,37 @@ def test_large_permutation_stays_in_range_and_apart(size: int, seed: int) -> Non
     assert all(0 <= value < size for value in values)
 
 
+SIZES = st.one_of(
+    st.integers(1, 40), st.integers(1, 10**7), st.integers(2**32 - 9, 2**33), st.integers(2**63 - 9, 2**64)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(size=SIZES, keys=st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=6), data=st.data())
+def test_a_permutation_of_many_values_is_that_of_each(size: int, keys: list[int], data: st.DataObject) -> None:
+    permutation = Permutation(size, tuple(keys))
+    count = data.draw(st.integers(0, 300), label="values")
+    start = data.draw(st.integers(0, size - 1), label="first value")
+    step = data.draw(st.integers(1, size), label="step")
+    values = [(start + i * step) % size for i in range(count)]
+    assert permutation.many(values) == [permutation(value) for value in values]
+
+
+def test_all_values_of_a_permutation_at_once() -> None:
+    for size in (1, 2, 31, 32, 33, 4096, 4097, 50_000):
+        permutation = Permutation.keyed(size, 3, "test")
+        places = permutation.many(range(size))
+        assert sorted(places) == list(range(size))
+        assert places[-3:] == [permutation(value) for value in range(size)[-3:]]
+
+
+@pytest.mark.parametrize("count", [1, 500])
+def test_a_value_out_of_range_is_refused(count: int) -> None:
+    permutation = Permutation.keyed(500, 3, "test")
+    with pytest.raises(IndexError, match=r"value=500 must be in 0\.\.499"):
+        permutation.many(range(501 - count, 501))
+
+
 def test_permutation_shuffles_well() -> None:
     size = 4000
     for key in range(4):
