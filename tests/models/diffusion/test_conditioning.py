@@ -52,7 +52,8 @@ def build_pipeline(vae: Any, *, in_channels: int, expand_timesteps: bool) -> Any
     import diffusers
 
     torch.manual_seed(2)
-    transformer = diffusers.WanTransformer3DModel(
+    build: Any = diffusers.WanTransformer3DModel
+    transformer = build(
         num_attention_heads=2,
         attention_head_dim=16,
         in_channels=in_channels,
