@@ -46,6 +46,9 @@ class Condition:
         return error.flatten(1).mean(1)
 
 
+TEXT_ALONE = Condition()
+
+
 @dataclass(frozen=True)
 class CleanFrames(Condition):
     """Known latents stay clean and their tokens have timestep 0; what the network says of them is neither followed nor trained."""

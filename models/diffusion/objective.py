@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .conditioning import TEXT_ALONE, Condition
 from .noise_schedule import TIMESTEPS, NoiseScheduleConfig, draw_noise_levels
 
 VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, timestep, text) -> velocity
@@ -69,12 +70,18 @@ def add_noise(latents: Tensor, noise: Tensor, noise_levels: Tensor) -> Tensor:
 
 
 def rectified_flow_loss(
-    model: VelocityModel, latents: Tensor, text: Tensor, noise: Tensor, noise_levels: Tensor
+    model: VelocityModel,
+    latents: Tensor,
+    text: Tensor,
+    noise: Tensor,
+    noise_levels: Tensor,
+    condition: Condition = TEXT_ALONE,
 ) -> Tensor:
     """Per-sample loss [B]: the mean over elements of (velocity - (noise - latents))^2, in float32.
 
-    Latents and noise [B, C, T, H, W], noise levels [B] in [0, 1], text as the model takes it.
+    Latents and noise [B, C, T, H, W], noise levels [B] in [0, 1], text as the model takes it. With a condition, the mean is over
+    the places that the model has to make.
     """
-    velocity = model(add_noise(latents, noise, noise_levels), TIMESTEPS * noise_levels.float(), text)
+    noisy, timestep = condition.model_inputs(add_noise(latents, noise, noise_levels), TIMESTEPS * noise_levels.float())
     target = noise.float() - latents.float()
-    return (velocity.float() - target).square().flatten(1).mean(1)
+    return condition.mean_over_unknown((model(noisy, timestep, text).float() - target).square())

@@ -1,9 +1,13 @@
 """Rectified flow: the loss in closed form, and draws that belong to slots and not to ranks."""
 
+import math
+from statistics import NormalDist
+
 import pytest
 import torch
 from torch import Tensor
 
+from muybridge.models.diffusion.conditioning import CleanFrames, ImageChannels
 from muybridge.models.diffusion.noise_schedule import NoiseDistribution, NoiseScheduleConfig
 from muybridge.models.diffusion.objective import (
     add_noise,
@@ -105,3 +109,64 @@ def test_the_loss_is_computed_in_float32_for_a_bf16_velocity() -> None:
         lambda *_: torch.ones(1, *SHAPE, dtype=torch.bfloat16), latents, torch.zeros(1, 1), noise, torch.tensor([0.5])
     )
     assert losses.item() == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_known_frames_are_seen_clean_and_not_trained() -> None:
+    latents, noise = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    unknown = torch.ones(2, 1, 3, 1, 1)
+    unknown[0, :, :2] = 0
+    condition = CleanFrames(latents, unknown, [1, 1, 1])
+    velocity = (noise - latents + 3).requires_grad_()
+    seen: list[Tensor] = []
+
+    def model(noisy: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        seen.extend((noisy, timestep))
+        return velocity * torch.where(unknown.bool(), 1.0, 100.0)
+
+    levels = torch.tensor([0.25, 0.5])
+    losses = rectified_flow_loss(model, latents, torch.zeros(2, 1), noise, levels, condition)
+    torch.testing.assert_close(losses, torch.tensor([9.0, 9.0]))
+    noisy = add_noise(latents, noise, levels)
+    assert torch.equal(seen[0][0, :, :2], latents[0, :, :2])
+    assert torch.equal(seen[0][0, :, 2], noisy[0, :, 2])
+    assert torch.equal(seen[0][1], noisy[1])
+    assert seen[1].tolist() == [[0.0, 0.0, 250.0], [500.0, 500.0, 500.0]]
+    losses.sum().backward()
+    assert velocity.grad is not None
+    assert velocity.grad[0, :, :2].abs().sum() == 0
+    # A sample of which little is unknown weighs as much as another: its mean is over fewer places.
+    torch.testing.assert_close(velocity.grad[0].sum(), velocity.grad[1].sum())
+
+
+def test_image_channels_stand_behind_the_noisy_latents() -> None:
+    latents, noise, channels = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE), torch.randn(2, 5, *SHAPE[1:])
+    seen: list[Tensor] = []
+
+    def model(noisy: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        seen.extend((noisy, timestep))
+        return noise - latents + 2
+
+    levels = torch.tensor([0.25, 0.5])
+    losses = rectified_flow_loss(model, latents, torch.zeros(2, 1), noise, levels, ImageChannels(channels))
+    torch.testing.assert_close(losses, torch.tensor([4.0, 4.0]))  # over all places: known ones are made anew too
+    assert torch.equal(seen[0], torch.cat((add_noise(latents, noise, levels), channels), dim=1))
+    assert seen[1].tolist() == [250.0, 500.0]
+
+
+def test_noise_is_added_as_diffusers_flow_matching_does() -> None:
+    diffusers = pytest.importorskip("diffusers", reason="the extra `test` is not installed")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    latents, noise = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)
+    timesteps = scheduler.timesteps[[0, 400, 999]]
+    expected = scheduler.scale_noise(latents, timesteps, noise)
+    torch.testing.assert_close(add_noise(latents, noise, timesteps / 1000), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_noise_levels_are_the_quantiles_of_a_shifted_logit_normal(shift: float) -> None:
+    config = NoiseScheduleConfig(logit_mean=0.3, logit_std=1.2, shift=shift)
+    keyed = keyed_uniform(3, 1, range(64), purpose="noise_level").tolist()
+    # A shift of s is a shift of its logit by log(shift).
+    quantiles = [NormalDist(0.3 + math.log(shift), 1.2).inv_cdf(number) for number in keyed]
+    expected = torch.tensor([1 / (1 + math.exp(-quantile)) for quantile in quantiles])
+    torch.testing.assert_close(keyed_noise_levels(3, 1, range(64), config), expected, rtol=1e-6, atol=1e-6)
