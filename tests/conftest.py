@@ -9,15 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 # Before any other package looks for one called `kernels`, see there.
 importlib.import_module("muybridge")
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Once = Callable[[str, Callable[[Path], object]], Path]
+SaveRun = Callable[[Path, list[str]], Path]
 
 # A diffusion transformer of one small layer, whose start takes longer than a hundred of its steps.
 TINY = [
@@ -100,6 +103,43 @@ def tiny_run(toy_folder: Path) -> list[str]:
         f"data.path={toy_folder / 'shards' / 'train'}",
         f"data.latents={toy_folder / 'latents'}",
     ]
+
+
+@pytest.fixture
+def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
+    """Makes a run directory of settings and one checkpoint: random weights, none zero, and an average of half their size."""
+    from muybridge.train import checkpoint
+    from muybridge.train.compose import plain
+    from muybridge.train.config import load_train_config
+    from muybridge.train.engine import FlatShard, Fragment
+    from muybridge.train.tasks import TextToVideoTask
+
+    def save(run_dir: Path, overrides: list[str]) -> Path:
+        config = load_train_config([*overrides, f"run_dir={run_dir}", "deepspeed=zero0"])
+        run_dir.mkdir(parents=True)
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(plain(config)))
+        torch.manual_seed(config.seed)
+        model = TextToVideoTask(config, torch.device("cpu")).build_model()
+        weights = {name: torch.randn_like(parameter) * 0.2 for name, parameter in model.named_parameters()}
+        engine = SimpleNamespace(
+            config=config.deepspeed,
+            parameter_shapes={name: weight.shape for name, weight in weights.items()},
+            shards=[FlatShard(weight, [Fragment(name, 0, weight.numel(), 0)], {}) for name, weight in weights.items()],
+            optimizer_step_count=lambda: 0.0,
+        )
+        one_rank = SimpleNamespace(
+            get_rank=lambda: 0,
+            get_world_size=lambda: 1,
+            broadcast_object_list=lambda box, src: None,
+            all_gather_object=lambda box, value: box.__setitem__(0, value),
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "dist", one_rank)
+            average = SimpleNamespace(averages=[0.5 * weight.flatten() for weight in weights.values()])
+            checkpoint.save_checkpoint(run_dir / "checkpoints", step=4, engine=engine, ema=average, run_state={})
+        return run_dir
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -1,52 +1,20 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-import yaml
 from PIL import Image
 
 from muybridge.data.decode import read_frames
 from muybridge.scripts import cli
-from muybridge.train import checkpoint
-from muybridge.train.compose import plain
-from muybridge.train.config import load_train_config
-from muybridge.train.engine import FlatShard, Fragment
-from muybridge.train.tasks import TextToVideoTask
 
 PROMPTS = ["a red circle moving left", "", "../../etc/passwd", "ein blaues Dreieck ↑", "a red circle moving left"]
 
 
 @pytest.fixture
-def run_dir(tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run with a checkpoint of random weights, and an average that differs from them."""
-    run_dir = tmp_path / "run"
-    config = load_train_config([*tiny_run, f"run_dir={run_dir}", "sampler.steps=2", "deepspeed=zero0"])
-    run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(plain(config)))
-    torch.manual_seed(0)
-    model = TextToVideoTask(config, torch.device("cpu")).build_model()
-    weights = {name: torch.randn_like(parameter) * 0.2 for name, parameter in model.named_parameters()}
-    engine = SimpleNamespace(
-        config=config.deepspeed,
-        parameter_shapes={name: weight.shape for name, weight in weights.items()},
-        shards=[FlatShard(weight, [Fragment(name, 0, weight.numel(), 0)], {}) for name, weight in weights.items()],
-        optimizer_step_count=lambda: 0.0,
-    )
-    one_rank = SimpleNamespace(
-        get_rank=lambda: 0,
-        get_world_size=lambda: 1,
-        broadcast_object_list=lambda box, src: None,
-        all_gather_object=lambda box, value: box.__setitem__(0, value),
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "dist", one_rank)
-        average = SimpleNamespace(averages=[0.5 * weight.flatten() for weight in weights.values()])
-        checkpoint.save_checkpoint(run_dir / "checkpoints", step=4, engine=engine, ema=average, run_state={})
-    return run_dir
+def run_dir(tiny_run: list[str], save_random_run: Callable[[Path, list[str]], Path], tmp_path: Path) -> Path:
+    return save_random_run(tmp_path / "run", [*tiny_run, "sampler.steps=2"])
 
 
 @pytest.fixture
