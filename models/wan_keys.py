@@ -125,12 +125,9 @@ def to_diffusers_keys(names: Iterable[str], component: Component, layout: Layout
     prefix = _prefix(component, layout)
     bare = [name.removeprefix(prefix) for name in names]
     modules = _modules(bare, component)
-    if layout is Layout.diffusers or (layout is Layout.comfy and component is Component.text_encoder):
-        modules = dict.fromkeys(modules.values())
-        table = {name: name for name in modules}
-    else:
-        table = modules
-    renamed = _renamed(bare, table)
+    if _has_diffusers_names(component, layout):
+        modules = {ours: ours for ours in modules.values()}
+    renamed = _renamed(bare, modules)
     unknown = [name for name, found in zip(names, renamed, strict=True) if found is None or not name.startswith(prefix)]
     return _checked(names, renamed, unknown, f"a Wan {component} with {layout} names")
 
@@ -140,11 +137,8 @@ def from_diffusers_keys(names: Iterable[str], component: Component, layout: Layo
     names = list(names)
     prefix = _prefix(component, layout)
     modules = _modules(names, component)
-    if layout is Layout.diffusers or (layout is Layout.comfy and component is Component.text_encoder):
-        table = {name: name for name in modules.values()}
-    else:
-        table = {ours: original for original, ours in modules.items()}
-    renamed = [found if found is None else prefix + found for found in _renamed(names, table)]
+    table = {ours: ours if _has_diffusers_names(component, layout) else theirs for theirs, ours in modules.items()}
+    renamed = [prefix + found if found else found for found in _renamed(names, table)]
     unknown = [name for name, found in zip(names, renamed, strict=True) if found is None]
     return _checked(names, renamed, unknown, f"a Wan {component} with diffusers names")
 
@@ -180,6 +174,10 @@ def _modules(names: list[str], component: Component) -> dict[str, str]:
     numbers = [int(found[1]) for name in names if (found := re.match(r"(?:encoder\.block|blocks)\.(\d+)\.", name))]
     num_layers = 1 + max(numbers, default=-1)
     return transformer_modules(num_layers) if component is Component.transformer else umt5_modules(num_layers)
+
+
+def _has_diffusers_names(component: Component, layout: Layout) -> bool:
+    return layout is Layout.diffusers or (layout is Layout.comfy and component is Component.text_encoder)
 
 
 def _prefix(component: Component, layout: Layout) -> str:
