@@ -1,9 +1,11 @@
 """Noise levels: closed forms of the shift and of the distributions' quantiles."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from muybridge.models.diffusion.noise_schedule import (
     NoiseDistribution,
@@ -50,8 +52,60 @@ def test_extreme_draws_stay_finite_and_inside() -> None:
         assert ((levels >= 0) & (levels <= 1)).all()
 
 
+@pytest.mark.parametrize("distribution", NoiseDistribution)
+@pytest.mark.parametrize("shift", [1.0, 5.0, 12.0])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.875), (0.875, 1.0), (0.3, 0.6)])
+def test_truncated_levels_are_the_whole_distributions_within_the_ends(
+    distribution: NoiseDistribution, shift: float, low: float, high: float
+) -> None:
+    """P(level <= x | low <= level <= high) = (F(x) - F(low)) / (F(high) - F(low)), F that of the shifted whole."""
+    whole = NoiseScheduleConfig(distribution=distribution, shift=shift, logit_mean=0.2, logit_std=0.9)
+
+    def below(level: Tensor) -> Tensor:
+        odds = level / (1 - level) / shift
+        if distribution is NoiseDistribution.uniform:
+            return 1 - 1 / (1 + odds)
+        z = (odds.log() - 0.2) / 0.9
+        return 0.5 * torch.special.erfc(-z / math.sqrt(2))
+
+    levels = draw_noise_levels(GRID, replace(whole, min_level=low, max_level=high)).double()
+    assert ((levels >= low) & (levels <= high)).all()
+    ends = below(torch.tensor([low, high], dtype=torch.float64))
+    torch.testing.assert_close((below(levels) - ends[0]) / (ends[1] - ends[0]), GRID, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("distribution", NoiseDistribution)
+@pytest.mark.parametrize("shift", [0.7, 1.0, 3.0, 5.0])
+def test_the_whole_range_is_bit_for_bit_the_plain_draw(distribution: NoiseDistribution, shift: float) -> None:
+    """Runs that began before levels could be truncated resume on the same levels."""
+    plain = torch.sigmoid(torch.special.ndtri(GRID)) if distribution is NoiseDistribution.logit_normal else GRID
+    levels = draw_noise_levels(GRID, NoiseScheduleConfig(distribution=distribution, shift=shift))
+    assert torch.equal(levels, shift_noise_level(plain, shift).float())
+
+
+def test_draws_far_out_in_either_tail_keep_their_digits() -> None:
+    """Seven deviations out, where probabilities counted from the wrong side would fall on a few steps."""
+    high = draw_noise_levels(GRID, NoiseScheduleConfig(min_level=0.9991)).double()
+    low = draw_noise_levels(1 - GRID, NoiseScheduleConfig(max_level=1 - 0.9991)).double()
+    torch.testing.assert_close(high, 1 - low, atol=1e-7, rtol=0)
+    assert low.unique().numel() == GRID.numel()
+    tail = torch.special.ndtr(torch.logit(low))
+    whole = torch.special.ndtr(torch.logit(torch.tensor(1 - 0.9991, dtype=torch.float64)))
+    torch.testing.assert_close(tail / whole, 1 - GRID, atol=1e-4, rtol=0)
+
+
 def test_faults_name_field_value_and_rule() -> None:
     assert NoiseScheduleConfig().faults("objective.noise") == []
+    for low, high in ((0.5, 0.5), (-0.1, 0.5), (0.0, 1.5), (0.9, 0.1)):
+        assert NoiseScheduleConfig(min_level=low, max_level=high).faults("objective") == [
+            f"objective.min_level={low} and objective.max_level={high} must lie in [0, 1] and in this order "
+            "(0 and 1 are off)"
+        ]
+    nothing = NoiseScheduleConfig(logit_mean=-50.0, min_level=0.9)
+    assert nothing.faults("objective") == [
+        "objective.min_level=0.9 and objective.max_level=1.0 must enclose levels that "
+        "objective.distribution=logit_normal can draw"
+    ]
     assert NoiseScheduleConfig(logit_std=0, shift=-1).faults("objective.noise") == [
         "objective.noise.logit_std=0 must be greater than 0",
         "objective.noise.shift=-1 must be greater than 0 (1 is off)",
