@@ -54,13 +54,10 @@ def main(argv: list[str]) -> int:
     result = measure(material, decoders, pairs=options.pairs, batches=options.batches)
     _print(result)
     if options.memory:
-        from .bench_loader_memory import measure_worker_memory
+        from .bench_loader_memory import measure_worker_memory, print_worker_memory
 
         result["memory"] = measure_worker_memory(options.memory)
-        for name, case in result["memory"]["cases"].items():
-            print(
-                f"muybridge: resident memory of a decoding process, {name}: {case['growth']:+.2%} over {options.memory} clips"
-            )
+        print_worker_memory(result["memory"])
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
