@@ -7,9 +7,10 @@ from ..kernels import Rope, TileMask, attention, rms_norm_heads, rms_norm_rope
 
 
 class Attention(nn.Module):
-    """Attention of x [B, L, D] over a context [B, S, D] (x itself in self-attention)."""
+    """Attention of x [B, L, D] over a context [B, S, D] (x itself in self-attention), and over an image's tokens where asked."""
 
-    def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
+    def __init__(self, num_heads: int, head_dim: int, eps: float, *, image: bool = False) -> None:
+        """`image` adds keys and values for the tokens of an image, which the same queries read apart from the text."""
         super().__init__()
         dim = num_heads * head_dim
         self.num_heads = num_heads
@@ -20,9 +21,25 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = HeadsRMSNorm(dim, num_heads, eps)
         self.norm_k = HeadsRMSNorm(dim, num_heads, eps)
+        if image:
+            self.add_k_proj = nn.Linear(dim, dim)
+            self.add_v_proj = nn.Linear(dim, dim)
+            self.norm_added_k = HeadsRMSNorm(dim, num_heads, eps)
 
-    def forward(self, x: Tensor, context: Tensor, *, rope: Rope | None = None, mask: TileMask | None = None) -> Tensor:
-        """`rope` is None in cross-attention, which has no positions; without a mask every query meets every key."""
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        *,
+        rope: Rope | None = None,
+        mask: TileMask | None = None,
+        image: Tensor | None = None,
+    ) -> Tensor:
+        """`rope` is None in cross-attention, which has no positions; without a mask every query meets every key.
+
+        What the queries read from the tokens of an image [B, I, D] is added to what they read from the context: two softmaxes,
+        so that 257 image tokens take no weight from the text.
+        """
         value = self.to_v(context).unflatten(-1, (self.num_heads, -1))  # [B, S, N, K]
         # The product runs in the dtype of the matmuls, save on the CPU, where the backward of bf16 attention takes five times
         # as long as that of float32.
@@ -32,6 +49,11 @@ class Attention(nn.Module):
         key = self.norm_k(self.to_k(context), rope, product_dtype)
         heads = (states.transpose(1, 2) for states in (query, key, value.to(product_dtype)))
         out = attention(*heads, mask=mask).to(matmul_dtype)  # [B, N, L, K]
+        if image is not None:
+            key = self.norm_added_k(self.add_k_proj(image), None, product_dtype)  # [B, I, N, K]
+            value = self.add_v_proj(image).unflatten(-1, (self.num_heads, -1))
+            heads = (states.transpose(1, 2) for states in (query, key, value.to(product_dtype)))
+            out = out + attention(*heads, mask=None).to(matmul_dtype)
         return self.to_out[0](out.transpose(1, 2).flatten(2))  # [B, L, D]
 
 

@@ -1,4 +1,4 @@
-"""One transformer block of the DiT: modulated self-attention, cross-attention to the text, modulated feed-forward."""
+"""One transformer block of the DiT: modulated self-attention, cross-attention to text and image, modulated feed-forward."""
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,23 @@ class DiTBlock(nn.Module):
     A bf16 stream would halve the memory of checkpointed activations, but it rounds away small updates in every block.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, ffn_dim: int, eps: float) -> None:
+    def __init__(self, num_heads: int, head_dim: int, ffn_dim: int, eps: float, *, image: bool = False) -> None:
+        """With `image`, cross-attention has keys and values for the tokens of an image."""
         super().__init__()
         dim = num_heads * head_dim
         self.eps = eps
         self.attn1 = Attention(num_heads, head_dim, eps)
         self.norm2 = ResidualLayerNorm(dim, eps)
-        self.attn2 = Attention(num_heads, head_dim, eps)
+        self.attn2 = Attention(num_heads, head_dim, eps, image=image)
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
 
-    def forward(self, x: Tensor, context: Tensor, modulation: Tensor, layout: TokenLayout) -> Tensor:
-        """Context [B, S, D], modulation [B, R, 6, D] float32: R is 1 (a row a sample), frames or L, and divides L."""
+    def forward(
+        self, x: Tensor, context: Tensor, modulation: Tensor, layout: TokenLayout, image: Tensor | None = None
+    ) -> Tensor:
+        """Context [B, S, D], modulation [B, R, 6, D] float32: R is 1 (a row a sample), frames or L, and divides L; the tokens of
+        an image [B, I, D] where the block was made for them.
+        """
         dtype = compute_dtype(self.attn1.to_q.weight)
         table = self.scale_shift_table.float() + modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(-2)  # [B, R, D] each
@@ -34,7 +39,7 @@ class DiTBlock(nn.Module):
         normed = modulated_norm(x, shift1, scale1, eps=self.eps, dtype=dtype)
         attended = self.attn1(normed, normed, rope=layout.rope, mask=layout.mask)
         x, normed = self.norm2(x, attended, gate1, dtype)
-        attended = self.attn2(normed, context, mask=layout.text_mask)
+        attended = self.attn2(normed, context, mask=layout.text_mask, image=image)
         x, normed = residual_modulated_norm(x, attended, shift2, scale2, eps=self.eps, dtype=dtype)
         return gated_residual(x, self.ffn(normed), gate2)
 

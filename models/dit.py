@@ -1,4 +1,4 @@
-"""The diffusion transformer of Wan 2.1 and 2.2: noisy latents, noise level and text in, velocity out.
+"""The diffusion transformer of Wan 2.1 and 2.2: noisy latents, noise level, text and perhaps an image in, velocity out.
 
 Modules are named as in diffusers' `WanTransformer3DModel`, so a `state_dict` moves between the two unchanged.
 """
@@ -15,15 +15,20 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import modulated_norm
 from .attention import HeadsRMSNorm
 from .blocks import DiTBlock
-from .embeddings import ConditionEmbedder, Fp32Linear, PatchEmbedding
+from .embeddings import ConditionEmbedder, Fp32Linear, ImageEmbedder, PatchEmbedding
 from .token_layout import AttentionPattern, SelfAttentionConfig, TokenLayout, packed_layout, token_layout
+
+# Of CLIP ViT-H/14 at 224 pixels: 16 x 16 patches, and one token for the whole image.
+CLIP_TOKENS = 257
 
 
 @dataclass
 class DiTConfig:
     """The sizes of a DiT. The defaults of width and depth are those of Wan 2.1 T2V-1.3B."""
 
-    in_channels: int = 16  # latent channels of the autoencoder
+    in_channels: int = (
+        16  # latent channels of the input: the noisy latents', and those of a mask and of known latents beside them
+    )
     out_channels: int = 16  # latent channels of the velocity
     num_layers: int = 30  # transformer blocks
     dim: int = 1536  # model width D
@@ -34,6 +39,11 @@ class DiTConfig:
     patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])  # latent frames, rows, columns in a token
     eps: float = 1e-6  # added to variances in the norms
     rope_max_seq_len: int = 1024  # largest token count along one axis
+    image_dim: int | None = (
+        None  # width of image features that cross-attention reads beside the text (Wan 2.1 I2V); null: none
+    )
+    # Rows of image features that have a learned place, 514 where a first and a last image are given; null: no places.
+    pos_embed_seq_len: int | None = None
     gradient_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
     # Which video tokens attend to each other.
     self_attention: SelfAttentionConfig = field(default_factory=SelfAttentionConfig)
@@ -42,6 +52,16 @@ class DiTConfig:
     def attention_head_dim(self) -> int:
         """Head width K."""
         return self.dim // self.num_attention_heads
+
+    @property
+    def added_kv_proj_dim(self) -> int | None:
+        """Width of what the keys and values of an image are made of: the model's, for its features are embedded first."""
+        return None if self.image_dim is None else self.dim
+
+    @property
+    def image_tokens(self) -> int:
+        """Rows of image features in Wan's use: 257 of CLIP ViT-H/14 at 224 pixels, 0 without an image."""
+        return 0 if self.image_dim is None else self.pos_embed_seq_len or CLIP_TOKENS
 
     def faults(self, field: str) -> list[str]:
         """All breaches of this config's own rules, as messages that name the field, the value and the rule."""
@@ -69,25 +89,33 @@ class DiTConfig:
             )
         if self.eps <= 0:
             found.append(f"{field}.eps={self.eps} must be greater than 0")
+        for name in ("image_dim", "pos_embed_seq_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"{field}.{name}={value} must be null (none) or at least 1")
+        if self.pos_embed_seq_len is not None and self.image_dim is None:
+            found.append(
+                f"{field}.pos_embed_seq_len={self.pos_embed_seq_len} must be null where {field}.image_dim is null (no image)"
+            )
         return found + self.self_attention.faults(f"{field}.self_attention")
 
     def to_diffusers(self) -> dict[str, Any]:
         """The contents of a diffusers `config.json` for this model."""
         return {
             "_class_name": "WanTransformer3DModel",
-            "added_kv_proj_dim": None,
+            "added_kv_proj_dim": self.added_kv_proj_dim,
             "attention_head_dim": self.attention_head_dim,
             "cross_attn_norm": True,
             "eps": self.eps,
             "ffn_dim": self.ffn_dim,
             "freq_dim": self.freq_dim,
-            "image_dim": None,
+            "image_dim": self.image_dim,
             "in_channels": self.in_channels,
             "num_attention_heads": self.num_attention_heads,
             "num_layers": self.num_layers,
             "out_channels": self.out_channels,
             "patch_size": list(self.patch_size),
-            "pos_embed_seq_len": None,
+            "pos_embed_seq_len": self.pos_embed_seq_len,
             "qk_norm": "rms_norm_across_heads",
             "rope_max_seq_len": self.rope_max_seq_len,
             "text_dim": self.text_dim,
@@ -101,20 +129,15 @@ class DiTConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> "DiTConfig":
-        """Read a diffusers `config.json`. ValueError for a model of another kind (image conditioning, other norms)."""
+        """Read a diffusers `config.json`. ValueError for a model of another kind (other class, norms or image conditioning)."""
         required = {
             "_class_name": "WanTransformer3DModel",
-            "added_kv_proj_dim": None,
             "cross_attn_norm": True,
-            "image_dim": None,
-            "pos_embed_seq_len": None,
             "qk_norm": "rms_norm_across_heads",
         }
         for name, value in required.items():
             if config.get(name, value) != value:
-                raise ValueError(
-                    f"config.json: {name}={config[name]!r} must be {value!r} (a Wan text-to-video transformer)"
-                )
+                raise ValueError(f"config.json: {name}={config[name]!r} must be {value!r} (a Wan transformer)")
         sizes = (
             "in_channels out_channels num_layers num_attention_heads ffn_dim text_dim freq_dim patch_size eps rope_max_seq_len"
         ).split()
@@ -124,11 +147,21 @@ class DiTConfig:
         dim = config["num_attention_heads"] * config["attention_head_dim"]
         pattern = SelfAttentionConfig.from_json(config.get("self_attention", {}))
         values = {name: config[name] for name in sizes} | {"patch_size": list(config["patch_size"])}
-        return cls(dim=dim, self_attention=pattern, **values)
+        values |= {name: config.get(name) for name in ("image_dim", "pos_embed_seq_len")}
+        read = cls(dim=dim, self_attention=pattern, **values)
+        if (width := config.get("added_kv_proj_dim")) != read.added_kv_proj_dim:
+            raise ValueError(
+                f"config.json: added_kv_proj_dim={width} must be {read.added_kv_proj_dim}: the model's width where image_dim is "
+                f"given, else null (image_dim={read.image_dim})"
+            )
+        return read
 
 
 class DiT(nn.Module):
     """Velocity [B, C_out, T, H, W] of noisy latents [B, C, T, H, W] at a timestep, given text features [B, S, text_dim].
+
+    A config with `image_dim` also needs features of an image [B, I, image_dim], of two one after the other for a first and a
+    last frame. Latents that have more channels than the velocity hold a mask and known latents behind the noisy ones.
 
     Weights may be float32 (plain or under autocast) or bf16. Matmuls of the blocks run in bf16 where asked; time
     embedding, modulation, residual stream, norms' statistics, rotary embedding and head are float32 always.
@@ -140,24 +173,38 @@ class DiT(nn.Module):
         dim = config.dim
         pt, ph, pw = config.patch_size
         self.patch_embedding = PatchEmbedding(config.in_channels, dim, (pt, ph, pw))
-        self.condition_embedder = ConditionEmbedder(config.freq_dim, config.text_dim, dim)
+        self.condition_embedder = ConditionEmbedder(
+            config.freq_dim,
+            config.text_dim,
+            dim,
+            image_dim=config.image_dim,
+            image_positions=config.pos_embed_seq_len,
+        )
         self.blocks = nn.ModuleList(
-            DiTBlock(config.num_attention_heads, config.attention_head_dim, config.ffn_dim, config.eps)
+            DiTBlock(
+                config.num_attention_heads,
+                config.attention_head_dim,
+                config.ffn_dim,
+                config.eps,
+                image=config.image_dim is not None,
+            )
             for _ in range(config.num_layers)
         )
         self.proj_out = Fp32Linear(dim, math.prod(config.patch_size) * config.out_channels)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
         self.reset_parameters()
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, image_features: Tensor | None = None) -> Tensor:
         """Timestep in [0, 1000], float32: one per sample [B], or [B, R] for R runs of equally many tokens in raster order, such
         as one per token (R = L, for Wan 2.2's clean first frame) or per frame of tokens.
 
-        Raises ValueError for latents that patches do not tile, a grid beyond `rope_max_seq_len`, a timestep of another shape,
-        or in half precision, which cannot tell 999 from 1000.
+        Raises ValueError for latents of other channels or that patches do not tile, a grid beyond `rope_max_seq_len`, a timestep
+        of another shape, or in half precision, which cannot tell 999 from 1000, and image features where the model takes none,
+        or none or others where it takes them.
         """
         config = self.config
         grid = self._token_grid(latents)
+        self._check_image_features(image_features, len(latents))
         timestep = self._timestep_rows(timestep, math.prod(grid))  # [B, R]
         layout = token_layout(config.self_attention, grid, config.attention_head_dim, latents.device)
         x = self.patch_embedding(latents).float()  # [B, L, D]
@@ -165,7 +212,7 @@ class DiT(nn.Module):
             x = layout.order.to_tiles(x)
             if timestep.shape[1] > 1:
                 timestep = layout.order.to_tiles(timestep.repeat_interleave(math.prod(grid) // timestep.shape[1], 1))
-        tokens = self._run_blocks(x, timestep, text, layout)
+        tokens = self._run_blocks(x, timestep, text, layout, image_features)
         if layout.order is not None:
             tokens = layout.order.to_raster(tokens)
         return self._unpatchify(tokens, grid)
@@ -176,9 +223,11 @@ class DiT(nn.Module):
         Timestep [clips] in [0, 1000]; text features [S, text_dim] of each clip, S as it comes. Each token has a modulation row of
         its own here, 24 D bytes, which at large widths is what limits the row.
 
-        Raises ValueError as `forward` does, and where self-attention has a sparse pattern.
+        Raises ValueError as `forward` does, and where self-attention has a sparse pattern or the model takes image features.
         """
         config = self.config
+        if config.image_dim is not None:
+            raise ValueError(f"image_dim={config.image_dim} must be null to pack clips into one row")
         if config.self_attention.pattern is not AttentionPattern.full:
             raise ValueError(
                 f"self_attention.pattern={config.self_attention.pattern.name} must be full to pack clips into one row"
@@ -204,15 +253,20 @@ class DiT(nn.Module):
         parts = tokens.split(lengths, dim=1)
         return [self._unpatchify(part, grid).squeeze(0) for part, grid in zip(parts, grids, strict=True)]
 
-    def _run_blocks(self, x: Tensor, timestep: Tensor, text: Tensor, layout: TokenLayout) -> Tensor:
+    def _run_blocks(
+        self, x: Tensor, timestep: Tensor, text: Tensor, layout: TokenLayout, image_features: Tensor | None = None
+    ) -> Tensor:
         """Tokens [B, L, D] through the blocks and the head -> [B, L, pt*ph*pw*C]; timestep [B, R], text [B, S, text_dim]."""
         embedding, modulation, context = self.condition_embedder(timestep, text)
+        image = None if image_features is None else self.condition_embedder.image_embedder(image_features)  # [B, I, D]
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random, so no generator state has to be kept.
-                x = checkpoint(block, x, context, modulation, layout, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    block, x, context, modulation, layout, image, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x = block(x, context, modulation, layout)
+                x = block(x, context, modulation, layout, image)
         shift, scale = (self.scale_shift_table.float() + embedding.unsqueeze(-2)).unbind(-2)  # [B, R, D] each
         return self.proj_out(modulated_norm(x, shift, scale, eps=self.config.eps, dtype=torch.float32))
 
@@ -230,8 +284,30 @@ class DiT(nn.Module):
             )
         return rows
 
+    def _check_image_features(self, features: Tensor | None, batch: int) -> None:
+        """The model takes image features, all rows that have a place, or it does not."""
+        config = self.config
+        if (features is None) != (config.image_dim is None):
+            given = "none given" if features is None else f"{list(features.shape)} given"
+            raise ValueError(
+                f"image features: {given}, which must go with image_dim={config.image_dim} (null: a model without them)"
+            )
+        if features is None:
+            return
+        rows = "I" if config.pos_embed_seq_len is None else str(config.pos_embed_seq_len)
+        fits = features.ndim == 3 and features.shape[::2] == (batch, config.image_dim)
+        if not fits or (config.pos_embed_seq_len or features.shape[1]) != features.shape[1]:
+            raise ValueError(
+                f"image features {list(features.shape)} must be [{batch}, {rows}, {config.image_dim}] (batch, rows, image_dim)"
+            )
+
     def _token_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Tokens along frames, rows and columns."""
+        if latents.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"latents of {latents.shape[1]} channels must have the model's in_channels={self.config.in_channels} (beside "
+                "noise, image-to-video models take a mask and image latents)"
+            )
         size, patch, limit = tuple(latents.shape[2:]), self.config.patch_size, self.config.rope_max_seq_len
         if any(length % step for length, step in zip(size, patch, strict=True)):
             raise ValueError(
@@ -264,6 +340,8 @@ class DiT(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, HeadsRMSNorm):
                 nn.init.ones_(module.weight)
+            elif isinstance(module, ImageEmbedder) and module.pos_embed is not None:
+                nn.init.zeros_(module.pos_embed)
         for embedder in (self.condition_embedder.time_embedder, self.condition_embedder.text_embedder):
             nn.init.normal_(embedder.linear_1.weight, std=0.02)
             nn.init.normal_(embedder.linear_2.weight, std=0.02)

@@ -1,4 +1,4 @@
-"""Layers around the blocks: patch, time and text embedding, and the norms and Linears that stay float32 under bf16 weights."""
+"""Layers around the blocks: patch, time, text and image embedding, norms and Linears that stay float32 under bf16 weights."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -94,14 +94,61 @@ class TextEmbedder(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
 
 
-class ConditionEmbedder(nn.Module):
-    """Timestep and text to what the blocks and the head are conditioned on."""
+class ImageEmbedder(nn.Module):
+    """Features of an image [B, I, image_dim] to context [B, I, D], in the matmul dtype; the norms are float32."""
 
-    def __init__(self, freq_dim: int, text_dim: int, dim: int) -> None:
+    pos_embed: nn.Parameter | None
+
+    def __init__(self, image_dim: int, dim: int, num_positions: int | None) -> None:
+        """`num_positions` rows get a learned place: they tell a first image from a last one. None has no places."""
+        super().__init__()
+        self.norm1 = Fp32LayerNorm(image_dim)
+        self.ff = ImageFeedForward(image_dim, dim)
+        self.norm2 = Fp32LayerNorm(dim)
+        places = None if num_positions is None else nn.Parameter(torch.zeros(1, num_positions, image_dim))
+        self.register_parameter("pos_embed", places)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features.float()
+        if self.pos_embed is not None:
+            features = features + self.pos_embed.float()
+        hidden = self.ff(self.norm1(features))
+        return self.norm2(hidden).to(hidden.dtype)
+
+
+class ImageFeedForward(nn.Module):
+    """Linear, GELU (exact form, unlike the text's), Linear; named `net.0.proj` and `net.2` as in public checkpoints."""
+
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        up = nn.ModuleDict({"proj": nn.Linear(image_dim, image_dim)})
+        self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(image_dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        down = self.net[2]
+        hidden = self.net[0]["proj"](x.to(compute_dtype(down.weight)))
+        return down(F.gelu(hidden))
+
+
+class ConditionEmbedder(nn.Module):
+    """Timestep, text and image to what the blocks and the head are conditioned on; the DiT calls `image_embedder` itself."""
+
+    def __init__(
+        self,
+        freq_dim: int,
+        text_dim: int,
+        dim: int,
+        *,
+        image_dim: int | None = None,
+        image_positions: int | None = None,
+    ) -> None:
+        """Without `image_dim` there is no image embedder."""
         super().__init__()
         self.time_embedder = TimestepEmbedder(freq_dim, dim)
         self.time_proj = Fp32Linear(dim, 6 * dim)
         self.text_embedder = TextEmbedder(text_dim, dim)
+        if image_dim is not None:
+            self.image_embedder = ImageEmbedder(image_dim, dim, image_positions)
 
     def forward(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Timestep [B, 1] or [B, L] -> head embedding [B, 1|L, D], block modulation [B, 1|L, 6, D], context [B, S, D]."""

@@ -33,20 +33,23 @@ def forward_flops(config: DiTConfig, latent_shape: tuple[int, int, int], text_to
     """FLOPs of one forward of one sample: matmuls only, a multiply-add counted as two.
 
     Latents of (frames, height, width), one timestep for the sample, `text_tokens` rows of text (512 in Wan, padding
-    included, because it is attended).
+    included, because it is attended); an image's rows, where the model takes one, are those of Wan (`image_tokens`).
     """
     dim, tokens = config.dim, count_tokens(config, latent_shape)
     patch = math.prod(config.patch_size)
     per_video_token = dim * patch * (config.in_channels + config.out_channels)  # patch embedding and head
     per_text_token = config.text_dim * dim + dim * dim
+    per_image_token = (config.image_dim or 0) * ((config.image_dim or 0) + dim)
     per_sample = config.freq_dim * dim + dim * dim + 6 * dim * dim  # time embedding and modulation
 
     # Self-attention q, k, v, out; cross-attention q, out; feed-forward up, down.
     block = tokens * (4 * dim * dim + 2 * dim * dim + 2 * dim * config.ffn_dim)
-    block += text_tokens * 2 * dim * dim  # cross-attention k, v
+    context_tokens = text_tokens + config.image_tokens
+    block += context_tokens * 2 * dim * dim  # cross-attention k, v
     # Scores, and values weighted by them.
-    block += 2 * dim * (attended_pairs(config, latent_shape) + tokens * text_tokens)
-    return 2 * (tokens * per_video_token + text_tokens * per_text_token + per_sample + config.num_layers * block)
+    block += 2 * dim * (attended_pairs(config, latent_shape) + tokens * context_tokens)
+    per_sample += text_tokens * per_text_token + config.image_tokens * per_image_token
+    return 2 * (tokens * per_video_token + per_sample + config.num_layers * block)
 
 
 def training_flops(config: DiTConfig, latent_shape: tuple[int, int, int], text_tokens: int) -> int:

@@ -22,8 +22,12 @@ class TextToVideoModel(nn.Module):
         self.transformer = dit
         self.text_encoder = text_encoder
 
-    def forward(self, noisy_latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """Latents [B, C, T, H, W], timestep [B] or [B, L] in [0, 1000], text int64 [B, S, W] or features [B, S, text_dim]."""
+    def forward(
+        self, noisy_latents: Tensor, timestep: Tensor, text: Tensor, image_features: Tensor | None = None
+    ) -> Tensor:
+        """Latents [B, C, T, H, W], timestep [B] or [B, L] in [0, 1000], text int64 [B, S, W] or features [B, S, text_dim], and
+        features of an image [B, I, image_dim] for a DiT that takes them.
+        """
         if self.text_encoder is not None:
             text = self.text_encoder(text)
-        return self.transformer(noisy_latents, timestep, text)
+        return self.transformer(noisy_latents, timestep, text, image_features)

@@ -1,5 +1,7 @@
 """The DiT on its own: rules of its config, initialisation, dtypes, checkpointing, shapes."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,10 @@ def draw_inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     return latents, timestep, torch.randn(batch, 5, 24, generator=generator)
 
 
+def draw_image(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 6, 12, generator=torch.Generator().manual_seed(2))
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found.float() - expected).norm() / expected.norm()).item()
 
@@ -66,9 +72,30 @@ def test_every_fault_of_a_config_is_named_with_field_value_and_rule() -> None:
         assert sum(f"model.dit.{name}={value} must" in message for message in messages) == 1, name
 
 
-def test_from_diffusers_refuses_an_image_conditioned_model() -> None:
-    with pytest.raises(ValueError, match="image_dim=1280"):
-        DiTConfig.from_diffusers(tiny_config().to_diffusers() | {"image_dim": 1280})
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (
+            {"image_dim": 1280},
+            "added_kv_proj_dim=None must be 64",
+        ),  # theirs would attend to image and text in one softmax
+        ({"added_kv_proj_dim": 64}, "added_kv_proj_dim=64 must be None"),
+        ({"image_dim": 1280, "added_kv_proj_dim": 1280}, "added_kv_proj_dim=1280 must be 64"),
+        ({"qk_norm": None}, "qk_norm=None must be 'rms_norm_across_heads'"),
+        ({"_class_name": "WanVACETransformer3DModel"}, "_class_name='WanVACETransformer3DModel' must be"),
+    ],
+)
+def test_from_diffusers_refuses_a_model_of_another_kind(change: dict[str, object], rule: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        DiTConfig.from_diffusers(tiny_config().to_diffusers() | change)
+
+
+def test_image_settings_have_rules_of_their_own() -> None:
+    assert tiny_config(image_dim=12, pos_embed_seq_len=6).faults("model") == []
+    (fault,) = tiny_config(pos_embed_seq_len=6).faults("model")
+    assert "model.pos_embed_seq_len=6 must be null" in fault
+    messages = tiny_config(image_dim=0, pos_embed_seq_len=-1).faults("model")
+    assert [message.split("=")[0] for message in messages] == ["model.image_dim", "model.pos_embed_seq_len"]
 
 
 def test_from_diffusers_names_what_is_missing() -> None:
@@ -99,11 +126,12 @@ def test_a_fresh_model_follows_the_initialisation_of_wan() -> None:
 
 
 def test_reset_draws_every_weight_also_after_a_build_on_meta() -> None:
-    direct = DiT(tiny_config())
+    config = tiny_config(image_dim=12, pos_embed_seq_len=6)
+    direct = DiT(config)
     torch.manual_seed(3)
     direct.reset_parameters()
     with torch.device("meta"):
-        late = DiT(tiny_config())
+        late = DiT(config)
     late.to_empty(device="cpu")
     for parameter in late.parameters():
         nn.init.constant_(parameter, float("nan"))
@@ -111,6 +139,7 @@ def test_reset_draws_every_weight_also_after_a_build_on_meta() -> None:
     late.reset_parameters()
     for (name, expected), found in zip(direct.state_dict().items(), late.state_dict().values(), strict=True):
         assert torch.equal(found, expected), name
+    assert direct(*draw_inputs(), draw_image()).isfinite().all()
 
 
 def test_one_timestep_and_the_same_for_each_token_agree() -> None:
@@ -169,10 +198,12 @@ def test_only_the_matmuls_of_the_blocks_run_in_bf16(autocast: bool) -> None:
 
 
 def test_checkpointing_keeps_outputs_and_gradients_and_recomputes_blocks() -> None:
-    plain, checkpointed = (build_random(tiny_config(gradient_checkpointing=flag)) for flag in (False, True))
+    plain, checkpointed = (
+        build_random(tiny_config(image_dim=12, gradient_checkpointing=flag)) for flag in (False, True)
+    )
     calls: list[int] = []
     checkpointed.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    velocities = [model(*draw_inputs()) for model in (plain, checkpointed)]
+    velocities = [model(*draw_inputs(), draw_image()) for model in (plain, checkpointed)]
     assert torch.equal(*velocities)
     assert len(calls) == 1
     for velocity in velocities:
@@ -210,6 +241,40 @@ def test_a_grid_beyond_the_rotary_table_is_refused() -> None:
     model = DiT(tiny_config(rope_max_seq_len=2))
     with pytest.raises(ValueError, match="rope_max_seq_len=2"):
         model(*draw_inputs())
+
+
+def test_latents_of_other_channels_are_refused() -> None:
+    _, timestep, text = draw_inputs()
+    with pytest.raises(ValueError, match="latents of 4 channels must have the model's in_channels=9"):
+        DiT(tiny_config(in_channels=9))(torch.zeros(2, 4, 3, 4, 6), timestep, text)
+
+
+def test_image_features_go_with_models_that_take_them() -> None:
+    text_model, image_model = DiT(tiny_config()), DiT(tiny_config(image_dim=12))
+    both_ends = DiT(tiny_config(image_dim=12, pos_embed_seq_len=6))
+    inputs, image = draw_inputs(), draw_image()
+    with pytest.raises(ValueError, match=r"image features: \[2, 6, 12\] given, .*image_dim=None"):
+        text_model(*inputs, image)
+    with pytest.raises(ValueError, match=r"image features: none given, .*image_dim=12"):
+        image_model(*inputs)
+    for wrong in (image[:1], image[..., :11], image[0]):
+        with pytest.raises(ValueError, match=re.escape(f"image features {list(wrong.shape)} must be [2, I, 12]")):
+            image_model(*inputs, wrong)
+    with pytest.raises(ValueError, match=re.escape("image features [2, 3, 12] must be [2, 6, 12]")):
+        both_ends(*inputs, image[:, :3])
+    with pytest.raises(ValueError, match="image_dim=12 must be null to pack"):
+        image_model.forward_packed([inputs[0][0]], inputs[1][:1], [inputs[2][0]])
+
+
+def test_text_keeps_its_weight_beside_an_image() -> None:
+    """Image and text are two softmaxes: with values of zero for the image, the answer is that of the model without one."""
+    model = build_random(tiny_config(image_dim=12))
+    plain = DiT(tiny_config())
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for block in model.blocks:
+        nn.init.zeros_(block.attn2.add_v_proj.weight)
+        nn.init.zeros_(block.attn2.add_v_proj.bias)
+    torch.testing.assert_close(model(*draw_inputs(), draw_image()), plain(*draw_inputs()))
 
 
 def test_a_half_precision_timestep_is_refused() -> None:

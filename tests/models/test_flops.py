@@ -26,12 +26,19 @@ def test_tokens_are_latents_over_patches() -> None:
     assert count_tokens(DiTConfig(), (21, 60, 104)) == 32760
 
 
-def test_forward_flops_are_those_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("image_dim", "image_rows"), [(None, None), (12, None), (12, 6)], ids=["text", "image", "first and last image"]
+)
+def test_forward_flops_are_those_torch_counts(
+    image_dim: int | None, image_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Attention is written as two matmuls here, because torch counts those on every device."""
     monkeypatch.setattr(attention, "attention", lambda q, k, v, mask: torch.softmax(q @ k.mT, -1) @ v)
     config = DiTConfig(
         in_channels=4,
         out_channels=6,
+        image_dim=image_dim,
+        pos_embed_seq_len=image_rows,
         num_layers=2,
         num_attention_heads=2,
         dim=32,
@@ -39,7 +46,8 @@ def test_forward_flops_are_those_torch_counts(monkeypatch: pytest.MonkeyPatch) -
         text_dim=24,
     )
     model = DiT(config)
+    image = None if image_dim is None else torch.randn(1, image_rows or 257, image_dim)
     with FlopCounterMode(display=False) as counter:
-        model(torch.randn(1, 4, 3, 4, 6), torch.tensor([500.0]), torch.randn(1, 5, 24))
+        model(torch.randn(1, 4, 3, 4, 6), torch.tensor([500.0]), torch.randn(1, 5, 24), image)
     assert forward_flops(config, (3, 4, 6), 5) == counter.get_total_flops()
     assert training_flops(config, (3, 4, 6), 5) == 3 * counter.get_total_flops()

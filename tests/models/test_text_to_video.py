@@ -1,5 +1,7 @@
 """The module that the engine wraps, with a text encoder of its own and without."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -33,6 +35,15 @@ def test_without_a_text_encoder_features_are_taken_as_they_are() -> None:
     model = build(None)
     latents, timestep, text = torch.randn(2, 4, 1, 4, 4), torch.tensor([900.0, 100.0]), torch.randn(2, 3, 16)
     assert torch.equal(model(latents, timestep, text), model.transformer(latents, timestep, text))
+
+
+def test_image_features_reach_a_transformer_that_takes_them() -> None:
+    torch.manual_seed(0)
+    model = TextToVideoModel(DiT(dataclasses.replace(CONFIG, image_dim=8)), None)
+    torch.nn.init.normal_(model.transformer.proj_out.weight)
+    inputs = torch.randn(2, 4, 1, 4, 4), torch.tensor([900.0, 100.0]), torch.randn(2, 3, 16)
+    image = torch.randn(2, 5, 8)
+    assert torch.equal(model(*inputs, image), model.transformer(*inputs, image))
 
 
 def test_widths_that_do_not_meet_are_refused() -> None:
