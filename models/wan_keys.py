@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from enum import StrEnum
 
+import torch
+
 from .vae_keys import vae_modules
 
 
@@ -49,6 +51,8 @@ _MARKS = {
 }
 
 _LEAVES = ("weight", "bias", "gamma")
+# Modules and tables that Wan's own code and diffusers keep in float32, whatever the rest of the transformer is in.
+_FLOAT32_PARTS = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
 
 _BLOCK_LINEARS = {
     "self_attn.q": "attn1.to_q",
@@ -161,6 +165,11 @@ def umt5_modules(num_layers: int) -> dict[str, str]:
     """Original -> transformers name of every module with weights in the umT5 encoder."""
     around = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
     return around | _blocks("blocks", "encoder.block", _UMT5_BLOCK, num_layers)
+
+
+def transformer_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of a transformer in `dtype` is stored in, by its diffusers name: a few are computed in float32 always."""
+    return torch.float32 if _FLOAT32_PARTS & set(name.split(".")) else dtype
 
 
 def _blocks(original: str, ours: str, block: dict[str, str], count: int) -> dict[str, str]:
