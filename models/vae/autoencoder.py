@@ -1,6 +1,8 @@
 """The causal video autoencoder: pixels to a distribution over latents and back, with diffusers' parameter names."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from .config import VAEConfig
 from .decoder import Decoder
 from .encoder import Encoder
+from .frame_cache import FrameCache
 from .inflate import inflate
 from .layers import CausalConv3d, FrameAttention, ResidualBlock, fold_pixels, unfold_pixels
 
@@ -77,19 +80,43 @@ class VideoVAE(nn.Module):
         or the stride does not divide a side.
         """
         self._check_pixels(pixels)
-        pixels = pixels.to(self.quant_conv.weight.dtype)
-        if self.config.patch_size > 1:
-            pixels = fold_pixels(pixels, self.config.patch_size)
-        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
-        return LatentDistribution(mean, logvar.clamp(-30.0, 20.0))
+        return self._encode(pixels)
+
+    @torch.no_grad()
+    def encode_chunked(self, pixels: Tensor, *, latent_frames_per_chunk: int = 1) -> LatentDistribution:
+        """What `encode` gives, without gradients, in memory for a chunk of that many latent frames, not for all frames."""
+        self._check_pixels(pixels)
+        _check_chunk(latent_frames_per_chunk)
+        later = latent_frames_per_chunk * self.config.temporal_stride
+        first = later - self.config.temporal_stride + 1  # the first latent frame is one frame
+        cache, parts = FrameCache(), []
+        for start, stop in pairwise([0, *range(first, pixels.shape[2], later), pixels.shape[2]]):
+            parts.append(self._encode(pixels[:, :, start:stop], cache))
+            cache.is_first = False
+        return LatentDistribution(
+            *(torch.cat([getattr(part, name) for part in parts], dim=2) for name in ("mean", "logvar"))
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents [B, z, T', H', W'] -> pixels [B, 3, T, H, W], not clamped to [-1, 1] (diffusers clamps).
 
-        Latents are cast to the dtype of the weights.
+        Latents are cast to the dtype of the weights. Raises ValueError where they have not z_dim channels.
         """
-        pixels = self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
-        return unfold_pixels(pixels, self.config.patch_size) if self.config.patch_size > 1 else pixels
+        self._check_latents(latents)
+        return self._decode(latents)
+
+    @torch.no_grad()
+    def decode_chunked(self, latents: Tensor, *, latent_frames_per_chunk: int = 1) -> Iterator[Tensor]:
+        """What `decode` gives, without gradients, in parts along time: pixels [B, 3, t, H, W] of that many latent frames each.
+
+        Takes memory for a chunk, not for all frames. The first part has temporal_stride - 1 frames less than the others.
+        """
+        self._check_latents(latents)
+        _check_chunk(latent_frames_per_chunk)
+        cache = FrameCache()
+        for part in latents.split(latent_frames_per_chunk, dim=2):
+            yield self._decode(part, cache)
+            cache.is_first = False
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, LatentDistribution]:
         """Reconstruct pixels through latents sampled with `noise` [B, z, T', H', W'], as training does."""
@@ -105,6 +132,17 @@ class VideoVAE(nn.Module):
         """Inverse of `normalise`."""
         centre, spread = self._statistics_like(latents)
         return latents * spread + centre
+
+    def _encode(self, pixels: Tensor, cache: FrameCache | None = None) -> LatentDistribution:
+        pixels = pixels.to(self.quant_conv.weight.dtype)
+        if self.config.patch_size > 1:
+            pixels = fold_pixels(pixels, self.config.patch_size)
+        mean, logvar = self.quant_conv(self.encoder(pixels, cache)).chunk(2, dim=1)
+        return LatentDistribution(mean, logvar.clamp(-30.0, 20.0))
+
+    def _decode(self, latents: Tensor, cache: FrameCache | None = None) -> Tensor:
+        pixels = self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)), cache)
+        return unfold_pixels(pixels, self.config.patch_size) if self.config.patch_size > 1 else pixels
 
     def _statistics_like(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std [z, 1, 1, 1]. Not buffers: the weight files have no such keys, and casts would round them."""
@@ -123,3 +161,16 @@ class VideoVAE(nn.Module):
         for name, size in (("height", height), ("width", width)):
             if size % stride:
                 raise ValueError(f"{name}={size} must be a multiple of {stride} (the autoencoder's spatial stride)")
+
+    def _check_latents(self, latents: Tensor) -> None:
+        channels = latents.shape[1]
+        if channels != self.config.z_dim:
+            raise ValueError(
+                f"latents with {channels} channels must have z_dim={self.config.z_dim}, the autoencoder's: "
+                "they are those of another autoencoder"
+            )
+
+
+def _check_chunk(latent_frames: int) -> None:
+    if latent_frames < 1:
+        raise ValueError(f"latent_frames_per_chunk={latent_frames} must be at least 1")

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import VAEConfig
+from .frame_cache import FrameCache
 from .layers import CausalConv3d, ChannelNorm, MiddleBlock, RepeatUp, ResidualBlock, Upsample
 
 
@@ -28,11 +29,11 @@ class Decoder(nn.Module):
         self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], config.folded_channels, (3, 3, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        x = self.mid_block(self.conv_in(x, cache), cache)
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x = block(x, cache)
+        return self.conv_out(F.silu(self.norm_out(x)), cache)
 
 
 class UpLevel(nn.Module):
@@ -45,9 +46,9 @@ class UpLevel(nn.Module):
         if temporal is not None:
             self.upsamplers.append(Upsample(out_channels, out_channels // 2, temporal=temporal))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         for block in (*self.resnets, *self.upsamplers):
-            x = block(x)
+            x = block(x, cache)
         return x
 
 
@@ -62,13 +63,13 @@ class ResidualUpLevel(nn.Module):
             self.upsampler = Upsample(out_channels, out_channels, temporal=temporal)
             self.avg_shortcut = RepeatUp(in_channels, out_channels, time_factor=2 if temporal else 1, space_factor=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         hidden = x
         for block in self.resnets:
-            hidden = block(hidden)
+            hidden = block(hidden, cache)
         if self.upsampler is None or self.avg_shortcut is None:
             return hidden
-        return self.upsampler(hidden) + self.avg_shortcut(x)
+        return self.upsampler(hidden, cache) + self.avg_shortcut(x, cache)
 
 
 def _up_resnets(in_channels: int, out_channels: int, num_res_blocks: int) -> nn.ModuleList:

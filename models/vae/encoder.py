@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import VAEConfig
+from .frame_cache import FrameCache
 from .layers import AverageDown, CausalConv3d, ChannelNorm, Downsample, MiddleBlock, ResidualBlock
 
 
@@ -31,12 +32,12 @@ class Encoder(nn.Module):
         self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim, (3, 3, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        x = self.conv_in(x, cache)
         for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x = block(x, cache)
+        x = self.mid_block(x, cache)
+        return self.conv_out(F.silu(self.norm_out(x)), cache)
 
 
 class ResidualDownLevel(nn.Module):
@@ -47,13 +48,15 @@ class ResidualDownLevel(nn.Module):
         self.resnets = nn.ModuleList(
             ResidualBlock(in_channels if block == 0 else out_channels, out_channels) for block in range(num_res_blocks)
         )
-        self.downsampler = nn.Identity() if temporal is None else Downsample(out_channels, temporal=temporal)
+        self.downsampler = None if temporal is None else Downsample(out_channels, temporal=temporal)
         self.avg_shortcut = AverageDown(
             out_channels, time_factor=2 if temporal else 1, space_factor=1 if temporal is None else 2
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         hidden = x
         for block in self.resnets:
-            hidden = block(hidden)
-        return self.downsampler(hidden) + self.avg_shortcut(x)
+            hidden = block(hidden, cache)
+        if self.downsampler is not None:
+            hidden = self.downsampler(hidden, cache)
+        return hidden + self.avg_shortcut(x)

@@ -1,13 +1,15 @@
-"""Building blocks of the video autoencoder, in the form that sees all frames at once.
+"""Building blocks of the video autoencoder.
 
-Everything is causal in time: a frame depends on itself and earlier frames only. The released code runs in chunks with
-cached frames; these layers compute the same function of the whole clip, without a cache, so they can be trained.
-Where a chunked run treats the first frame apart (it is its own chunk), so do the layers here.
+Everything is causal in time: a frame depends on itself and earlier frames only. Without a cache the layers see all frames
+of a clip at once, so they can be trained; with one (`FrameCache`) they take it in chunks and compute the same function.
+Layers that change the number of frames treat the first frame of a clip apart.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .frame_cache import FrameCache, starts_clip
 
 
 class CausalConv3d(nn.Conv3d):
@@ -17,14 +19,17 @@ class CausalConv3d(nn.Conv3d):
         _, height, width = kernel_size
         super().__init__(in_channels, out_channels, kernel_size, padding=(0, height // 2, width // 2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """[B, C, T, H, W] -> [B, C_out, T, H, W]"""
+        frames, past = x.shape[2], self.kernel_size[0] - 1
+        if cache is not None and past:
+            x = cache.prepend(self, x, past)
         if x.shape[2] == 1:
             # In front of a single frame there are only zeros: the last tap is the whole kernel, a third of the work.
             frame = F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=self.padding[1:])
             return frame.unsqueeze(2)
-        past = self.kernel_size[0] - 1
-        return super().forward(F.pad(x, (0, 0, 0, 0, past, 0)) if past else x)
+        missing = frames + past - x.shape[2]
+        return super().forward(F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x)
 
 
 class ChannelNorm(nn.Module):
@@ -54,9 +59,9 @@ class ResidualBlock(nn.Module):
         widths_differ = in_channels != out_channels
         self.conv_shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1)) if widths_differ else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)), cache)
+        hidden = self.conv2(F.silu(self.norm2(hidden)), cache)
         return hidden + self.conv_shortcut(x)
 
 
@@ -86,12 +91,12 @@ class MiddleBlock(nn.Module):
         self.resnets = nn.ModuleList([ResidualBlock(channels, channels), ResidualBlock(channels, channels)])
         self.attentions = nn.ModuleList([FrameAttention(channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, cache)), cache)
 
 
 class Downsample(nn.Module):
-    """Halves height and width, and with `temporal` also time: 1 + 2k frames become 1 + k."""
+    """Halves height and width, and with `temporal` also time: 1 + 2k frames become 1 + k; later chunks of 2k frames k."""
 
     def __init__(self, channels: int, *, temporal: bool) -> None:
         super().__init__()
@@ -100,26 +105,32 @@ class Downsample(nn.Module):
         # Stride 2 without padding: output k sees frames 2k-2, 2k-1 and 2k.
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         x = split_time(self.resample(merge_time(x)), x.shape[2])
-        if self.time_conv is None or x.shape[2] == 1:
+        if self.time_conv is None:
             return x
-        return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+        if cache is not None:
+            x = cache.prepend(self, x, 1)
+        if not starts_clip(cache):
+            return self.time_conv(x)
+        return x if x.shape[2] == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
 
 
 class Upsample(nn.Module):
-    """Doubles height and width, and with `temporal` also time: 1 + k frames become 1 + 2k."""
+    """Doubles height and width, and with `temporal` also time: 1 + k frames become 1 + 2k; later chunks of k frames 2k."""
 
     def __init__(self, channels: int, out_channels: int, *, temporal: bool) -> None:
         super().__init__()
         self.resample = nn.Sequential(NearestDouble(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.time_conv is not None and x.shape[2] > 1:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        if self.time_conv is not None:
             # The first frame is one frame on both sides, and the convolution of the later ones does not see it.
-            pairs = self.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))  # [B, 2, C, T-1, H, W]
-            x = torch.cat([x[:, :, :1], pairs.movedim(1, 3).flatten(2, 3)], dim=2)
+            alone = int(starts_clip(cache))
+            if x.shape[2] > alone:
+                pairs = self.time_conv(x[:, :, alone:], cache).unflatten(1, (2, -1))  # [B, 2, C, T-1, H, W]
+                x = torch.cat([x[:, :, :alone], pairs.movedim(1, 3).flatten(2, 3)], dim=2)
         return split_time(self.resample(merge_time(x)), x.shape[2])
 
 
@@ -161,14 +172,14 @@ class RepeatUp(nn.Module):
         self.space_factor = space_factor
         self.repeats = out_channels * time_factor * space_factor**2 // in_channels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         time, space = self.time_factor, self.space_factor
         x = x.repeat_interleave(self.repeats, dim=1)
         x = x.unflatten(1, (self.out_channels, time, space, space))
         x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # [B, C, T, time, H, space, W, space]
         x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
         # The first latent frame stands for one frame: of its copies only the last is kept.
-        return x[:, :, time - 1 :]
+        return x[:, :, time - 1 :] if starts_clip(cache) else x
 
 
 def merge_time(x: Tensor) -> Tensor:

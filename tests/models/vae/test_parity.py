@@ -1,4 +1,4 @@
-"""The parallel autoencoder equals diffusers' chunked AutoencoderKLWan, which is the oracle throughout."""
+"""The autoencoder, parallel and in chunks, equals diffusers' AutoencoderKLWan, which is the oracle throughout."""
 
 from typing import Any
 
@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 from muybridge.models.vae import VAEConfig, VideoVAE
+from muybridge.models.vae.config import (
+    WAN_2_1_LATENTS_MEAN,
+    WAN_2_1_LATENTS_STD,
+    WAN_2_2_LATENTS_MEAN,
+    WAN_2_2_LATENTS_STD,
+)
 
 diffusers = pytest.importorskip("diffusers", reason="the oracle of this file is diffusers")
 
@@ -51,6 +57,35 @@ def test_encode_and_decode_equal_the_chunked_oracle(pair: tuple[VideoVAE, Any], 
     assert decoded.shape == pixels.shape
     assert 0.05 < decoded.abs().max() < 1, "the oracle's clamp would hide a difference"
     torch.testing.assert_close(decoded, oracle.decode(theirs.mean).sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("latent_frames", [1, 2, 4])
+@torch.no_grad()
+def test_chunks_of_any_size_equal_the_oracle(pair: tuple[VideoVAE, Any], latent_frames: int) -> None:
+    ours, oracle = pair
+    pixels = _clips(ours.config, frames=13)
+    theirs = oracle.encode(pixels).latent_dist
+    distribution = ours.encode_chunked(pixels, latent_frames_per_chunk=latent_frames)
+    torch.testing.assert_close(distribution.mean, theirs.mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(distribution.logvar, theirs.logvar, atol=1e-5, rtol=1e-5)
+    decoded = torch.cat(list(ours.decode_chunked(theirs.mean, latent_frames_per_chunk=latent_frames)), dim=2)
+    torch.testing.assert_close(decoded, oracle.decode(theirs.mean).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_equal_those_through_the_oracles_cache(pair: tuple[VideoVAE, Any]) -> None:
+    ours, oracle = pair
+    pixels = _clips(ours.config, frames=9)
+    weights = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(1))
+    inputs = []
+    for model in pair:
+        model.zero_grad()
+        inputs.append(pixels.clone().requires_grad_())
+    (ours.decode(ours.encode(inputs[0]).mean) * weights).sum().backward()
+    (oracle.decode(oracle.encode(inputs[1]).latent_dist.mean).sample * weights).sum().backward()
+    _assert_close_gradients(inputs[0].grad, inputs[1].grad, "pixels")
+    theirs = dict(oracle.named_parameters())
+    for name, parameter in ours.named_parameters():
+        _assert_close_gradients(parameter.grad, theirs[name].grad, name)
 
 
 @torch.no_grad()
@@ -105,6 +140,42 @@ def test_released_sizes_have_the_released_number_of_weights(config: VAEConfig, t
         weights = VideoVAE(config).state_dict()
     assert len(weights) == tensors
     assert sum(weight.numel() for weight in weights.values()) == pytest.approx(parameters, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("z_dim", "mean", "std"),
+    [(16, WAN_2_1_LATENTS_MEAN, WAN_2_1_LATENTS_STD), (48, WAN_2_2_LATENTS_MEAN, WAN_2_2_LATENTS_STD)],
+    ids=["wan_2_1", "wan_2_2"],
+)
+@torch.no_grad()
+def test_latents_are_normalised_as_the_pipeline_of_the_oracle_does(
+    z_dim: int, mean: list[float], std: list[float]
+) -> None:
+    ours = VideoVAE(VAEConfig(base_dim=4, z_dim=z_dim, latents_mean=mean, latents_std=std))
+    oracle = diffusers.AutoencoderKLWan(**_without_class(ours.config.to_diffusers())).eval()
+    oracle.load_state_dict(ours.state_dict(), strict=True)
+    pipeline = diffusers.WanImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=oracle, scheduler=None, expand_timesteps=True
+    )
+    image = _clips(ours.config, frames=1)[:1, :, 0]
+    _, theirs, _ = pipeline.prepare_latents(
+        image, 1, num_channels_latents=z_dim, height=16, width=16, num_frames=1, dtype=torch.float32, device="cpu"
+    )
+    normalised = ours.normalise(ours.encode(image.unsqueeze(2)).mode())
+    torch.testing.assert_close(normalised, theirs, atol=1e-6, rtol=1e-5)
+    # A sample of zeros is the mean, one of ones a standard deviation more.
+    zeros = torch.zeros(1, z_dim, 1, 1, 1)
+    torch.testing.assert_close(ours.denormalise(zeros).flatten(), torch.tensor(mean))
+    torch.testing.assert_close(ours.denormalise(zeros + 1).flatten(), torch.tensor(mean) + torch.tensor(std))
+
+
+def _assert_close_gradients(ours: Tensor | None, theirs: Tensor | None, name: str) -> None:
+    """Relative to the largest gradient of the tensor."""
+    assert ours is not None, name
+    assert theirs is not None, name
+    scale = theirs.abs().max()
+    assert scale > 0, name
+    assert (ours - theirs).abs().max() < 1e-4 * scale, name
 
 
 def _clips(config: VAEConfig, *, frames: int, height: int = 16, width: int = 16) -> Tensor:

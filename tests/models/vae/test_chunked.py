@@ -1,0 +1,124 @@
+"""Encoding and decoding in chunks: the same as all at once, in memory that does not grow with the clip."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from muybridge.models.vae import VAEConfig, VideoVAE
+
+FORMS = {
+    "plain": VAEConfig(base_dim=4, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temporal_downsample=[True, True]),
+    "residual": VAEConfig(
+        base_dim=4,
+        decoder_base_dim=6,
+        z_dim=4,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        temporal_downsample=[False, True, True],
+        is_residual=True,
+        patch_size=2,
+    ),
+}
+
+
+@pytest.fixture(params=FORMS)
+def vae(request: pytest.FixtureRequest) -> VideoVAE:
+    """Random weights, none of them zero, so that every path counts."""
+    torch.manual_seed(0)
+    built = VideoVAE(FORMS[request.param])
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if not name.endswith("gamma"):
+                parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.2)
+    return built
+
+
+@pytest.mark.parametrize("latent_frames", [1, 2, 3, 9])
+@pytest.mark.parametrize("frames", [1, 5, 21])
+@torch.no_grad()
+def test_chunks_give_what_the_whole_clip_gives(vae: VideoVAE, frames: int, latent_frames: int) -> None:
+    vae.double()
+    pixels = torch.rand(2, 3, frames, 16, 32, dtype=torch.float64) * 2 - 1
+    whole = vae.encode(pixels)
+    chunked = vae.encode_chunked(pixels, latent_frames_per_chunk=latent_frames)
+    torch.testing.assert_close(chunked.mean, whole.mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(chunked.logvar, whole.logvar, rtol=0, atol=1e-12)
+
+    parts = list(vae.decode_chunked(whole.mean, latent_frames_per_chunk=latent_frames))
+    assert parts[0].shape[2] == min(frames, 4 * latent_frames - 3)
+    assert all(part.shape[2] == 4 * latent_frames for part in parts[1:-1])
+    torch.testing.assert_close(torch.cat(parts, dim=2), vae.decode(whole.mean), rtol=0, atol=1e-12)
+
+
+def test_frames_of_two_clips_in_turn_do_not_mix(vae: VideoVAE) -> None:
+    one, other = torch.randn(2, 1, 4, 3, 2, 2)
+    with torch.no_grad():
+        expected = vae.decode(one), vae.decode(other)
+    pairs = list(zip(vae.decode_chunked(one), vae.decode_chunked(other), strict=True))
+    for clip, whole in zip(zip(*pairs, strict=True), expected, strict=True):
+        torch.testing.assert_close(torch.cat(clip, dim=2), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_take_no_gradients(vae: VideoVAE) -> None:
+    pixels = torch.zeros(1, 3, 5, 16, 16, requires_grad=True)
+    assert not vae.encode_chunked(pixels).mean.requires_grad
+    latents = torch.zeros(1, 4, 2, 2, 2, requires_grad=True)
+    for part in vae.decode_chunked(latents):
+        assert not part.requires_grad
+        assert torch.is_grad_enabled(), "the setting of the one who iterates must stay"
+
+
+def test_memory_does_not_grow_with_the_number_of_frames(vae: VideoVAE, tmp_path: Path) -> None:
+    def decode(latents: torch.Tensor) -> None:
+        for _ in vae.decode_chunked(latents):
+            pass
+
+    few, many = (torch.zeros(1, 3, frames, 32, 32) for frames in (9, 33))
+    assert _peak_bytes(lambda: vae.encode_chunked(many), tmp_path) <= 1.02 * _peak_bytes(
+        lambda: vae.encode_chunked(few), tmp_path
+    )
+    with torch.no_grad():
+        few, many = vae.encode(few).mean, vae.encode(many).mean
+    assert _peak_bytes(lambda: decode(many), tmp_path) <= 1.02 * _peak_bytes(lambda: decode(few), tmp_path)
+
+
+def test_frames_and_sides_that_would_be_cut_off_raise(vae: VideoVAE) -> None:
+    with pytest.raises(ValueError, match=r"frames=6 must be 1 \+ a multiple of 4"):
+        vae.encode_chunked(torch.zeros(1, 3, 6, 16, 16))
+    with pytest.raises(ValueError, match=r"height=18 must be a multiple of"):
+        vae.encode_chunked(torch.zeros(1, 3, 5, 18, 16))
+
+
+def test_chunks_without_a_frame_raise(vae: VideoVAE) -> None:
+    with pytest.raises(ValueError, match="latent_frames_per_chunk=0 must be at least 1"):
+        vae.encode_chunked(torch.zeros(1, 3, 5, 16, 16), latent_frames_per_chunk=0)
+    with pytest.raises(ValueError, match="latent_frames_per_chunk=0 must be at least 1"):
+        next(vae.decode_chunked(torch.zeros(1, 4, 1, 2, 2), latent_frames_per_chunk=0))
+
+
+def test_latents_of_another_autoencoder_raise(vae: VideoVAE) -> None:
+    latents = torch.zeros(1, 16, 1, 2, 2)
+    message = "latents with 16 channels must have z_dim=4, the autoencoder's: they are those of another autoencoder"
+    with pytest.raises(ValueError, match=message):
+        vae.decode(latents)
+    with pytest.raises(ValueError, match=message):
+        next(vae.decode_chunked(latents))
+
+
+def _peak_bytes(run: Callable[[], object], folder: Path) -> int:
+    """The most memory that tensors made by `run` took at one time, by torch's own count of every allocation."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    trace = folder / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    live = peak = 0
+    for event in json.loads(trace.read_text())["traceEvents"]:
+        if event["name"] == "[memory]":
+            live += event["args"]["Bytes"]
+            peak = max(peak, live)
+    assert peak > 0, "the profiler counted nothing"
+    return peak
