@@ -231,17 +231,18 @@ class Plan:
         choice = self._dataset_of_slot[number]
         # Which dataset comes where is regular; without this a rank could get always the same one.
         order = Permutation.keyed(bucket.global_batch, self.seed, "position", step)
+        before = [counts[number] for counts in self._drawn_before]
+        lengths = [len(dataset.rows[number]) for dataset in self.datasets]
         passes: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (position, place) by (dataset, pass number)
         for position, slot_place in zip(positions, order.many(positions), strict=True):
             dataset, count = choice.draw(first + slot_place)
-            drawn = self._drawn_before[dataset][number] + count
-            pass_number, place = divmod(drawn, len(self.datasets[dataset].rows[number]))
+            pass_number, place = divmod(before[dataset] + count, lengths[dataset])
             passes.setdefault((dataset, pass_number), []).append((position, place))
         slots = []
         for (dataset, pass_number), places in passes.items():
             source = self.datasets[dataset]
             rows = source.rows[number]
-            order = _order_of_pass(len(rows), self.seed, source.name, bucket.name, pass_number)
+            order = _order_of_pass(lengths[dataset], self.seed, source.name, bucket.name, pass_number)
             chosen = rows[order.many([place for _, place in places])].tolist()
             slots += [
                 Slot(step, position, number, dataset, row, pass_number)
