@@ -14,9 +14,12 @@ from omegaconf import OmegaConf
 from ..data.buckets import Bucket, BucketConfig
 from ..data.config import Access, DataConfig, build_buckets
 from ..kernels.dispatch import KernelsConfig
+from ..models.diffusion.conditioning import ConditioningForm
+from ..models.diffusion.known_places import ConditioningConfig
 from ..models.diffusion.noise_schedule import NoiseScheduleConfig
 from ..models.diffusion.samplers import SamplerConfig
 from ..models.dit import DiTConfig
+from ..models.lora import LoRAConfig
 from ..models.text import TextEncoderConfig, TextEncoderKind
 from ..models.vae.config import VAEConfig
 from ..models.vae.loss import VAELossConfig
@@ -25,6 +28,8 @@ from .checkpoint import CheckpointConfig
 from .compose import ConfigFaults, compose_config, fault_message
 from .ema import EMAConfig
 from .engine import EngineConfig
+from .experts import Expert, expert_faults, expert_schedule
+from .initial_weights import initial_faults
 from .optimizer import OptimizerConfig
 from .tracking import TrackingConfig
 from .validate import ValidationConfig
@@ -75,8 +80,13 @@ class TrainConfig:
     micro_batch: int = 0
     # CPU threads of one rank's matrix work; 0 leaves it to torch.
     threads: int = 0
-    # Run directory whose EMA weights a fresh run starts from; null starts from random weights.
+    # What a fresh run starts from: a pipeline folder, of which the transformer, or a run directory, of which the EMA weights;
+    # null starts from random weights.
     init_from: str | None = None
+    # The expert that is trained, on its part of the noise levels: high from `boundary` on, low below; none trains on all levels.
+    expert: Expert = Expert.none
+    # The noise level at which two experts change over, 0.875 in Wan 2.2 T2V and 0.9 in I2V.
+    boundary: float = 0.875
     # Compose and check everything, print it, and stop.
     dry_run: bool = False
     model: DiTConfig = field(default_factory=DiTConfig)
@@ -84,7 +94,9 @@ class TrainConfig:
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: NoiseScheduleConfig = field(default_factory=NoiseScheduleConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     vae_loss: VAELossConfig = field(default_factory=VAELossConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     deepspeed: EngineConfig = field(default_factory=EngineConfig)
@@ -129,6 +141,16 @@ class TrainConfig:
         """Channels, frames, height and width of the latents of a clip of data.frames x height x width."""
         return self.vae.resolved().latent_shape(self.data.frames, self.data.height, self.data.width)
 
+    def noise_schedule(self) -> NoiseScheduleConfig:
+        """The noise levels that are trained on: those of the objective, or an expert's part of them."""
+        return expert_schedule(self.objective, self.expert, self.boundary)
+
+    def input_channels(self) -> int:
+        """Channels that the transformer reads: the noisy latents', and those of the conditioning."""
+        vae = self.vae.resolved()
+        beside = vae.temporal_stride + vae.z_dim if self.conditioning.form is ConditioningForm.channels else 0
+        return vae.z_dim + beside
+
     def sample_cost(self, frames: int, height: int, width: int) -> float:
         """FLOPs of training on one clip, up to a factor: those of the diffusion model; an autoencoder's grow with the pixels."""
         if self.task is TaskKind.video_vae:
@@ -169,7 +191,9 @@ class TrainConfig:
             if self.text.kind is TextEncoderKind.umt5 and not (Path(self.text.path or "") / "text_encoder").is_dir():
                 missing.append(f"text.path={self.text.path} must be a folder with text_encoder/ and tokenizer/")
         if self.init_from and not Path(self.init_from).is_dir():
-            missing.append(f"init_from={self.init_from} must be the directory of a run")
+            missing.append(f"init_from={self.init_from} must be a pipeline folder or the directory of a run")
+        if self.lora.init_from and not Path(self.lora.init_from).is_file():
+            missing.append(f"lora.init_from={self.lora.init_from} must be a LoRA file (.safetensors)")
         return missing
 
     def _size_faults(self) -> list[str]:
@@ -198,17 +222,60 @@ class TrainConfig:
                 found.append(
                     f"{field_name}.frames={shape.frames} must give a multiple of model.patch_size[0]={patch[0]} latent frames"
                 )
-        if not diffusion:
-            if data.access is Access.latents:
-                found.append("data.access=latents must be raw with task=video_vae (it learns from pixels)")
-            return found
+        return found + (self._diffusion_faults() if diffusion else self._autoencoder_faults())
+
+    def _autoencoder_faults(self) -> list[str]:
+        """Settings that only a diffusion run can have."""
+        found = []
+        if self.data.access is Access.latents:
+            found.append("data.access=latents must be raw with task=video_vae (it learns from pixels)")
+        for name, value in (("conditioning.form", self.conditioning.form), ("expert", self.expert)):
+            if value.name != "none":
+                found.append(f"{name}={value.name} must be none with task=video_vae")
+        if self.lora.is_on:
+            found.append(f"lora.rank={self.lora.rank} must be 0 (off) with task=video_vae")
+        return found
+
+    def _diffusion_faults(self) -> list[str]:
+        """The transformer against its autoencoder, text encoder, conditioning, noise levels and initial weights."""
+        vae, model, data = self.vae.resolved(), self.model, self.data
+        found = []
         if self.vae.path is None:
             found.append("vae.path must name a trained autoencoder's folder with task=text_to_video")
-        for name in ("in_channels", "out_channels"):
-            if getattr(self.model, name) != vae.z_dim:
-                found.append(f"model.{name}={getattr(self.model, name)} must be the autoencoder's z_dim={vae.z_dim}")
-        if self.model.text_dim != self.text.dim:
-            found.append(f"model.text_dim={self.model.text_dim} must be text.dim={self.text.dim}")
+        with_image = self.conditioning.form is ConditioningForm.channels
+        if model.out_channels != vae.z_dim:
+            found.append(
+                f"model.out_channels={model.out_channels} must be the autoencoder's z_dim={vae.z_dim} (the transformer and the "
+                "autoencoder are of different models: Wan 2.2 TI2V-5B has 48 latent channels, the other Wan models 16)"
+            )
+        if model.in_channels != self.input_channels():
+            rule = f"the autoencoder's z_dim={vae.z_dim}"
+            if with_image:
+                parts = f"{vae.z_dim} of noise, {vae.temporal_stride} of a mask, {vae.z_dim} of image latents"
+                rule = f"{self.input_channels()} with conditioning.form=channels: {parts}"
+            elif model.in_channels == 2 * vae.z_dim + vae.temporal_stride:
+                rule += ", or conditioning.form must be channels (the model also takes a mask and image latents)"
+            found.append(f"model.in_channels={model.in_channels} must be {rule}")
+        if model.text_dim != self.text.dim:
+            found.append(f"model.text_dim={model.text_dim} must be text.dim={self.text.dim}")
+        if with_image and data.access is Access.latents:
+            found.append(
+                "data.access=latents must be raw or stream with conditioning.form=channels (image latents are of masked pixels)"
+            )
+        found += self.conditioning.clip_faults(
+            "conditioning",
+            frames=max(data.frames, *(bucket.frames for bucket in data.buckets), 0),
+            temporal_stride=vae.temporal_stride,
+            patch_size=model.patch_size,
+        )
+        found += expert_faults(self.objective, self.expert, self.boundary)
+        if self.validation.prompts and (with_image or self.expert is not Expert.none):
+            cause = f"expert={self.expert} (a video takes both)"
+            if with_image:
+                cause = "conditioning.form=channels (a video takes an image)"
+            found.append(f"validation.prompts={list(self.validation.prompts)} must be empty with {cause}")
+        if self.init_from:
+            found += initial_faults(self.init_from, model, self.expert, self.boundary)
         return found
 
 

@@ -14,8 +14,12 @@ from torch import Tensor, nn
 
 from ..data.batch import VideoBatch
 from ..kernels.dispatch import configure
+from ..models.diffusion.conditioning import TEXT_ALONE, CleanFrames, Condition, ConditioningForm, image_channels
+from ..models.diffusion.known_places import draw_known_places, latent_known
 from ..models.diffusion.objective import keyed_noise, keyed_noise_levels, rectified_flow_loss
 from ..models.dit import DiT
+from ..models.lora import lora_factors
+from ..models.lora_files import write_lora
 from ..models.text import ByteTextEncoder, TextEncoderKind, Umt5TextEncoder, pad_features
 from ..models.text_to_video import TextToVideoModel
 from ..models.vae import VideoVAE
@@ -99,20 +103,50 @@ class TextToVideoTask(Task):
         if batch.latents is not None:
             latents = batch.latents.float()  # [B, z, T', H', W']
         else:
-            with torch.no_grad():
-                latents = self.vae.normalise(self.vae.encode(batch.pixels).mode())  # [B, z, T', H', W']
+            latents = self.encode_video(batch.pixels)  # [B, z, T', H', W']
         slots, seed = batch.slots.tolist(), self.config.seed
         noise = keyed_noise(seed, batch.step, slots, latents.shape[1:], self.device, purpose=f"{purpose}noise")
         noise_levels = keyed_noise_levels(
-            seed, batch.step, slots, self.config.objective, self.device, purpose=f"{purpose}noise_level"
+            seed, batch.step, slots, self.config.noise_schedule(), self.device, purpose=f"{purpose}noise_level"
         )
         if batch.text is None:
             text = self.encode_text(batch.captions)
         else:
             text = pad_features(batch.text, self.config.text.max_tokens)
-        return SampleLosses(rectified_flow_loss(model, latents, text, noise, noise_levels))
+        condition = self._condition(batch, latents, purpose)
+        return SampleLosses(rectified_flow_loss(model, latents, text, noise, noise_levels, condition=condition))
+
+    @torch.no_grad()
+    def encode_video(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, z, T', H', W'], as the model is trained on."""
+        return self.vae.normalise(self.vae.encode(pixels).mode())
+
+    def _condition(self, batch: VideoBatch, latents: Tensor, purpose: str) -> Condition:
+        """What the model is told of each clip."""
+        config, stride = self.config.conditioning, self.config.vae.resolved().temporal_stride
+        if config.form is ConditioningForm.none:
+            return TEXT_ALONE
+        patch_size = self.config.model.patch_size
+        frames, height, width = latents.shape[2:]
+        known = draw_known_places(
+            config,
+            (frames, height, width),
+            temporal_stride=stride,
+            patch_size=patch_size,
+            seed=self.config.seed,
+            step=batch.step,
+            slots=batch.slots.tolist(),
+            purpose=purpose,
+        ).to(self.device)
+        if config.form is ConditioningForm.clean_frames:
+            return CleanFrames(latents, 1 - latent_known(known, stride), patch_size)
+        return image_channels(self.encode_video, batch.pixels, known, temporal_stride=stride)
 
     def export(self, folder: Path, weights: dict[str, Tensor], clips: Iterator[VideoBatch]) -> Path:
+        if self.config.lora.is_on:
+            path = folder / "lora.safetensors"
+            write_lora(path, lora_factors(weights, self.config.lora))
+            return path
         prefix = "transformer."
         transformer = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
         save_model(folder / "transformer", self.config.model.to_diffusers(), transformer)

@@ -129,18 +129,24 @@ def known_frames_condition(
         return image_channels(encode, pixels, known, temporal_stride=temporal_stride)
     if last is not None:
         raise ValueError("conditioning.form=clean_frames takes first frames only: a last frame needs channels")
-    unit = temporal_stride * patch_size[0]
-    # Before the clip's end a token must not hold known and unknown latent frames at once.
-    if (count - 1) % temporal_stride or (1 + (count - 1) // temporal_stride) % patch_size[0]:
-        rule = (
-            f"1 + a multiple of {temporal_stride}"
-            if patch_size[0] == 1
-            else f"a multiple of {unit}, less {temporal_stride - 1}"
-        )
-        raise ValueError(f"{count} known frames must be {rule} (the autoencoder's stride and the model's patch)")
+    if rule := clean_count_rule(count, temporal_stride, patch_size):
+        raise ValueError(rule)
     clean = encode(first)  # [B, C, K', H', W']
     latent_frames = 1 + (frames - 1) // temporal_stride
     known_latents = F.pad(clean, (0, 0, 0, 0, 0, latent_frames - clean.shape[2]))
     unknown = torch.ones((len(clean), 1, latent_frames, 1, 1), dtype=clean.dtype, device=clean.device)
     unknown[:, :, : clean.shape[2]] = 0
     return CleanFrames(known_latents, unknown, patch_size)
+
+
+def clean_count_rule(count: int, temporal_stride: int, patch_size: Sequence[int]) -> str:
+    """Why `count` first frames of a clip cannot be kept clean, "" where they can: a token is known as a whole or not at all."""
+    tokens = patch_size[0]
+    if (count - 1) % temporal_stride == 0 and (1 + (count - 1) // temporal_stride) % tokens == 0:
+        return ""
+    rule = f"1 + a multiple of {temporal_stride}"
+    if tokens > 1:
+        rule = f"a multiple of {temporal_stride * tokens}, less {temporal_stride - 1}"
+    return (
+        f"{count} known frames must be {rule} (the autoencoder's stride {temporal_stride}, the model's patch {tokens})"
+    )

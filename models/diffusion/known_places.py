@@ -8,7 +8,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from .conditioning import ConditioningForm
+from .conditioning import ConditioningForm, clean_count_rule
 from .objective import keyed_uniform
 
 
@@ -58,6 +58,22 @@ class ConditioningConfig:
             found.append(f"{field}.{ConditioningMode.t2v} and the other shares must sum to 1 ({named})")
         if self.continuation_frames < 1:
             found.append(f"{field}.continuation_frames={self.continuation_frames} must be at least 1")
+        return found
+
+    def clip_faults(self, field: str, *, frames: int, temporal_stride: int, patch_size: Sequence[int]) -> list[str]:
+        """Breaches against the longest clips, of `frames` frames, the autoencoder's stride and the model's patch."""
+        found = []
+        for mode, name in ((ConditioningMode.i2v, "i2v"), (ConditioningMode.continuation, "continuation_frames")):
+            count = self.known_frames(mode)
+            if self.form is ConditioningForm.none or not self.share(mode):
+                continue
+            setting = f"{field}.{name}={getattr(self, name)}"
+            if count >= frames:
+                found.append(f"{setting}: {count} known frames must be fewer than the clips' {frames}")
+            elif self.form is ConditioningForm.clean_frames and (
+                rule := clean_count_rule(count, temporal_stride, patch_size)
+            ):
+                found.append(f"{setting}: {rule}")
         return found
 
 
