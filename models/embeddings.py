@@ -117,17 +117,25 @@ class ImageEmbedder(nn.Module):
 
 
 class ImageFeedForward(nn.Module):
-    """Linear, GELU (exact form, unlike the text's), Linear; named `net.0.proj` and `net.2` as in public checkpoints."""
+    """Linear, GELU, Linear; named `net.0.proj` and `net.2` as in public checkpoints."""
 
     def __init__(self, image_dim: int, dim: int) -> None:
         super().__init__()
-        up = nn.ModuleDict({"proj": nn.Linear(image_dim, image_dim)})
-        self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(image_dim, dim)])
+        self.net = nn.ModuleList([ImageProjection(image_dim), nn.Identity(), nn.Linear(image_dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        down = self.net[2]
-        hidden = self.net[0]["proj"](x.to(compute_dtype(down.weight)))
-        return down(F.gelu(hidden))
+        return self.net[2](self.net[0](x))
+
+
+class ImageProjection(nn.Module):
+    """Linear in the matmul dtype, then GELU in its exact form, where the text and the blocks have the tanh form."""
+
+    def __init__(self, image_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(image_dim, image_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x.to(compute_dtype(self.proj.weight))))
 
 
 class ConditionEmbedder(nn.Module):
