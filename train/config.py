@@ -190,6 +190,11 @@ class TrainConfig:
                 )
             if self.text.kind is TextEncoderKind.umt5 and not (Path(self.text.path or "") / "text_encoder").is_dir():
                 missing.append(f"text.path={self.text.path} must be a folder with text_encoder/ and tokenizer/")
+            encoder = self.conditioning.image_encoder
+            if encoder and not (Path(encoder) / "image_encoder").is_dir():
+                missing.append(
+                    f"conditioning.image_encoder={encoder} must be a folder with image_encoder/ and image_processor/"
+                )
         if self.init_from and not Path(self.init_from).is_dir():
             missing.append(f"init_from={self.init_from} must be a pipeline folder or the directory of a run")
         if self.lora.init_from and not Path(self.lora.init_from).is_file():
@@ -268,6 +273,19 @@ class TrainConfig:
             temporal_stride=vae.temporal_stride,
             patch_size=model.patch_size,
         )
+        if model.image_dim is None and self.conditioning.image_encoder is not None:
+            found.append(
+                f"conditioning.image_encoder={self.conditioning.image_encoder} must be null where model.image_dim is null"
+            )
+        if model.image_dim is not None:
+            if not with_image or self.conditioning.image_encoder is None:
+                found.append(
+                    f"model.image_dim={model.image_dim} must come with conditioning.form=channels and conditioning.image_encoder"
+                )
+            if model.pos_embed_seq_len is not None:
+                found.append(
+                    f"model.pos_embed_seq_len={model.pos_embed_seq_len} must be null: training gives features of one image"
+                )
         found += expert_faults(self.objective, self.expert, self.boundary)
         if self.validation.prompts and (with_image or self.expert is not Expert.none):
             cause = f"expert={self.expert} (a video takes both)"

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from ..data.batch import VideoBatch
 from ..kernels.dispatch import configure
-from ..models.diffusion.conditioning import TEXT_ALONE, CleanFrames, Condition, ConditioningForm, image_channels
-from ..models.diffusion.known_places import draw_known_places, latent_known
 from ..models.diffusion.objective import keyed_noise, keyed_noise_levels, rectified_flow_loss
 from ..models.dit import DiT
 from ..models.lora import lora_factors
@@ -27,6 +25,7 @@ from ..models.vae.folder import load_vae
 from ..models.vae.loss import psnr_db, vae_loss
 from ..models.vae.statistics import LatentStatistics
 from ..models.weights import save_model
+from .conditions import ClipConditions
 from .config import TaskKind, TrainConfig
 
 # Training clips over which the latent statistics of a new autoencoder are measured.
@@ -70,6 +69,7 @@ class TextToVideoTask(Task):
         self._tokenizer = ByteTextEncoder(config.text) if self._reads_bytes else None
         self._umt5: Umt5TextEncoder | None = None
         self._vae: VideoVAE | None = None
+        self.conditions = ClipConditions(config, self.encode_video, device)
 
     @property
     def umt5(self) -> Umt5TextEncoder:
@@ -113,34 +113,13 @@ class TextToVideoTask(Task):
             text = self.encode_text(batch.captions)
         else:
             text = pad_features(batch.text, self.config.text.max_tokens)
-        condition = self._condition(batch, latents, purpose)
+        model, condition = self.conditions.apply(model, batch, latents, purpose=purpose)
         return SampleLosses(rectified_flow_loss(model, latents, text, noise, noise_levels, condition=condition))
 
     @torch.no_grad()
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, z, T', H', W'], as the model is trained on."""
         return self.vae.normalise(self.vae.encode(pixels).mode())
-
-    def _condition(self, batch: VideoBatch, latents: Tensor, purpose: str) -> Condition:
-        """What the model is told of each clip."""
-        config, stride = self.config.conditioning, self.config.vae.resolved().temporal_stride
-        if config.form is ConditioningForm.none:
-            return TEXT_ALONE
-        patch_size = self.config.model.patch_size
-        frames, height, width = latents.shape[2:]
-        known = draw_known_places(
-            config,
-            (frames, height, width),
-            temporal_stride=stride,
-            patch_size=patch_size,
-            seed=self.config.seed,
-            step=batch.step,
-            slots=batch.slots.tolist(),
-            purpose=purpose,
-        ).to(self.device)
-        if config.form is ConditioningForm.clean_frames:
-            return CleanFrames(latents, 1 - latent_known(known, stride), patch_size)
-        return image_channels(self.encode_video, batch.pixels, known, temporal_stride=stride)
 
     def export(self, folder: Path, weights: dict[str, Tensor], clips: Iterator[VideoBatch]) -> Path:
         if self.config.lora.is_on:

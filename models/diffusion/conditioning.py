@@ -90,12 +90,16 @@ def image_channels(encode: Encode, pixels: Tensor, known: Tensor, *, temporal_st
     `known` is [B, 1, T, H', W'] with the sides of the latents, or [B, 1, T, 1, 1] where frames are known as a whole. Unknown
     pixels are encoded as 0, mid-grey. The first frame has a latent frame of its own and fills all places of its mask.
     """
-    shown = F.interpolate(known.flatten(1, 2), size=pixels.shape[3:], mode="nearest").unsqueeze(1)  # [B, 1, T, H, W]
-    latents = encode(pixels * shown)
+    latents = encode(shown_pixels(pixels, known))
     mask = torch.cat((known[:, :, :1].repeat(1, 1, temporal_stride - 1, 1, 1), known), dim=2)
     mask = mask.unflatten(2, (-1, temporal_stride)).squeeze(1).transpose(1, 2)  # [B, stride, T', H'|1, W'|1]
     mask = mask.expand(-1, -1, -1, *latents.shape[3:])
     return ImageChannels(torch.cat((mask.to(latents.dtype), latents), dim=1))
+
+
+def shown_pixels(pixels: Tensor, known: Tensor) -> Tensor:
+    """Pixels [B, 3, T, H, W] where `known` ([B, 1, T, H'|1, W'|1], 1 or 0) is 1, and 0, mid-grey, elsewhere."""
+    return pixels * F.interpolate(known.flatten(1, 2), size=pixels.shape[3:], mode="nearest").unsqueeze(1)
 
 
 def known_frames_condition(

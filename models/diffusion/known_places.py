@@ -33,6 +33,8 @@ class ConditioningConfig:
     continuation: float = 0.0  # share of which the first `continuation_frames` are known
     inpainting: float = 0.0  # share of which a box is unknown, drawn for each sample, the same in all frames
     continuation_frames: int = 5  # frames, not latent frames
+    # Pipeline folder whose image_encoder/ and image_processor/ read the first frame for a model with image_dim (Wan 2.1 I2V).
+    image_encoder: str | None = None
 
     def share(self, mode: ConditioningMode) -> float:
         """The share of samples of a mode."""

@@ -43,6 +43,13 @@ def test_the_large_experiments_divide_over_their_machines(
     assert config.latent_shape() == (16, 21, 60, 104)
 
 
+def test_an_experiments_folders_follow_its_weights_and_its_expert() -> None:
+    config = compose("+experiment=wan2_2_a14b_two_experts", "init_from=weights/mine", "expert=low")
+    assert (config.vae.path, config.text.path) == ("weights/mine/vae", "weights/mine")
+    assert config.run_dir == "runs/wan2_2_a14b_low"
+    assert (config.noise_schedule().min_level, config.noise_schedule().max_level) == (0.0, 0.875)
+
+
 @pytest.mark.parametrize(("model", "parameters"), [("wan_1_3b", 1.419e9), ("wan_14b", 14.288e9)])
 def test_model_sizes_are_those_of_wan(model: str, parameters: float) -> None:
     assert count_parameters(compose(f"model={model}").model) == pytest.approx(parameters, rel=1e-3)
