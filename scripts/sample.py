@@ -1,35 +1,45 @@
-"""`muybridge sample`: videos from prompts with a trained run, as mp4s and one contact sheet."""
+"""`muybridge sample`: videos from prompts, with a training run or a pipeline folder, as mp4s and one contact sheet."""
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..models.diffusion.samplers import SamplerConfig, SamplerKind
 from ..train.compose import compose_config
-from ..train.config import TaskKind, read_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .sample_sources import Source
 
 USAGE = """\
-usage: muybridge sample run=RUN_DIR prompts=FILE [KEY=VALUE ...]
+usage: muybridge sample run=RUN_DIR | model=FOLDER prompts=FILE [KEY=VALUE ...]
 
-Generate one video for each line of FILE with the EMA weights of the run's newest checkpoint.
+Generate one video for each line of FILE.
 
-  run=RUN_DIR           directory of a text-to-video training run
+  run=RUN_DIR           newest checkpoint of a text-to-video training run
+  model=FOLDER          pipeline folder: public Wan weights (muybridge import) or a run's (muybridge export)
   prompts=FILE          text file with one prompt a line
-  out=FOLDER            where the mp4s and contact_sheet.png go (default RUN_DIR/samples)
-  weights=ema|master    average or last weights (default ema)
+  negative_prompt=TEXT  what guidance leads away from (default: nothing)
+  image=FILE            first frame of every video, for models that continue images
+  out=FOLDER            where the mp4s and contact_sheet.png go (default RUN_DIR/samples, or ./samples)
+  weights=ema|master    average or last weights of a run (default ema)
+  lora=[FILE,...] lora_low=[FILE,...] lora_scale=X
+                        LoRA files for the transformer of a folder, and for its low-noise expert
+  frames=N height=N width=N fps=X
+                        size of the videos (default: the run's, or what the public model was trained for)
   seed=N                seed of the noise (default 0)
-  batch=N               videos sampled at once (default 8)
-  steps=N shift=X guidance_scale=X    sampler settings (default: the run's)"""
+  batch=N               videos sampled at once (default 8 of a run, 1 of a folder)
+  sampler=euler|unipc|unipc_wan|dpmpp steps=N shift=X guidance_scale=X guidance_scale_low=X
+                        sampler settings (default: the run's, or the folder's scheduler with 50 steps and guidance 5);
+                        guidance_scale_low is for the low-noise expert (default: as guidance_scale)"""
 
 
 class WeightKind(Enum):
@@ -39,108 +49,184 @@ class WeightKind(Enum):
 
 @dataclass
 class SampleConfig:
-    """What to sample, from what and how."""
+    """What to sample, from what and how; null takes the model's own."""
 
-    # Directory of a text-to-video training run.
     run: str = ""
-    # Text file with one prompt a line.
+    model: str = ""
     prompts: str = ""
-    # Folder for the mp4s; null is `samples` in the run directory.
+    negative_prompt: str = ""
+    image: str | None = None
     out: str | None = None
     weights: WeightKind = WeightKind.ema
+    lora: list[str] = field(default_factory=list)
+    lora_low: list[str] = field(default_factory=list)
+    lora_scale: float = 1.0
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
     seed: int = 0
-    # Videos sampled at once.
-    batch: int = 8
-    # Sampler steps, shift and guidance; null takes the run's.
+    batch: int | None = None
+    sampler: SamplerKind | None = None
     steps: int | None = None
     shift: float | None = None
     guidance_scale: float | None = None
+    guidance_scale_low: float | None = None
     # Check everything and stop.
     dry_run: bool = False
 
+    def faults(self) -> list[str]:
+        """What cannot be right whatever the model is."""
+        found = []
+        if bool(self.run) == bool(self.model) or not self.prompts:
+            found.append(
+                "run=RUN_DIR or model=FOLDER, and prompts=FILE must both be given (see muybridge sample --help)"
+            )
+        if not self.model and (self.lora or self.lora_low):
+            found.append(f"lora={self.lora or self.lora_low} needs model=FOLDER: a run has its own weights")
+        if self.batch is not None and self.batch < 1:
+            found.append(f"batch={self.batch} must be at least 1")
+        return found
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """Of the videos: frames, height and width in pixels, frames a second."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
 
 def main(argv: list[str]) -> int:
-    """Sample; returns the exit code. Raises ValueError for a run or prompts that cannot be used."""
+    """Sample; returns the exit code. Raises ValueError for a model, prompts or an image that cannot be used."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
     config: SampleConfig = compose_config(
         argv, config_class=SampleConfig, config_name="sample", schema_name="sample_schema"
     )
-    prompts = read_prompts(config)
-    if config.batch < 1:
-        raise ValueError(f"batch={config.batch} must be at least 1")
-    run = read_config(Path(config.run))
-    if run.task is not TaskKind.text_to_video:
-        raise ValueError(f"run={config.run} has task={run.task.name}; sampling needs a text_to_video run")
-    for name in ("steps", "shift", "guidance_scale"):
-        if (value := getattr(config, name)) is not None:
-            setattr(run.sampler, name, value)
-    if faults := run.sampler.faults("sampler"):
+    if faults := config.faults():
         raise ValueError("; ".join(faults))
-
-    # Imported late: everything above answers within a second.
-    import torch
-
-    from ..train.checkpoint import check_checkpoint, committed_checkpoints, read_weights
-    from ..train.engine import Precision
-    from ..train.generate import generate_frames, write_clips
-    from ..train.tasks import TextToVideoTask
+    prompts = read_prompts(Path(config.prompts))
+    # Imported late: what is wrong so far is said at once.
+    from ..train.generate import write_clips
     from .pictures import contact_sheet
+    from .sample_sources import open_source
 
-    checkpoints = committed_checkpoints(Path(config.run) / "checkpoints")
-    if not checkpoints:
-        raise ValueError(f"run={config.run} has no checkpoint yet")
-    if fault := check_checkpoint(checkpoints[-1]):
-        raise ValueError(fault)
+    source = open_source(config)
+    size = dataclasses.replace(source.size, **_given(config, source.size))
+    sampler = dataclasses.replace(source.sampler, **_given(config, source.sampler))
+    if config.sampler is not None:
+        sampler.kind = config.sampler
+    if faults := source.size_faults(size) + sampler.faults("sampler"):
+        raise ValueError("; ".join(faults))
+    if config.image is None and source.needs_image:
+        raise ValueError(f"image=FILE must be given: {source.description} makes videos out of an image")
+    image = None if config.image is None else read_pixels(Path(config.image), size)
     if config.dry_run:
-        print(f"muybridge: would sample {len(prompts)} prompts from {checkpoints[-1]}; nothing was started")
+        print(f"muybridge: would sample {len(prompts)} prompts from {source.description}; nothing was started")
         return 0
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = TextToVideoTask(run, device)
-    model = task.build_model().eval().requires_grad_(False)
-    model.load_state_dict(read_weights(checkpoints[-1], config.weights.value))
-    if run.deepspeed.precision is Precision.bf16:
-        model.bfloat16()  # as in training
-
-    out = Path(config.out) if config.out else Path(config.run) / "samples"
+    out = Path(config.out or Path(config.run) / "samples")
+    clips: list[np.ndarray] = []
     columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    clips, paths = [], []
     with Progress(*columns) as progress:
-        bar = progress.add_task("sampling", total=len(prompts) * run.sampler.steps)
-        for start in range(0, len(prompts), config.batch):
-            chunk = prompts[start : start + config.batch]
-            numbers = list(range(start, start + len(chunk)))
-            frames = generate_frames(
-                model,
-                task,
-                chunk,
-                numbers,
-                sampler=run.sampler,
-                seed=config.seed,
-                progress=partial(_show, progress, bar, start, len(chunk)),
-            )
-            paths += write_clips(out, frames, chunk, numbers, run)
+        bar = progress.add_task("sampling", total=len(prompts) * sampler.steps)
+
+        def show(steps_done: int) -> None:
+            progress.update(bar, completed=steps_done)
+
+        for frames in generate_clips(source, prompts, config, size=size, sampler=sampler, image=image, progress=show):
+            numbers = list(range(len(clips), len(clips) + len(frames)))
+            write_clips(out, frames, [prompts[number] for number in numbers], numbers, fps=size.fps)
             clips += list(frames)
     contact_sheet(clips, prompts, out / "contact_sheet.png")
-    print(f"muybridge: wrote {len(paths)} mp4s and contact_sheet.png to {out}")
+    print(f"muybridge: wrote {len(clips)} mp4s and contact_sheet.png to {out}")
     return 0
 
 
-def _show(progress: Progress, bar: TaskID, start: int, size: int, done: int, steps: int) -> None:
-    """After `done` of `steps` sampler steps of the `size` prompts from `start` on."""
-    progress.update(bar, completed=start * steps + size * done)
+def generate_clips(
+    source: "Source",
+    prompts: list[str],
+    config: SampleConfig,
+    *,
+    size: ClipSize,
+    sampler: SamplerConfig,
+    image: "Tensor | None",
+    progress: Callable[[int], None],
+) -> Iterator[np.ndarray]:
+    """Frames uint8 [B, T, H, W, 3] of the prompts, some at a time; `image` [1, 3, 1, H, W] is the first frame of all.
+
+    `progress` is told how many sampler steps of single clips are done.
+    """
+    from ..models.diffusion.conditioning import known_frames_condition
+    from ..train.generate import decode_frames, generate_latents, prompt_noise
+
+    # Text first: a large text encoder is gone again before the transformer is read.
+    text = source.encode_text([*prompts, config.negative_prompt])
+    features = None if image is None else source.image_features(image.squeeze(2).to(source.device))
+    models = source.models()
+    latent_shape = source.vae.latent_shape(size.frames, size.height, size.width)
+    batch = config.batch or source.batch
+    for start in range(0, len(prompts), batch):
+        numbers = range(start, min(start + batch, len(prompts)))
+        condition = None
+        if image is not None:
+            condition = known_frames_condition(
+                source.form,
+                lambda pixels: models.vae.normalise(models.vae.encode_chunked(pixels).mode()),
+                first=image.to(source.device).expand(len(numbers), -1, -1, -1, -1),
+                frames=size.frames,
+                temporal_stride=source.vae.temporal_stride,
+                patch_size=source.transformer.patch_size,
+            )
+        latents = generate_latents(
+            models,
+            prompt_noise(config.seed, numbers, latent_shape, source.device),
+            text[start : numbers.stop],
+            text[-1:].expand(len(numbers), *text.shape[1:]),
+            sampler=sampler,
+            condition=condition,
+            image_features=None if features is None else features.expand(len(numbers), -1, -1),
+            progress=partial(_report, progress, start, len(numbers)),
+        )
+        yield decode_frames(models.vae, latents)
 
 
-def read_prompts(config: SampleConfig) -> list[str]:
-    """The non-empty lines of the prompts file."""
-    if not config.run or not config.prompts:
-        raise ValueError("run=RUN_DIR and prompts=FILE must both be given (see muybridge sample --help)")
-    path = Path(config.prompts)
+def _report(progress: Callable[[int], None], start: int, count: int, done: int, steps: int) -> None:
+    progress(start * steps + count * done)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The non-empty lines of a file. Raises ValueError where there are none."""
     if not path.is_file():
-        raise ValueError(f"prompts={config.prompts} must be a text file with one prompt a line")
+        raise ValueError(f"prompts={path} must be a text file with one prompt a line")
     prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not prompts:
-        raise ValueError(f"prompts={config.prompts} holds no prompt")
+        raise ValueError(f"prompts={path} holds no prompt")
     return prompts
+
+
+def read_pixels(path: Path, size: ClipSize) -> "Tensor":
+    """A jpg, png or webp, its middle cut to the shape of the clip, as [1, 3, 1, H, W] in [-1, 1]. Raises ValueError."""
+    import torch
+
+    from ..data.decode import DecodeError
+    from ..data.images import read_image
+    from ..data.pixels import to_pixels
+    from ..data.resize import cover_crop
+
+    try:
+        picture = read_image(path.read_bytes())
+    except (OSError, DecodeError) as error:
+        raise ValueError(f"image={path} cannot be read: {error}") from error
+    frames = cover_crop(picture[None], height=size.height, width=size.width, crop_x=0.5, crop_y=0.5)  # [1, H, W, 3]
+    return to_pixels(torch.tensor(frames)[None])
+
+
+def _given(config: SampleConfig, defaults: Any) -> dict[str, Any]:
+    """The settings of the same names that are not null."""
+    names = [field.name for field in dataclasses.fields(defaults) if hasattr(config, field.name)]
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}

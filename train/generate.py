@@ -1,56 +1,102 @@
-"""From prompts to frames with a trained model: sampling, decoding and writing mp4s, for validation and `muybridge sample`."""
+"""From text features and noise to frames: sampling, decoding and writing mp4s, for validation and `muybridge sample`."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..data.mp4 import write_mp4
 from ..data.pixels import to_frames
-from ..models.diffusion.guidance import guided_velocity
-from ..models.diffusion.objective import VelocityModel, keyed_noise
+from ..models.diffusion.conditioning import Condition
+from ..models.diffusion.guidance import VelocityFn, expert_velocity, guided_velocity
+from ..models.diffusion.objective import keyed_noise
 from ..models.diffusion.samplers import SamplerConfig, sample
-from .config import TrainConfig
-from .tasks import TextToVideoTask
+from ..models.vae import VideoVAE
 
+# What guidance leads away from where nothing is asked for; captions that training drops are empty, too.
 NEGATIVE_PROMPT = ""
 
 
+@dataclass(frozen=True)
+class VideoModels:
+    """The networks that make a video together, on one device."""
+
+    # Velocity of (latents, timestep, text), with two experts that of high noise. Where a clip has image features, they follow.
+    transformer: Callable[..., Tensor]
+    vae: VideoVAE
+    transformer_2: Callable[..., Tensor] | None = None  # the expert of low noise
+    boundary: float = 0.0  # noise level from which on `transformer` serves, where there are two
+
+
+def prompt_noise(
+    seed: int, numbers: Sequence[int], latent_shape: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Noise [B, z, T', H', W'] of the prompts with these places in the whole list.
+
+    Keyed by (seed, place), so a prompt's clip does not depend on how prompts are split into batches or ranks.
+    """
+    return keyed_noise(seed, 0, numbers, latent_shape, device, purpose="sample")
+
+
 @torch.no_grad()
-def generate_frames(
-    model: VelocityModel,
-    task: TextToVideoTask,
-    prompts: list[str],
-    numbers: list[int],
+def generate_latents(
+    models: VideoModels,
+    noise: Tensor,
+    text: Tensor,
+    negative_text: Tensor,
     *,
     sampler: SamplerConfig,
-    seed: int,
+    condition: Condition | None = None,
+    image_features: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """Frames uint8 [B, T, H, W, 3] for B prompts.
+) -> Tensor:
+    """Normalised latents [B, z, T', H', W'] from noise of the same shape.
 
-    `numbers` are the prompts' places in the whole list: noise is keyed by (seed, number), so a prompt's clip does not depend
-    on how prompts are split into batches or ranks.
+    Text as the transformer takes it, [B, ...] both; image features [B, I, D] of a model that reads them beside the text.
     """
-    noise = keyed_noise(seed, 0, numbers, task.config.latent_shape(), task.device, purpose="sample")
-    velocity = guided_velocity(
-        model, task.encode_text(prompts), task.encode_text([NEGATIVE_PROMPT] * len(prompts)), sampler.guidance_scale
+
+    def guided(transformer: Callable[..., Tensor], scale: float) -> VelocityFn:
+        model = transformer
+        if image_features is not None:
+
+            def model(latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+                copies = len(latents) // len(image_features)  # two under guidance
+                return transformer(latents, timestep, text, image_features.repeat(copies, 1, 1))
+
+        return guided_velocity(model, text, negative_text, scale)
+
+    scale, low_scale = sampler.expert_guidance_scales()
+    velocity = guided(models.transformer, scale)
+    if models.transformer_2 is not None:
+        velocity = expert_velocity(velocity, guided(models.transformer_2, low_scale), models.boundary)
+    if condition is None:
+        return sample(velocity, noise, sampler, progress)
+    return condition.finish(sample(condition.wrap(velocity), noise, sampler, progress))
+
+
+@torch.no_grad()
+def decode_frames(vae: VideoVAE, latents: Tensor) -> np.ndarray:
+    """Frames uint8 [B, T, H, W, 3] of normalised latents [B, z, T', H', W'].
+
+    Clip after clip and chunk after chunk: at once, 81 frames of 480 x 832 would need tens of GB.
+    """
+    raw = vae.denormalise(latents)
+    return np.stack(
+        [np.concatenate([to_frames(chunk)[0] for chunk in vae.decode_chunked(clip)]) for clip in raw.split(1)]
     )
-    latents = sample(velocity, noise, sampler, progress)  # [B, z, T', H', W']
-    return to_frames(task.vae.decode(task.vae.denormalise(latents)))
 
 
-def write_clips(
-    folder: Path, frames: np.ndarray, prompts: list[str], numbers: list[int], config: TrainConfig
-) -> list[Path]:
+def write_clips(folder: Path, frames: np.ndarray, prompts: list[str], numbers: list[int], *, fps: float) -> list[Path]:
     """Write each clip as `NUMBER-prompt.mp4`; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for clip, prompt, number in zip(frames, prompts, numbers, strict=True):
         path = folder / f"{clip_name(number, prompt)}.mp4"
-        write_mp4(path, clip, fps=config.data.fps)
+        write_mp4(path, clip, fps=fps)
         paths.append(path)
     return paths
 

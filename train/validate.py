@@ -64,7 +64,7 @@ def validation_losses(engine: "Engine", task: "Task", loader: "VideoLoader", *, 
 
 def sample_videos(engine: "Engine", task: "Task", config: "TrainConfig", folder: Path) -> list[tuple[Path, str]]:
     """Sample `config.validation.prompts` into `folder`, spread over the ranks; rank 0 gets all paths. Collective."""
-    from .generate import generate_frames, write_clips
+    from .generate import NEGATIVE_PROMPT, VideoModels, decode_frames, generate_latents, prompt_noise, write_clips
     from .tasks import TextToVideoTask
 
     assert isinstance(task, TextToVideoTask)
@@ -74,9 +74,15 @@ def sample_videos(engine: "Engine", task: "Task", config: "TrainConfig", folder:
     numbers = [(rank * per_rank + i) % len(prompts) for i in range(per_rank)]
     mine = [prompts[number] for number in numbers]
     engine.eval()
-    frames = generate_frames(engine, task, mine, numbers, sampler=config.sampler, seed=config.seed)
+    latents = generate_latents(
+        VideoModels(engine, task.vae),
+        prompt_noise(config.seed, numbers, config.latent_shape(), task.device),
+        task.encode_text(mine),
+        task.encode_text([NEGATIVE_PROMPT] * len(mine)),
+        sampler=config.sampler,
+    )
     engine.train()
-    paths = write_clips(folder, frames, mine, numbers, config)
+    paths = write_clips(folder, decode_frames(task.vae, latents), mine, numbers, fps=config.data.fps)
     found: list[list[tuple[int, str]]] = [[] for _ in range(world)]
     dist.all_gather_object(found, list(zip(numbers, map(str, paths), strict=True)))
     by_number = {number: path for part in found for number, path in part}

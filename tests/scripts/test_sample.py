@@ -107,7 +107,7 @@ def test_what_cannot_be_sampled_is_refused(
         ("steps=0", "sampler.steps=0"),
         ("prompt=a", "prompt is not a setting of SampleConfig, did you mean prompts?"),
         ("weights=best", "weights=best"),
-        ("run=''", "run=RUN_DIR and prompts=FILE must both be given"),
+        ("run=''", "run=RUN_DIR or model=FOLDER, and prompts=FILE must both be given"),
     ],
 )
 def test_a_mistaken_setting_is_named(

@@ -1,0 +1,261 @@
+"""What `muybridge sample` samples from: a training run or a pipeline folder, behind one small interface.
+
+Opening one reads settings and checks; weights are read when they are needed.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..models.diffusion.conditioning import ConditioningForm
+from ..models.diffusion.samplers import SamplerConfig
+from ..models.diffusion.scheduler_file import sampler_from_file
+from ..models.dit import DiT, DiTConfig
+from ..models.embeddings import Fp32Linear
+from ..models.image_encoder import ClipImageEncoder
+from ..models.lora_files import read_lora
+from ..models.pipeline_folder import PipelineFiles
+from ..models.text import TextEncoderConfig, TextEncoderKind, Umt5TextEncoder
+from ..models.vae import VAEConfig
+from ..models.vae.folder import load_vae
+from ..models.weights import load_config, load_weights_from
+from ..train.checkpoint import check_checkpoint, committed_checkpoints, read_weights
+from ..train.config import TaskKind, read_config
+from ..train.engine import Precision
+from ..train.experts import Expert
+from ..train.generate import VideoModels
+from ..train.tasks import TextToVideoTask
+from .sample import ClipSize, SampleConfig, WeightKind
+
+SCHEDULER_NAME = "scheduler_config.json"
+UMT5_TOKENS = 512  # rows of text features that every public Wan model was trained with
+
+
+@dataclass
+class LoRAFiles:
+    """LoRA files to add to a model's weights."""
+
+    files: list[str] = field(default_factory=list)
+    low_noise_files: list[str] = field(default_factory=list)  # for the expert of low noise
+    scale: float = 1.0  # the changes are multiplied with this
+
+
+class Source(ABC):
+    """A model to sample from."""
+
+    size: ClipSize  # what it makes unless told otherwise
+    sampler: SamplerConfig  # likewise
+    transformer: DiTConfig
+    vae: VAEConfig
+    form: ConditioningForm  # how it is given an image
+    needs_image: bool = False
+    batch: int  # videos sampled at once unless told otherwise
+    description: str
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @abstractmethod
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """What the transformer takes as text, [B, ...]."""
+
+    @abstractmethod
+    def image_features(self, images: Tensor) -> Tensor | None:
+        """Of images [B, 3, H, W] in [-1, 1], where the transformer reads such beside the text."""
+
+    @abstractmethod
+    def models(self) -> VideoModels:
+        """The networks, ready to sample."""
+
+    def size_faults(self, size: ClipSize) -> list[str]:
+        """What of a size the model cannot make, as messages that name the field, the value and the rule."""
+        patch, found = self.transformer.patch_size, []
+        if size.frames < 1 or (size.frames - 1) % self.vae.temporal_stride:
+            found.append(f"frames={size.frames} must be 1 + a multiple of {self.vae.temporal_stride}")
+        elif self.vae.latent_shape(size.frames, size.height, size.width)[1] % patch[0]:
+            found.append(f"frames={size.frames} must give a multiple of {patch[0]} latent frames")
+        for name, side in (("height", patch[1]), ("width", patch[2])):
+            value, step = getattr(size, name), self.vae.spatial_stride * side
+            if value < 1 or value % step:
+                found.append(f"{name}={value} must be a multiple of {step}")
+        if size.fps <= 0:
+            found.append(f"fps={size.fps} must be positive")
+        return found
+
+
+class RunSource(Source):
+    """The newest checkpoint of a text-to-video run."""
+
+    def __init__(self, run_dir: str, kind: WeightKind) -> None:
+        """Raises ValueError where there is no such run, or no checkpoint that is whole."""
+        super().__init__()
+        run = read_config(Path(run_dir))
+        if run.task is not TaskKind.text_to_video:
+            raise ValueError(f"run={run_dir} has task={run.task.name}; sampling needs a text_to_video run")
+        if run.expert is not Expert.none:
+            raise ValueError(
+                f"run={run_dir} has expert={run.expert.name}, which makes no video alone; export both experts "
+                "(muybridge export run=HIGH low_run=LOW out=FOLDER) and sample with model=FOLDER"
+            )
+        checkpoints = committed_checkpoints(Path(run_dir) / "checkpoints")
+        if not checkpoints:
+            raise ValueError(f"run={run_dir} has no checkpoint yet")
+        if fault := check_checkpoint(checkpoints[-1]):
+            raise ValueError(fault)
+        self._run, self._checkpoint, self._kind = run, checkpoints[-1], kind
+        self.description = str(checkpoints[-1])
+        self.size = ClipSize(run.data.frames, run.data.height, run.data.width, run.data.fps)
+        self.sampler, self.transformer, self.vae = run.sampler, run.model, run.vae.resolved()
+        self.form, self.batch = run.conditioning.form, 8
+        self.needs_image = self.form is ConditioningForm.channels
+        self._image_encoder = run.conditioning.image_encoder
+
+    @cached_property
+    def _task(self) -> TextToVideoTask:
+        return TextToVideoTask(self._run, self.device)
+
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        return self._task.encode_text(prompts)
+
+    def image_features(self, images: Tensor) -> Tensor | None:
+        return _image_features(self.transformer, self._image_encoder, images)
+
+    def models(self) -> VideoModels:
+        model = self._task.build_model().eval().requires_grad_(False)
+        model.load_state_dict(read_weights(self._checkpoint, self._kind.value))
+        if self._run.deepspeed.precision is Precision.bf16:
+            model.bfloat16()  # as in training
+        return VideoModels(model, self._task.vae)
+
+
+class FolderSource(Source):
+    """A pipeline folder: public Wan weights, or what `muybridge export` wrote."""
+
+    def __init__(self, folder: str, loras: LoRAFiles) -> None:
+        """Raises ValueError where parts are missing or do not fit each other."""
+        super().__init__()
+        files = PipelineFiles.find(folder)
+        self._files, self._loras, root = files, loras, files.root
+        self._transformer, self._vae, self._text_encoder = root / "transformer", root / "vae", root / "text_encoder"
+        needed = ["transformer", "vae", "text_encoder", "tokenizer"]
+        if files.transformer is not None:
+            self.transformer = DiTConfig.from_diffusers(load_config(self._transformer))
+            needed += ["image_encoder", "image_processor"] if self.transformer.image_dim is not None else []
+        if absent := [f"{part}/" for part in needed if getattr(files, part) is None]:
+            raise ValueError(f"model={folder} lacks {', '.join(absent)} (muybridge import --help says how to add it)")
+        self.description = folder
+        self.vae = VAEConfig.from_diffusers(load_config(self._vae))
+        text_dim = load_config(self._text_encoder).get("d_model")
+        if not isinstance(text_dim, int):
+            raise ValueError(
+                f"{self._text_encoder}/config.json: d_model={text_dim} must be the width of the text features"
+            )
+        self._text = TextEncoderConfig(TextEncoderKind.umt5, dim=text_dim, max_tokens=UMT5_TOKENS, path=folder)
+        self.form, self.batch = _form(files, self.transformer), 1
+        self.needs_image = self.form is ConditioningForm.channels
+        if faults := self._part_faults():
+            raise ValueError("; ".join(faults))
+        self.sampler = SamplerConfig()
+        if files.scheduler is not None:
+            self.sampler = sampler_from_file(_scheduler(files.scheduler), self.sampler)
+        is_wan_2_2_vae = self.vae.spatial_stride == 16
+        self.size = ClipSize(121, 704, 1280, 24) if is_wan_2_2_vae else ClipSize(81, 480, 832, 16)
+
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        # Read for this call only: umT5-XXL takes as much memory as a transformer of 5 B parameters.
+        encoder = Umt5TextEncoder(self._text, dtype=self._dtype).to(self.device)
+        return encoder.encode(prompts)
+
+    def image_features(self, images: Tensor) -> Tensor | None:
+        return _image_features(self.transformer, self._files.root, images)
+
+    def models(self) -> VideoModels:
+        vae = load_vae(self._vae).to(self.device).eval().requires_grad_(False)
+        high = self._load(self._transformer, self._loras.files)
+        if self._files.transformer_2 is None:
+            return VideoModels(high, vae)
+        low = self._load(self._files.transformer_2, self._loras.low_noise_files)
+        assert self._files.boundary_ratio is not None
+        return VideoModels(high, vae, low, self._files.boundary_ratio)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def _load(self, folder: Path, loras: list[str]) -> DiT:
+        with torch.device("meta"):
+            dit = DiT(self.transformer)
+        dit = _in_matmul_dtype(dit.to_empty(device=self.device), self._dtype).eval().requires_grad_(False)
+        load_weights_from(dit, folder)
+        for file in loras:
+            _add_lora_file(dit, file, self._loras.scale)
+        return dit
+
+    def _part_faults(self) -> list[str]:
+        """Parts that were not made for each other."""
+        files, dit, found = self._files, self.transformer, []
+        if dit.out_channels != self.vae.z_dim:
+            found.append(
+                f"{self._transformer} makes latents of {dit.out_channels} channels and {self._vae} has {self.vae.z_dim}: "
+                "a Wan 2.1 autoencoder has 16, that of Wan 2.2 TI2V has 48"
+            )
+        if dit.text_dim != self._text.dim:
+            found.append(
+                f"{self._transformer} takes text features of width {dit.text_dim}, and those of {self._text_encoder} have "
+                f"{self._text.dim}"
+            )
+        if files.transformer_2 is not None:
+            if DiTConfig.from_diffusers(load_config(files.transformer_2)) != dit:
+                found.append(f"{files.transformer_2}/config.json must have the sizes of {self._transformer}")
+        elif self._loras.low_noise_files:
+            found.append(f"lora_low needs two experts, and {files.root} has one transformer")
+        return found
+
+
+def open_source(config: SampleConfig) -> Source:
+    """What the settings name. Raises ValueError where it cannot be sampled from."""
+    if config.run:
+        return RunSource(config.run, config.weights)
+    return FolderSource(config.model, LoRAFiles(config.lora, config.lora_low, config.lora_scale))
+
+
+def _image_features(transformer: DiTConfig, folder: Path | str | None, images: Tensor) -> Tensor | None:
+    if transformer.image_dim is None:
+        return None
+    assert folder is not None
+    return ClipImageEncoder(folder).to(images.device).encode(images)
+
+
+def _scheduler(folder: Path) -> dict[str, object]:
+    return json.loads((folder / SCHEDULER_NAME).read_text(encoding="utf-8"))
+
+
+def _form(files: PipelineFiles, transformer: DiTConfig) -> ConditioningForm:
+    if files.expand_timesteps:
+        return ConditioningForm.clean_frames
+    if transformer.in_channels != transformer.out_channels:
+        return ConditioningForm.channels
+    return ConditioningForm.none
+
+
+def _in_matmul_dtype(dit: DiT, dtype: torch.dtype) -> DiT:
+    """The layers whose products the original runs in bf16; what it keeps in float32 stays so."""
+    for module in dit.modules():
+        if isinstance(module, nn.Linear | nn.Conv3d) and not isinstance(module, Fp32Linear):
+            module.to(dtype)
+    return dit
+
+
+@torch.no_grad()
+def _add_lora_file(dit: DiT, file: str, scale: float) -> None:
+    layers = dict(dit.named_modules())
+    for name, factors in read_lora(file).items():
+        layer = layers.get(name)
+        if not isinstance(layer, nn.Linear) or layer.weight.shape != (len(factors.up), factors.down.shape[1]):
+            raise ValueError(f"lora={file}: its layer {name} has no match of its size in this transformer")
+        layer.weight += scale * factors.delta().to(layer.weight)
