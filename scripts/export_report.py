@@ -1,0 +1,55 @@
+"""What `muybridge export` says at its end: the files, the checks they passed, who cannot use them and what to do next."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+
+from ..train.config import TrainConfig
+from .export_checks import Comparison
+from .export_loaders import lost_loaders
+
+
+def print_report(out: Path, config: TrainConfig, comparisons: list[Comparison]) -> None:
+    """Print it for an export of a run with these settings."""
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(title=str(out))
+    table.add_column("part")
+    table.add_column("files", justify="right")
+    table.add_column("MB", justify="right")
+    table.add_column("weights")
+    table.add_column("difference from diffusers", justify="right")
+    compared = {comparison.part: comparison for comparison in comparisons}
+    for part in sorted(path for path in out.iterdir() if path.is_dir()):
+        files = sorted(path for path in part.rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in files)
+        table.add_row(
+            part.name, str(len(files)), f"{size / 1e6:.1f}", _dtypes_of(files), _outcome(compared.get(part.name))
+        )
+    console.print(table)
+    for comparison in comparisons:
+        if comparison.difference is None:
+            console.print(f"muybridge: {comparison.part}: {comparison.reason}")
+    for line in lost_loaders(config.model, config.vae.resolved(), config.text):
+        console.print(f"muybridge: note: {line}")
+    console.print(f"muybridge: wrote {out}; every tensor was read again and is as it was meant")
+    console.print(
+        f"next: {out}/README.md says how other tools open it; `muybridge sample model={out} prompts=FILE` samples it here"
+    )
+
+
+def _dtypes_of(files: list[Path]) -> str:
+    """The number formats of a part's weights, such as `BF16, F32`; empty for a part without weights."""
+    found = set()
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (not a dict)
+    return ", ".join(sorted(found))
+
+
+def _outcome(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return ""
+    return "not compared" if comparison.difference is None else f"{comparison.difference:.1e}"

@@ -1,0 +1,185 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from muybridge.models.dit import DiT, DiTConfig
+from muybridge.models.pipeline_folder import PipelineFiles
+from muybridge.models.text import ByteTextEncoder, TextEncoderConfig, TextEncoderKind
+from muybridge.models.token_layout import AttentionPattern, SelfAttentionConfig
+from muybridge.models.vae.config import VAEConfig
+from muybridge.scripts import export, export_checks, export_pipeline
+from muybridge.scripts.export_loaders import lost_loaders
+from muybridge.train.checkpoint import committed_checkpoints, read_weights
+
+SaveRun = Callable[[Path, list[str]], Path]
+PROMPTS = ["a red circle moving left", "a blue square"]
+
+
+@pytest.fixture
+def run_dir(tiny_run: list[str], save_random_run: SaveRun, tmp_path: Path) -> Path:
+    run_dir = save_random_run(tmp_path / "run", [*tiny_run, "sampler.shift=4"])
+    (run_dir / "provenance.json").write_text(json.dumps({"git_commit": "0123abc"}))
+    return run_dir
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+def trained(run_dir: Path, kind: str = "ema") -> dict[str, torch.Tensor]:
+    return read_weights(committed_checkpoints(run_dir / "checkpoints")[-1], kind)
+
+
+def test_a_run_becomes_a_pipeline_folder(
+    run_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "exports" / "first"
+    assert export.main([f"run={run_dir}", f"out={out}", f"prompts={prompts}"]) == 0
+    files = PipelineFiles.find(out)
+    assert files.class_name == "WanPipeline"
+    assert (files.text_encoder, files.tokenizer, files.transformer_2) == (None, None, None)
+    assert [path.name for path in out.parent.iterdir()] == ["first"]
+
+    stored = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    weights = trained(run_dir)
+    assert {f"transformer.{name}" for name in stored} == {name for name in weights if name.startswith("transformer.")}
+    for name, tensor in stored.items():
+        keeps = any(part in name for part in ("time_embedder", "scale_shift_table", "norm2"))
+        assert tensor.dtype == (torch.float32 if keeps else torch.bfloat16), name
+        assert torch.equal(tensor, weights[f"transformer.{name}"].to(tensor.dtype)), name
+    with safe_open(out / "transformer" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert (header["muybridge.git_commit"], header["muybridge.step"]) == ("0123abc", "4")
+    assert json.loads(header["muybridge.config"])["text"]["max_tokens"] == 12
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["flow_shift"], scheduler["shift"]) == (4.0, 4.0)
+    said = capsys.readouterr().out
+    assert "muybridge: wrote" in said
+    assert "BF16, F32" in said
+
+
+def test_prompt_features_are_those_of_the_trained_encoder(run_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert export.main([f"run={run_dir}", f"out={out}", f"prompts={prompts}"]) == 0
+    encoder = ByteTextEncoder(TextEncoderConfig(dim=32, num_heads=2, max_tokens=12)).eval()
+    prefix = "text_encoder."
+    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in trained(run_dir).items() if k.startswith(prefix)})
+    embeds = load_file(out / "prompt_embeds.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(embeds["prompt_embeds"], encoder(encoder.tokenize(PROMPTS)))
+        torch.testing.assert_close(embeds["negative_prompt_embeds"], encoder(encoder.tokenize([""])))
+    assert "1. a blue square" in (out / "README.md").read_text()
+
+
+def test_weights_and_dtype_are_those_asked_for(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert export.main([f"run={run_dir}", f"out={out}", "weights=master", "dtype=fp32"]) == 0
+    stored = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    weights = trained(run_dir, "master")
+    assert all(torch.equal(tensor, weights[f"transformer.{name}"]) for name, tensor in stored.items())
+    assert not (out / "prompt_embeds.safetensors").exists()
+
+
+def test_a_frozen_encoder_goes_along_without_pickles(
+    tiny_run: list[str], tiny_umt5: Path, save_random_run: SaveRun, tmp_path: Path
+) -> None:
+    text = shutil.copytree(tiny_umt5, tmp_path / "text")
+    (text / "text_encoder" / "pytorch_model.bin").write_bytes(b"runs code when it is read")
+    settings = [*tiny_run, "text.kind=umt5", f"text.path={text}"]
+    run_dir, out = save_random_run(tmp_path / "run", settings), tmp_path / "out"
+    assert export.main([f"run={run_dir}", f"out={out}"]) == 0
+    for path in (path for path in tiny_umt5.rglob("*") if path.is_file()):
+        assert (out / path.relative_to(tiny_umt5)).read_bytes() == path.read_bytes()
+    assert not list(out.rglob("*.bin"))
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["text_encoder"] == ["transformers", "UMT5EncoderModel"]
+    with pytest.raises(ValueError, match=r"is for runs with text\.kind=bytes"):
+        export.main([f"run={run_dir}", f"out={tmp_path / 'other'}", f"prompts={tmp_path / 'p.txt'}"])
+
+
+def test_an_export_that_fails_leaves_nothing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(export_pipeline, "write_model_index", full)
+    with pytest.raises(OSError, match="no space"):
+        export.main([f"run={run_dir}", f"out={tmp_path / 'exports' / 'first'}"])
+    assert list((tmp_path / "exports").iterdir()) == []
+
+
+def test_a_dry_run_writes_nothing(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export.main([f"run={run_dir}", f"out={tmp_path / 'out'}", "dry_run=true"]) == 0
+    assert "would export" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda run: shutil.rmtree(run / "checkpoints"), "has no checkpoint yet"),
+        (lambda run: (run / "config.yaml").unlink(), "must be the directory of a training run"),
+        (
+            lambda run: (run / "config.yaml").write_text(
+                (run / "config.yaml").read_text().replace("task: text_to_video", "task: video_vae")
+            ),
+            "has task=video_vae",
+        ),
+        (lambda run: next(run.rglob("shard-*.safetensors")).write_bytes(b""), "does not match its size and checksum"),
+        (lambda run: (run.parent / "out").mkdir(), "exists already"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(
+    damage: Callable[[Path], object], words: str, run_dir: Path, tmp_path: Path
+) -> None:
+    damage(run_dir)
+    with pytest.raises(ValueError, match=words):
+        export.main([f"run={run_dir}", f"out={tmp_path / 'out'}"])
+
+
+def test_a_part_that_diffusers_reads_otherwise_is_refused(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    out = tmp_path / "out"
+    assert export.main([f"run={run_dir}", f"out={out}"]) == 0
+    assert all(comparison.difference is not None for comparison in export_checks.compare_with_diffusers(out))
+    with monkeypatch.context() as patch:
+        patch.setattr(export_checks, "TOLERANCE", -1.0)
+        with pytest.raises(ValueError, match="computes something else in diffusers"):
+            export_checks.compare_with_diffusers(out)
+    path = out / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(path) | {"encoder.stray": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"encoder\.stray"):
+        export_checks.compare_with_diffusers(out)
+
+
+def test_what_other_tools_take_for_granted_is_named() -> None:
+    wan, wan_vae = DiTConfig(), VAEConfig()
+    umt5 = TextEncoderConfig(kind=TextEncoderKind.umt5, dim=4096, path="x")
+    assert lost_loaders(wan, wan_vae, umt5) == []
+    own = DiTConfig(dim=192, num_attention_heads=6, text_dim=192, patch_size=[3, 2, 2])
+    own.self_attention = SelfAttentionConfig(pattern=AttentionPattern.radial)
+    said = lost_loaders(own, VAEConfig(base_dim=16), TextEncoderConfig(dim=192))
+    for words in ("=32 is not Wan's 128", "text_dim=192", "[3, 2, 2]", "pattern=radial", "base_dim=16", "kind=bytes"):
+        assert sum(words in line for line in said) == 1, words
+
+
+def test_every_weight_that_diffusers_keeps_in_float32_is_kept() -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from muybridge.scripts.export_parts import transformer_dtype
+
+    kept = diffusers.WanTransformer3DModel._keep_in_fp32_modules
+    with torch.device("meta"):
+        names = DiT(DiTConfig(num_layers=1)).state_dict()
+    for name in names:
+        expected = torch.float32 if set(kept) & set(name.split(".")) else torch.bfloat16
+        assert transformer_dtype(name, torch.bfloat16) == expected, name
