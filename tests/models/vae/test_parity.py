@@ -1,11 +1,14 @@
 """The autoencoder, parallel and in chunks, equals diffusers' AutoencoderKLWan, which is the oracle throughout."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+import muybridge
 from muybridge.models.vae import VAEConfig, VideoVAE
 from muybridge.models.vae.config import (
     WAN_2_1_LATENTS_MEAN,
@@ -127,19 +130,23 @@ def test_state_dict_keys_and_shapes_are_diffusers_both_ways(form: str) -> None:
     oracle.load_state_dict(ours.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize(
-    ("config", "tensors", "parameters"),
-    [
-        (VAEConfig(), 194, 126.9e6),
-        (VAEConfig(base_dim=160, decoder_base_dim=256, z_dim=48, patch_size=2, is_residual=True), 196, 704.7e6),
-    ],
-    ids=["wan_2_1", "wan_2_2"],
-)
-def test_released_sizes_have_the_released_number_of_weights(config: VAEConfig, tensors: int, parameters: float) -> None:
+@pytest.mark.parametrize(("name", "tensors", "parameters"), [("wan_2_1", 194, 126.9e6), ("wan_2_2", 196, 704.7e6)])
+def test_released_sizes_have_the_released_weights(name: str, tensors: int, parameters: float) -> None:
+    config = _released(name)
     with torch.device("meta"):
-        weights = VideoVAE(config).state_dict()
-    assert len(weights) == tensors
-    assert sum(weight.numel() for weight in weights.values()) == pytest.approx(parameters, rel=1e-3)
+        ours = VideoVAE(config).state_dict()
+        theirs = diffusers.AutoencoderKLWan(**_without_class(config.to_diffusers())).state_dict()
+    assert {key: weight.shape for key, weight in ours.items()} == {key: weight.shape for key, weight in theirs.items()}
+    assert len(ours) == tensors
+    assert sum(weight.numel() for weight in ours.values()) == pytest.approx(parameters, rel=1e-3)
+
+
+def test_released_statistics_are_the_constants_that_other_tools_assume() -> None:
+    wan_2_1, wan_2_2 = _released("wan_2_1"), _released("wan_2_2")
+    assert (wan_2_1.latents_mean, wan_2_1.latents_std) == (WAN_2_1_LATENTS_MEAN, WAN_2_1_LATENTS_STD)
+    assert (wan_2_2.latents_mean, wan_2_2.latents_std) == (WAN_2_2_LATENTS_MEAN, WAN_2_2_LATENTS_STD)
+    oracle = diffusers.AutoencoderKLWan(base_dim=4).config
+    assert (oracle.latents_mean, oracle.latents_std) == (WAN_2_1_LATENTS_MEAN, WAN_2_1_LATENTS_STD)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +174,13 @@ def test_latents_are_normalised_as_the_pipeline_of_the_oracle_does(
     zeros = torch.zeros(1, z_dim, 1, 1, 1)
     torch.testing.assert_close(ours.denormalise(zeros).flatten(), torch.tensor(mean))
     torch.testing.assert_close(ours.denormalise(zeros + 1).flatten(), torch.tensor(mean) + torch.tensor(std))
+
+
+def _released(name: str) -> VAEConfig:
+    """The architecture in `configs/vae`."""
+    file = Path(muybridge.__file__).parent / "configs" / "vae" / f"{name}.yaml"
+    read = OmegaConf.merge(OmegaConf.structured(VAEConfig), OmegaConf.load(file).architecture)
+    return cast(VAEConfig, OmegaConf.to_object(read))
 
 
 def _assert_close_gradients(ours: Tensor | None, theirs: Tensor | None, name: str) -> None:
