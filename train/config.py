@@ -137,6 +137,10 @@ class TrainConfig:
             access = Access.raw
         return replace(self.data, path=path, access=access, datasets={}, image_share=None, caption_dropout=0.0)
 
+    def tokenizer_folder(self) -> Path:
+        """Where text.kind=umt5_small keeps the tokenizer that it makes of the captions."""
+        return Path(self.run_dir) / "tokenizer"
+
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Channels, frames, height and width of the latents of a clip of data.frames x height x width."""
         return self.vae.resolved().latent_shape(self.data.frames, self.data.height, self.data.width)
@@ -248,19 +252,7 @@ class TrainConfig:
         if self.vae.path is None:
             found.append("vae.path must name a trained autoencoder's folder with task=text_to_video")
         with_image = self.conditioning.form is ConditioningForm.channels
-        if model.out_channels != vae.z_dim:
-            found.append(
-                f"model.out_channels={model.out_channels} must be the autoencoder's z_dim={vae.z_dim} (the transformer and the "
-                "autoencoder are of different models: Wan 2.2 TI2V-5B has 48 latent channels, the other Wan models 16)"
-            )
-        if model.in_channels != self.input_channels():
-            rule = f"the autoencoder's z_dim={vae.z_dim}"
-            if with_image:
-                parts = f"{vae.z_dim} of noise, {vae.temporal_stride} of a mask, {vae.z_dim} of image latents"
-                rule = f"{self.input_channels()} with conditioning.form=channels: {parts}"
-            elif model.in_channels == 2 * vae.z_dim + vae.temporal_stride:
-                rule += ", or conditioning.form must be channels (the model also takes a mask and image latents)"
-            found.append(f"model.in_channels={model.in_channels} must be {rule}")
+        found += self._channel_faults(vae)
         if model.text_dim != self.text.dim:
             found.append(f"model.text_dim={model.text_dim} must be text.dim={self.text.dim}")
         if with_image and data.access is Access.latents:
@@ -292,8 +284,31 @@ class TrainConfig:
             if with_image:
                 cause = "conditioning.form=channels (a video takes an image)"
             found.append(f"validation.prompts={list(self.validation.prompts)} must be empty with {cause}")
+        if self.lora.is_on and not self.init_from:
+            found.append(f"init_from must name the weights under the LoRA with lora.rank={self.lora.rank}")
         if self.init_from:
             found += initial_faults(self.init_from, model, self.expert, self.boundary)
+        return found
+
+    def _channel_faults(self, vae: VAEConfig) -> list[str]:
+        """The transformer's channels against the autoencoder's and those of the conditioning."""
+        model, wanted = self.model, self.input_channels()
+        if model.in_channels == model.out_channels != vae.z_dim:
+            return [
+                f"model.in_channels and out_channels={model.out_channels} must be the autoencoder's z_dim={vae.z_dim}: they "
+                "are of different models (Wan 2.2 TI2V-5B has 48 latent channels, the other Wan models 16)"
+            ]
+        found = []
+        if model.out_channels != vae.z_dim:
+            found.append(f"model.out_channels={model.out_channels} must be the autoencoder's z_dim={vae.z_dim}")
+        if model.in_channels != wanted:
+            rule = f"the autoencoder's z_dim={vae.z_dim}"
+            if self.conditioning.form is ConditioningForm.channels:
+                parts = f"{vae.z_dim} of noise, {vae.temporal_stride} of a mask, {vae.z_dim} of image latents"
+                rule = f"{wanted} with conditioning.form=channels: {parts}"
+            elif model.in_channels == 2 * vae.z_dim + vae.temporal_stride:
+                rule += ", or conditioning.form must be channels (the model also takes a mask and image latents)"
+            found.append(f"model.in_channels={model.in_channels} must be {rule}")
         return found
 
 
