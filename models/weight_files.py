@@ -134,6 +134,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object, indented and in the order of its keys."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _files_of_folder(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The weight files of a folder, and the index over them where there is one."""
     for stem in (WEIGHTS_STEM, TRANSFORMERS_STEM):

@@ -1,6 +1,5 @@
 """Model folders in the form of diffusers: `config.json` beside safetensors, in one file or in shards with an index."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn, no_grad
 
-from .weight_files import WEIGHTS_STEM, check_shapes, open_weights, read_json
+from .weight_files import WEIGHTS_STEM, check_shapes, open_weights, read_json, write_json
 
 CONFIG_NAME = "config.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -43,7 +42,7 @@ def save_model(
     for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
         shards.add(name, tensor)
     shards.finish(stem)
-    _write_json(folder / CONFIG_NAME, config)
+    write_json(folder / CONFIG_NAME, config)
 
 
 class _Shards:
@@ -74,7 +73,7 @@ class _Shards:
             weight_map |= dict.fromkeys(names, shard)
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            _write_json(self._folder / f"{stem}.safetensors.index.json", index)
+            write_json(self._folder / f"{stem}.safetensors.index.json", index)
 
     def _write(self) -> None:
         path = self._folder / f"shard-{len(self._written) + 1}.part"
@@ -116,7 +115,3 @@ def load_weights_from(module: nn.Module, source: Path | str, *, where: str | Non
         check_shapes(tensors.shapes, shapes, where=str(source) if where is None else where)
         for name, tensor in tensors:
             own[name].copy_(tensor)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -32,7 +32,12 @@ NAME_PAIRS = [
     (TRANSFORMER, "img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
     (TRANSFORMER, "blocks.0.cross_attn.norm_k_img.weight", "blocks.0.attn2.norm_added_k.weight"),
     (TEXT, "token_embedding.weight", "shared.weight"),
+    (TEXT, "blocks.1.norm1.weight", "encoder.block.1.layer.0.layer_norm.weight"),
+    (TEXT, "blocks.1.attn.o.weight", "encoder.block.1.layer.0.SelfAttention.o.weight"),
+    (TEXT, "blocks.1.norm2.weight", "encoder.block.1.layer.1.layer_norm.weight"),
     (TEXT, "blocks.1.ffn.gate.0.weight", "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"),
+    (TEXT, "blocks.1.ffn.fc1.weight", "encoder.block.1.layer.1.DenseReluDense.wi_1.weight"),
+    (TEXT, "blocks.1.ffn.fc2.weight", "encoder.block.1.layer.1.DenseReluDense.wo.weight"),
     (
         TEXT,
         "blocks.1.pos_embedding.embedding.weight",
@@ -98,8 +103,21 @@ def test_names_go_there_and_back_and_are_recognised(model: str, layout: Layout) 
 
 @pytest.mark.parametrize(("component", "original", "ours"), NAME_PAIRS)
 def test_names_of_the_release(component: Component, original: str, ours: str) -> None:
-    several = {TRANSFORMER: "blocks.1.self_attn.k.weight", TEXT: "blocks.1.norm1.weight"}
+    several = {TRANSFORMER: "blocks.1.self_attn.k.weight", TEXT: "blocks.1.attn.k.weight"}
     assert to_diffusers_keys([original, several[component]], component, Layout.original)[original] == ours
+
+
+def test_names_of_the_autoencoder_of_wan_2_2() -> None:
+    there = from_diffusers_keys(names_of(build_vae(residual=True)), VAE, Layout.original)
+    pairs = {
+        "encoder.down_blocks.1.downsampler.time_conv.weight": "encoder.downsamples.1.downsamples.2.time_conv.weight",
+        "encoder.down_blocks.3.resnets.1.conv2.bias": "encoder.downsamples.3.downsamples.1.residual.6.bias",
+        "decoder.up_blocks.0.upsampler.resample.1.weight": "decoder.upsamples.0.upsamples.3.resample.1.weight",
+        "decoder.up_blocks.2.resnets.0.conv_shortcut.bias": "decoder.upsamples.2.upsamples.0.shortcut.bias",
+        "decoder.mid_block.resnets.1.norm1.gamma": "decoder.middle.2.residual.0.gamma",
+        "post_quant_conv.weight": "conv2.weight",
+    }
+    assert {name: there[name] for name in pairs} == pairs
 
 
 @pytest.mark.parametrize("model", ["t2v", "i2v", "vae 2.1"])

@@ -1,0 +1,423 @@
+"""`muybridge import`: releases, pipeline folders and single files become a folder that diffusers opens with the same tensors."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from muybridge.models.dit import DiT, DiTConfig
+from muybridge.models.pipeline_folder import PipelineFiles
+from muybridge.models.vae.folder import load_vae
+from muybridge.models.wan_keys import Component, Layout, from_diffusers_keys
+from muybridge.models.weights import load_config, load_state_dict, load_weights_from
+from muybridge.scripts.import_weights import main
+
+diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
+transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
+
+STATE = dict[str, Tensor]
+SIZES = {
+    "num_attention_heads": 2, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16, "text_dim": 32,
+    "freq_dim": 32, "ffn_dim": 48, "num_layers": 2, "rope_max_seq_len": 1024,
+}  # fmt: skip
+RELEASE_CONFIG = {
+    "_class_name": "WanModel", "model_type": "t2v", "dim": 128, "ffn_dim": 48, "freq_dim": 32, "in_dim": 16, "out_dim": 16,
+    "num_heads": 2, "num_layers": 2, "text_len": 512, "eps": 1e-6,
+}  # fmt: skip
+
+
+def random_weights(model: nn.Module, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2, generator=generator)
+    return model.eval()
+
+
+def build_transformer(seed: int = 0, **sizes: Any) -> nn.Module:
+    return random_weights(diffusers.WanTransformer3DModel(**SIZES | sizes), seed)
+
+
+def build_vae(**sizes: Any) -> nn.Module:
+    return random_weights(diffusers.AutoencoderKLWan(**{"base_dim": 8, "z_dim": 16} | sizes), 3)
+
+
+def build_vae_2_2() -> nn.Module:
+    from muybridge.models.vae.config import WAN_2_2_LATENTS_MEAN, WAN_2_2_LATENTS_STD
+
+    return build_vae(
+        z_dim=48, decoder_base_dim=16, is_residual=True, patch_size=2, in_channels=12, out_channels=12,
+        scale_factor_spatial=16, latents_mean=WAN_2_2_LATENTS_MEAN, latents_std=WAN_2_2_LATENTS_STD,
+    )  # fmt: skip
+
+
+def renamed(model: nn.Module, component: Component, layout: Layout) -> STATE:
+    state = model.state_dict()
+    return {new: state[name].clone() for name, new in from_diffusers_keys(state, component, layout).items()}
+
+
+def write_expert(folder: Path, model: nn.Module, **claims: Any) -> None:
+    """A transformer as the release has it: config.json, and weights in two shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(RELEASE_CONFIG | claims))
+    state = renamed(model, Component.transformer, Layout.original)
+    names = sorted(state)
+    files = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, held in files.items():
+        save_file({name: state[name] for name in held}, folder / file)
+    weight_map = {name: file for file, held in files.items() for name in held}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def write_release(folder: Path, transformer: nn.Module, vae: nn.Module, umt5: Path, **claims: Any) -> Path:
+    """Wan 2.1's folder, or Wan 2.2's 5B one where the autoencoder has 48 channels."""
+    write_expert(folder, transformer, **claims)
+    version = "2.2" if vae.config.z_dim == 48 else "2.1"
+    torch.save(renamed(vae, Component.vae, Layout.original), folder / f"Wan{version}_VAE.pth")
+    encoder = transformers.UMT5EncoderModel.from_pretrained(umt5 / "text_encoder")
+    torch.save(renamed(encoder, Component.text_encoder, Layout.original), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    shutil.copytree(umt5 / "tokenizer", folder / "google" / "umt5-xxl")
+    return folder
+
+
+@pytest.fixture
+def release(tmp_path: Path, tiny_umt5: Path) -> Path:
+    return write_release(tmp_path / "Wan2.1-T2V", build_transformer(), build_vae(), tiny_umt5)
+
+
+def assert_same(found: STATE, expected: STATE) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
+
+
+def open_strictly(model_class: Any, folder: Path) -> Any:
+    """diffusers and transformers fill what is missing with noise; here nothing may be missing."""
+    model, info = model_class.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
+
+
+def test_a_release_opens_in_diffusers_and_here(
+    release: Path, tiny_umt5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "weights" / "t2v"
+    assert main([str(release), str(out)]) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["t2v"]
+    assert_same(
+        open_strictly(diffusers.WanTransformer3DModel, out / "transformer").state_dict(),
+        build_transformer().state_dict(),
+    )
+    vae = open_strictly(diffusers.AutoencoderKLWan, out / "vae")
+    assert_same(vae.state_dict(), build_vae().state_dict())
+    assert dict(vae.config)["latents_mean"] == dict(diffusers.AutoencoderKLWan(base_dim=8).config)["latents_mean"]
+    pipeline = diffusers.WanPipeline.from_pretrained(out)
+    assert (pipeline.scheduler.config.flow_shift, pipeline.config.boundary_ratio) == (5.0, None)
+
+    encoder = open_strictly(transformers.UMT5EncoderModel, out / "text_encoder")
+    theirs = transformers.UMT5EncoderModel.from_pretrained(tiny_umt5 / "text_encoder")
+    batch = pipeline.tokenizer("a red circle", return_tensors="pt")
+    with torch.no_grad():
+        features = [model.eval()(batch.input_ids).last_hidden_state for model in (encoder, theirs)]
+    assert torch.equal(*features)
+
+    config = DiTConfig.from_diffusers(load_config(out / "transformer"))
+    load_weights_from(DiT(config), out / "transformer")
+    load_vae(out / "vae")
+    printed = capsys.readouterr().out
+    assert "published shift 5" in printed
+    assert f"init_from={out} vae.path={out}/vae text.path={out}" in printed
+    assert "Missing" not in printed
+
+
+@pytest.mark.parametrize(("channels", "shift", "boundary"), [(16, 12.0, 0.875), (36, 5.0, 0.9)])
+def test_two_experts_become_one_folder(
+    tmp_path: Path, tiny_umt5: Path, channels: int, shift: float, boundary: float
+) -> None:
+    high, low = (build_transformer(seed, in_channels=channels) for seed in (0, 1))
+    source = tmp_path / "A14B"
+    write_release(source, high, build_vae(), tiny_umt5)
+    for path in [*source.glob("diffusion*"), source / "config.json"]:
+        path.unlink()
+    write_expert(source / "high_noise_model", high, in_dim=channels)
+    write_expert(source / "low_noise_model", low, in_dim=channels)
+    main([str(source), str(tmp_path / "out")])
+    files = PipelineFiles.find(tmp_path / "out")
+    assert files.boundary_ratio == boundary
+    for folder, model in ((files.transformer, high), (files.transformer_2, low)):
+        assert folder is not None
+        assert_same(load_state_dict(folder), model.state_dict())
+    pipeline_class = diffusers.WanPipeline if channels == 16 else diffusers.WanImageToVideoPipeline
+    pipeline = pipeline_class.from_pretrained(tmp_path / "out")
+    assert (pipeline.scheduler.config.flow_shift, pipeline.config.boundary_ratio) == (shift, boundary)
+
+    shutil.rmtree(source / "low_noise_model")
+    with pytest.raises(ValueError, match="low_noise_model/ is missing"):
+        main([str(source), str(tmp_path / "other")])
+
+
+def test_the_5b_model_has_a_timestep_for_each_token(tmp_path: Path, tiny_umt5: Path) -> None:
+    transformer, vae = build_transformer(in_channels=48, out_channels=48), build_vae_2_2()
+    source = write_release(tmp_path / "TI2V", transformer, vae, tiny_umt5, in_dim=48, out_dim=48, model_type="ti2v")
+    main([str(source), str(tmp_path / "out")])
+    assert PipelineFiles.find(tmp_path / "out").expand_timesteps
+    opened = open_strictly(diffusers.AutoencoderKLWan, tmp_path / "out" / "vae")
+    assert_same(opened.state_dict(), vae.state_dict())
+    assert {name: opened.config[name] for name in ("is_residual", "scale_factor_spatial", "latents_std")} == {
+        name: vae.config[name] for name in ("is_residual", "scale_factor_spatial", "latents_std")
+    }
+
+
+def test_image_weights_of_wan_2_1_come_along(
+    tmp_path: Path, tiny_umt5: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"in_channels": 36, "image_dim": 24, "added_kv_proj_dim": 128, "pos_embed_seq_len": 514}
+    transformer = build_transformer(**sizes)
+    source = write_release(tmp_path / "FLF2V", transformer, build_vae(), tiny_umt5, in_dim=36, model_type="flf2v")
+    main([str(source), str(tmp_path / "out")])
+    opened = open_strictly(diffusers.WanTransformer3DModel, tmp_path / "out" / "transformer")
+    assert_same(opened.state_dict(), transformer.state_dict())
+    assert {name: opened.config[name] for name in sizes} == sizes
+    printed = capsys.readouterr().out
+    assert "published shift 16" in printed
+    assert "Missing: image_encoder/" in printed
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_a_single_file_of_any_layout_becomes_the_same_transformer(
+    layout: Layout, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build_transformer(num_attention_heads=1, attention_head_dim=128)
+    save_file(renamed(model, Component.transformer, layout), tmp_path / "wan.safetensors")
+    save_file(renamed(build_vae(), Component.vae, Layout.original), tmp_path / "wan_vae.safetensors")
+    out = tmp_path / "out"
+    main([str(tmp_path / "wan.safetensors"), str(out), "--vae", str(tmp_path / "wan_vae.safetensors")])
+    opened = open_strictly(diffusers.WanTransformer3DModel, out / "transformer")
+    assert_same(opened.state_dict(), model.state_dict())
+    assert {name: opened.config[name] for name in SIZES} == SIZES | {
+        "num_attention_heads": 1,
+        "attention_head_dim": 128,
+    }
+    printed = capsys.readouterr().out
+    assert "Missing: text_encoder/" in printed
+    assert "Missing: tokenizer/" in printed
+    assert f"Next: muybridge train +experiment=NAME init_from={out} vae.path={out}/vae\n" in printed
+
+
+def test_heads_of_another_width_are_read_from_the_header_of_an_export(tmp_path: Path) -> None:
+    state = renamed(build_transformer(), Component.transformer, Layout.original)
+    header = {"muybridge.config": json.dumps({"model": {"num_attention_heads": 2, "eps": 1e-5}})}
+    save_file(state, tmp_path / "ours.safetensors", metadata=header)
+    main([str(tmp_path / "ours.safetensors"), str(tmp_path / "out")])
+    config = DiTConfig.from_diffusers(load_config(tmp_path / "out" / "transformer"))
+    assert (config.num_attention_heads, config.eps) == (2, 1e-5)
+
+
+def test_two_single_files_are_two_experts(tmp_path: Path) -> None:
+    for name, seed in (("high", 0), ("low", 1)):
+        state = renamed(build_transformer(seed), Component.transformer, Layout.comfy)
+        save_file(state, tmp_path / f"{name}.safetensors")
+    high, low, out = tmp_path / "high.safetensors", tmp_path / "low.safetensors", tmp_path / "out"
+    main([str(high), str(out), "--low-noise", str(low)])
+    assert PipelineFiles.find(out).boundary_ratio == 0.875
+    assert_same(load_state_dict(out / "transformer_2"), build_transformer(1).state_dict())
+
+    small = build_transformer(num_layers=1)
+    save_file(renamed(small, Component.transformer, Layout.original), low)
+    with pytest.raises(ValueError, match=r"low\.safetensors is no expert beside .*: num_layers=1 must be 2"):
+        main([str(high), str(tmp_path / "other"), "--low-noise", str(low)])
+
+
+def test_a_folder_of_diffusers_is_copied_bit_for_bit(tmp_path: Path, tiny_umt5: Path) -> None:
+    bf16, source = torch.bfloat16, tmp_path / "theirs"
+    pipeline = diffusers.WanPipeline(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(tiny_umt5 / "tokenizer"),
+        text_encoder=transformers.UMT5EncoderModel.from_pretrained(tiny_umt5 / "text_encoder", dtype=bf16),
+        vae=build_vae(latents_mean=[0.5] * 16, latents_std=[2.0] * 16),
+        transformer=build_transformer().to(bf16),
+        transformer_2=build_transformer(1).to(bf16),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        boundary_ratio=0.7,
+    )
+    pipeline.save_pretrained(source, max_shard_size="500KB")
+    out = tmp_path / "out"
+    main([str(source), str(out)])
+    assert PipelineFiles.find(out).boundary_ratio == 0.7
+    for part in ("transformer", "transformer_2", "vae", "text_encoder"):
+        assert_same(load_state_dict(out / part), load_state_dict(source / part))
+    reopened = diffusers.WanPipeline.from_pretrained(out)
+    assert reopened.scheduler.config.flow_shift == 3.0
+    assert reopened.vae.config.latents_std == [2.0] * 16
+    assert reopened.tokenizer("a red circle").input_ids == pipeline.tokenizer("a red circle").input_ids
+
+    with pytest.raises(ValueError, match=r"--low-noise=.* is for a SRC of one expert"):
+        main([str(source), str(tmp_path / "more"), "--low-noise", str(source / "transformer_2")])
+
+
+def test_bf16_keeps_what_is_computed_in_float32(release: Path, tmp_path: Path) -> None:
+    main([str(release), str(tmp_path / "out"), "--dtype", "bf16"])
+    state = load_state_dict(tmp_path / "out" / "transformer")
+    kept = {name for name, value in state.items() if value.dtype == torch.float32}
+    assert kept == {
+        name for name in state if any(part in name for part in ("time_embedder", "scale_shift_table", "norm2."))
+    }
+    for name, value in build_transformer().state_dict().items():
+        assert torch.equal(state[name], value.to(state[name].dtype)), name
+    dtypes = {
+        part: {value.dtype for value in load_state_dict(tmp_path / "out" / part).values()}
+        for part in ("vae", "text_encoder")
+    }
+    assert dtypes == {"vae": {torch.float32}, "text_encoder": {torch.bfloat16}}
+
+
+class Malice:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def shard_with(release: Path, end: str) -> tuple[Path, str, STATE]:
+    """The shard that has the first tensor whose name ends so, that name, and the shard's tensors."""
+    for path in sorted(release.glob("*.safetensors")):
+        state = load_file(path)
+        if names := sorted(name for name in state if name.endswith(end)):
+            return path, names[0], state
+    raise AssertionError(f"no tensor ends with {end}")
+
+
+def drop_a_key(release: Path) -> str:
+    path, name, state = shard_with(release, "1.cross_attn.norm_k.weight")
+    save_file({other: value for other, value in state.items() if other != name}, path)
+    index = release / "diffusion_pytorch_model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map[name]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return r"missing tensors: blocks\.1\.attn2\.norm_k\.weight$"
+
+
+def drop_a_promised_key(release: Path) -> str:
+    path, name, state = shard_with(release, "1.cross_attn.norm_k.weight")
+    save_file({other: value for other, value in state.items() if other != name}, path)
+    return f"missing tensors: {name}$"
+
+
+def transpose_a_tensor(release: Path) -> str:
+    path, name, state = shard_with(release, "ffn.2.weight")
+    save_file(state | {name: state[name].T.contiguous()}, path)
+    return r"net\.2\.weight \[48, 128\] instead of \[128, 48\] \(transposed\?\)"
+
+
+def claim_another_depth(release: Path) -> str:
+    (release / "config.json").write_text(json.dumps(RELEASE_CONFIG | {"num_layers": 3, "in_dim": 36}))
+    return "config.json contradicts the weights: in_dim=36 must be 16, num_layers=3 must be 2"
+
+
+def claim_heads_that_do_not_divide(release: Path) -> str:
+    (release / "config.json").write_text(json.dumps(RELEASE_CONFIG | {"num_heads": 5}))
+    return "width 128"
+
+
+def claim_another_class(release: Path) -> str:
+    (release / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    return "_class_name=FluxTransformer2DModel must be one of WanModel"
+
+
+def remove_the_tokenizer(release: Path) -> str:
+    shutil.rmtree(release / "google")
+    return "models_t5_umt5-xxl-enc-bf16.pth has no tokenizer beside it"
+
+
+def empty_the_tokenizer(release: Path) -> str:
+    for path in (release / "google" / "umt5-xxl").iterdir():
+        path.unlink()
+    return r"umt5-xxl is no tokenizer: it must hold tokenizer\.json"
+
+
+def put_code_into_the_vae(release: Path) -> str:
+    torch.save({"conv1.weight": Malice(release / "trap")}, release / "Wan2.1_VAE.pth")
+    return r"Wan2\.1_VAE\.pth: holds more than tensors, .* refused"
+
+
+def add_a_second_vae(release: Path) -> str:
+    shutil.copyfile(release / "Wan2.1_VAE.pth", release / "Wan2.2_VAE.pth")
+    return "has Wan2.1_VAE.pth, Wan2.2_VAE.pth: choose one with --vae"
+
+
+def put_in_the_vae_of_the_5b_model(release: Path) -> str:
+    torch.save(renamed(build_vae_2_2(), Component.vae, Layout.original), release / "Wan2.1_VAE.pth")
+    return "has latents of 48 channels and .* makes 16: give Wan 2.1's autoencoder"
+
+
+def quantise_a_tensor(release: Path) -> str:
+    path, name, state = shard_with(release, "ffn.0.weight")
+    save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, path)
+    return r"ffn\.net\.0\.proj\.weight is float8_e4m3fn; take the file of bf16"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        drop_a_key, drop_a_promised_key, transpose_a_tensor, claim_another_depth, claim_heads_that_do_not_divide,
+        claim_another_class, remove_the_tokenizer, empty_the_tokenizer, put_code_into_the_vae, add_a_second_vae,
+        put_in_the_vae_of_the_5b_model, quantise_a_tensor,
+    ],
+)  # fmt: skip
+def test_a_source_that_is_not_whole_is_refused_and_nothing_is_written(
+    release: Path, tmp_path: Path, damage: Callable[[Path], str]
+) -> None:
+    message = damage(release)
+    with pytest.raises(ValueError, match=message):
+        main([str(release), str(tmp_path / "weights" / "out")])
+    assert not list((tmp_path / "weights").glob("*"))
+    assert not list((tmp_path / "weights").glob(".*"))
+    assert not (release / "trap").exists()
+
+
+def test_what_is_not_wan_is_refused(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / "flux.safetensors")
+    with pytest.raises(ValueError, match=r"flux\.safetensors: not a Wan transformer: it holds double_blocks"):
+        main([str(tmp_path / "flux.safetensors"), out])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"run is not a Wan model: .*it holds config\.yaml"):
+        main([str(tmp_path / "run"), out])
+    with pytest.raises(ValueError, match=r"SRC=.*nowhere: no such file or folder"):
+        main([str(tmp_path / "nowhere"), out])
+    with pytest.raises(ValueError, match=r"--tokenizer=.*nowhere: no such file or folder"):
+        main([str(tmp_path / "run"), out, "--tokenizer", str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="see muybridge import --help"):
+        main([out])
+
+
+def test_an_output_is_replaced_only_when_asked_and_only_by_a_whole_one(release: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    main([str(release), str(out)])
+    (out / "note.txt").write_text("of the first import")
+    with pytest.raises(ValueError, match="exists already: choose another OUT, or replace it with --overwrite"):
+        main([str(release), str(out)])
+    quantise_a_tensor(release)
+    with pytest.raises(ValueError, match="float8"):
+        main([str(release), str(out), "--overwrite"])
+    assert (out / "note.txt").is_file(), "a failed import must leave the former one"
+    with pytest.raises(ValueError, match=r"would be replaced while .* is read"):
+        main([str(out), str(out), "--overwrite"])
+    shutil.copytree(out, tmp_path / "copy")
+    main([str(tmp_path / "copy"), str(out), "--overwrite"])
+    assert not (out / "note.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Wan2.1-T2V", "copy", "out"]
+
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="mine is no pipeline folder"):
+        main([str(release), str(tmp_path / "mine"), "--overwrite"])
