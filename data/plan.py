@@ -233,20 +233,23 @@ class Plan:
         order = Permutation.keyed(bucket.global_batch, self.seed, "position", step)
         before = [counts[number] for counts in self._drawn_before]
         lengths = [len(dataset.rows[number]) for dataset in self.datasets]
-        passes: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (position, place) by (dataset, pass number)
+        # Positions and places by dataset and pass number.
+        passes: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
         for position, slot_place in zip(positions, order.many(positions), strict=True):
             dataset, count = choice.draw(first + slot_place)
             pass_number, place = divmod(before[dataset] + count, lengths[dataset])
-            passes.setdefault((dataset, pass_number), []).append((position, place))
+            at, places = passes.setdefault((dataset, pass_number), ([], []))
+            at.append(position)
+            places.append(place)
         slots = []
-        for (dataset, pass_number), places in passes.items():
+        for (dataset, pass_number), (at, places) in passes.items():
             source = self.datasets[dataset]
             rows = source.rows[number]
             order = _order_of_pass(lengths[dataset], self.seed, source.name, bucket.name, pass_number)
-            chosen = rows[order.many([place for _, place in places])].tolist()
+            chosen = rows[order.many(places)].tolist()
             slots += [
                 Slot(step, position, number, dataset, row, pass_number)
-                for (position, _), row in zip(places, chosen, strict=True)
+                for position, row in zip(at, chosen, strict=True)
             ]
         return sorted(slots, key=attrgetter("position"))
 
