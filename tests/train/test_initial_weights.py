@@ -1,0 +1,128 @@
+"""Starting from a pipeline folder: which part of it is read, and which settings it contradicts."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from muybridge.models.dit import DiT, DiTConfig
+from muybridge.models.pipeline_folder import write_model_index
+from muybridge.models.text_to_video import TextToVideoModel
+from muybridge.models.vae.folder import load_vae
+from muybridge.models.weights import save_model
+from muybridge.train.config import TrainConfig, load_train_config
+from muybridge.train.experts import Expert
+from muybridge.train.initial_weights import load_initial_weights
+from muybridge.train.tasks import build_task
+
+CPU = torch.device("cpu")
+Pipeline = Callable[..., Path]
+
+
+@pytest.fixture
+def config(tiny_run: list[str]) -> TrainConfig:
+    return load_train_config([*tiny_run, "run_dir=runs/none"])
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, config: TrainConfig, toy_folder: Path) -> Pipeline:
+    """Writes a pipeline folder with one or two transformers of the tiny sizes."""
+
+    def write(*parts: str, sizes: DiTConfig = config.model, boundary: float | None = None) -> Path:
+        folder = tmp_path / "-".join(parts)
+        folder.mkdir()
+        for number, part in enumerate(parts):
+            torch.manual_seed(10 + number)
+            save_model(folder / part, sizes.to_diffusers(), DiT(sizes).state_dict())
+        (folder / "vae").symlink_to(toy_folder / "vae")
+        write_model_index(folder, boundary_ratio=boundary)
+        return folder
+
+    return write
+
+
+def started(config: TrainConfig) -> TextToVideoModel:
+    model = build_task(config, CPU).build_model()
+    assert isinstance(model, TextToVideoModel)
+    load_initial_weights(model, config)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("expert", "part"), [(Expert.none, "transformer"), (Expert.high, "transformer"), (Expert.low, "transformer_2")]
+)
+def test_a_run_starts_from_the_transformer_of_its_expert(
+    expert: Expert, part: str, config: TrainConfig, pipeline: Pipeline
+) -> None:
+    parts = ("transformer",) if expert is Expert.none else ("transformer", "transformer_2")
+    folder = pipeline(*parts, boundary=None if expert is Expert.none else 0.875)
+    settings = replace(config, init_from=str(folder), expert=expert)
+    assert settings.faults(1) == []
+    torch.manual_seed(10 + parts.index(part))
+    expected = DiT(config.model).state_dict()
+    found = started(settings).transformer.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_both_experts_may_start_from_a_single_transformer(config: TrainConfig, pipeline: Pipeline) -> None:
+    folder = pipeline("transformer")
+    high, low = (
+        started(replace(config, init_from=str(folder), expert=expert)).transformer.state_dict()
+        for expert in (Expert.high, Expert.low)
+    )
+    assert all(torch.equal(low[name], value) for name, value in high.items())
+
+
+def test_an_autoencoder_starts_from_that_of_the_pipeline(
+    tiny_run: list[str], pipeline: Pipeline, toy_folder: Path
+) -> None:
+    vae_run = ["task=video_vae", "data.access=raw", "run_dir=runs/none", f"init_from={pipeline('transformer')}"]
+    config = load_train_config([*tiny_run, *vae_run])
+    model = build_task(config, CPU).build_model()
+    load_initial_weights(model, config)
+    expected = load_vae(toy_folder / "vae").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_every_size_that_differs_is_named_with_both_values(tiny_run: list[str], pipeline: Pipeline) -> None:
+    sizes = load_train_config([*tiny_run, "run_dir=runs/none"]).model
+    folder = pipeline("transformer", sizes=replace(sizes, num_layers=3, ffn_dim=96, eps=1e-5))
+    with pytest.raises(ValueError) as error:
+        load_train_config([*tiny_run, "run_dir=runs/none", f"init_from={folder}", "model.gradient_checkpointing=true"])
+    for words in ("model.num_layers=1 must be 3", "model.ffn_dim=64 must be 96", "model.eps=1e-06 must be 1e-05"):
+        assert f"{words}, as init_from={folder / 'transformer'} has it" in str(error.value)
+    assert "has 3 faults" in str(error.value)
+
+
+def test_a_pipeline_of_two_experts_wants_to_know_which_and_keeps_its_boundary(
+    tiny_run: list[str], pipeline: Pipeline
+) -> None:
+    start = [*tiny_run, "run_dir=runs/none", f"init_from={pipeline('transformer', 'transformer_2', boundary=0.9)}"]
+    with pytest.raises(ValueError, match=r"expert=none must be high or low: init_from=.* has two experts"):
+        load_train_config(start)
+    with pytest.raises(ValueError, match=r"boundary=0.875 must be 0.9, as init_from=.* has it"):
+        load_train_config([*start, "expert=low"])
+    assert load_train_config([*start, "expert=low", "boundary=0.9"]).noise_schedule().max_level == 0.9
+
+
+def test_a_folder_of_something_else_is_named(tiny_run: list[str], pipeline: Pipeline, tmp_path: Path) -> None:
+    folder = pipeline("transformer")
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match=r"init_from=.* must be the pipeline folder of a Wan model: .*FluxPipeline"):
+        load_train_config([*tiny_run, "run_dir=runs/none", f"init_from={folder}"])
+    (tmp_path / "empty").mkdir()
+    config = load_train_config([*tiny_run, "run_dir=runs/none", f"init_from={tmp_path / 'empty'}"])
+    with pytest.raises(ValueError, match=r"init_from=.*empty must be a pipeline folder .* or the directory of a run"):
+        started(config)
+
+
+def test_a_missing_tensor_is_named_with_the_folder(config: TrainConfig, pipeline: Pipeline) -> None:
+    folder = pipeline("transformer")
+    weights = DiT(config.model).state_dict()
+    del weights["proj_out.bias"]
+    save_model(folder / "transformer", config.model.to_diffusers(), weights)
+    with pytest.raises(ValueError, match=r"init_from=.*transformer: missing tensors: proj_out.bias"):
+        started(replace(config, init_from=str(folder)))
