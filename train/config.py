@@ -287,7 +287,7 @@ class TrainConfig:
         if self.lora.is_on and not self.init_from:
             found.append(f"init_from must name the weights under the LoRA with lora.rank={self.lora.rank}")
         if self.init_from:
-            found += initial_faults(self.init_from, model, self.expert, self.boundary)
+            found += initial_faults(self.init_from, model, self.text, expert=self.expert, boundary=self.boundary)
         return found
 
     def _channel_faults(self, vae: VAEConfig) -> list[str]:

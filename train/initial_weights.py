@@ -9,6 +9,7 @@ from torch import nn
 from ..models.dit import DiTConfig
 from ..models.lora import merge_lora
 from ..models.pipeline_folder import PipelineFiles, is_pipeline_folder
+from ..models.text import TextEncoderConfig
 from ..models.text_to_video import TextToVideoModel
 from ..models.weights import load_config, load_weights, load_weights_from
 from .checkpoint import committed_checkpoints, read_run_state, read_weights
@@ -24,8 +25,7 @@ FREE_FIELDS = ("gradient_checkpointing", "self_attention")
 def load_initial_weights(model: nn.Module, config: "TrainConfig") -> None:
     """Copy the weights that `config.init_from` names into a fresh model.
 
-    Of a pipeline folder a text encoder that is trained along gets nothing. Raises ValueError naming the folder, or the tensors
-    that do not fit.
+    Raises ValueError naming the folder, or the tensors that do not fit.
     """
     source = Path(config.init_from or "")
     if is_pipeline_folder(source):
@@ -63,7 +63,9 @@ def transformer_folder(source: Path, expert: Expert) -> Path:
     return chosen
 
 
-def initial_faults(init_from: str, model: DiTConfig, expert: Expert, boundary: float) -> list[str]:
+def initial_faults(
+    init_from: str, model: DiTConfig, text: TextEncoderConfig, *, expert: Expert, boundary: float
+) -> list[str]:
     """What of the settings contradicts the pipeline folder `init_from`, as messages naming field, value and rule.
 
     Nothing where it is no pipeline folder: a run's weights say themselves what does not fit.
@@ -81,6 +83,11 @@ def initial_faults(init_from: str, model: DiTConfig, expert: Expert, boundary: f
         wanted, given = getattr(weights, name), getattr(model, name)
         if wanted != given:
             found.append(f"model.{name}={given} must be {wanted}, as init_from={folder} has it")
+    if text.is_trained:
+        found.append(
+            f"text.kind={text.kind} must be umt5, frozen, where init_from={source} is a pipeline folder: it has no weights of "
+            "this encoder (a run does, and text.path may be a pipeline folder that has one)"
+        )
     if files.transformer_2 is not None:
         if expert is Expert.none:
             found.append(f"expert=none must be high or low: init_from={source} has two experts, and a run trains one")

@@ -22,8 +22,21 @@ Pipeline = Callable[..., Path]
 
 
 @pytest.fixture
-def config(tiny_run: list[str]) -> TrainConfig:
-    return load_train_config([*tiny_run, "run_dir=runs/none"])
+def settings(tiny_run: list[str], tiny_umt5: Path) -> list[str]:
+    """A run with a frozen text encoder, as pipelines have it."""
+    return [
+        *tiny_run,
+        "run_dir=runs/none",
+        "text=umt5_xxl",
+        f"text.path={tiny_umt5}",
+        "text.dim=32",
+        "text.max_tokens=8",
+    ]
+
+
+@pytest.fixture
+def config(settings: list[str]) -> TrainConfig:
+    return load_train_config(settings)
 
 
 @pytest.fixture
@@ -58,11 +71,11 @@ def test_a_run_starts_from_the_transformer_of_its_expert(
 ) -> None:
     parts = ("transformer",) if expert is Expert.none else ("transformer", "transformer_2")
     folder = pipeline(*parts, boundary=None if expert is Expert.none else 0.875)
-    settings = replace(config, init_from=str(folder), expert=expert)
-    assert settings.faults(1) == []
+    starting = replace(config, init_from=str(folder), expert=expert)
+    assert starting.faults(1) == []
     torch.manual_seed(10 + parts.index(part))
     expected = DiT(config.model).state_dict()
-    found = started(settings).transformer.state_dict()
+    found = started(starting).transformer.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -77,30 +90,30 @@ def test_both_experts_may_start_from_a_single_transformer(config: TrainConfig, p
 
 
 def test_an_autoencoder_starts_from_that_of_the_pipeline(
-    tiny_run: list[str], pipeline: Pipeline, toy_folder: Path
+    settings: list[str], pipeline: Pipeline, toy_folder: Path
 ) -> None:
-    vae_run = ["task=video_vae", "data.access=raw", "run_dir=runs/none", f"init_from={pipeline('transformer')}"]
-    config = load_train_config([*tiny_run, *vae_run])
+    vae_run = ["task=video_vae", "data.access=raw", f"init_from={pipeline('transformer')}"]
+    config = load_train_config([*settings, *vae_run])
     model = build_task(config, CPU).build_model()
     load_initial_weights(model, config)
     expected = load_vae(toy_folder / "vae").state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
-def test_every_size_that_differs_is_named_with_both_values(tiny_run: list[str], pipeline: Pipeline) -> None:
-    sizes = load_train_config([*tiny_run, "run_dir=runs/none"]).model
+def test_every_size_that_differs_is_named_with_both_values(settings: list[str], pipeline: Pipeline) -> None:
+    sizes = load_train_config(settings).model
     folder = pipeline("transformer", sizes=replace(sizes, num_layers=3, ffn_dim=96, eps=1e-5))
     with pytest.raises(ValueError) as error:
-        load_train_config([*tiny_run, "run_dir=runs/none", f"init_from={folder}", "model.gradient_checkpointing=true"])
+        load_train_config([*settings, f"init_from={folder}", "model.gradient_checkpointing=true"])
     for words in ("model.num_layers=1 must be 3", "model.ffn_dim=64 must be 96", "model.eps=1e-06 must be 1e-05"):
         assert f"{words}, as init_from={folder / 'transformer'} has it" in str(error.value)
     assert "has 3 faults" in str(error.value)
 
 
 def test_a_pipeline_of_two_experts_wants_to_know_which_and_keeps_its_boundary(
-    tiny_run: list[str], pipeline: Pipeline
+    settings: list[str], pipeline: Pipeline
 ) -> None:
-    start = [*tiny_run, "run_dir=runs/none", f"init_from={pipeline('transformer', 'transformer_2', boundary=0.9)}"]
+    start = [*settings, f"init_from={pipeline('transformer', 'transformer_2', boundary=0.9)}"]
     with pytest.raises(ValueError, match=r"expert=none must be high or low: init_from=.* has two experts"):
         load_train_config(start)
     with pytest.raises(ValueError, match=r"boundary=0.875 must be 0.9, as init_from=.* has it"):
@@ -108,13 +121,13 @@ def test_a_pipeline_of_two_experts_wants_to_know_which_and_keeps_its_boundary(
     assert load_train_config([*start, "expert=low", "boundary=0.9"]).noise_schedule().max_level == 0.9
 
 
-def test_a_folder_of_something_else_is_named(tiny_run: list[str], pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_named(settings: list[str], pipeline: Pipeline, tmp_path: Path) -> None:
     folder = pipeline("transformer")
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ValueError, match=r"init_from=.* must be the pipeline folder of a Wan model: .*FluxPipeline"):
-        load_train_config([*tiny_run, "run_dir=runs/none", f"init_from={folder}"])
+        load_train_config([*settings, f"init_from={folder}"])
     (tmp_path / "empty").mkdir()
-    config = load_train_config([*tiny_run, "run_dir=runs/none", f"init_from={tmp_path / 'empty'}"])
+    config = load_train_config([*settings, f"init_from={tmp_path / 'empty'}"])
     with pytest.raises(ValueError, match=r"init_from=.*empty must be a pipeline folder .* or the directory of a run"):
         started(config)
 
@@ -126,3 +139,14 @@ def test_a_missing_tensor_is_named_with_the_folder(config: TrainConfig, pipeline
     save_model(folder / "transformer", config.model.to_diffusers(), weights)
     with pytest.raises(ValueError, match=r"init_from=.*transformer: missing tensors: proj_out.bias"):
         started(replace(config, init_from=str(folder)))
+
+
+def test_a_text_encoder_that_would_start_from_nothing_is_refused(
+    settings: list[str], tiny_run: list[str], pipeline: Pipeline
+) -> None:
+    start = f"init_from={pipeline('transformer')}"
+    with pytest.raises(
+        ValueError, match=r"text.kind=bytes must be umt5, frozen, where init_from=.* is a pipeline folder"
+    ):
+        load_train_config([*tiny_run, "run_dir=runs/none", start])
+    load_train_config([*settings, start])
