@@ -128,7 +128,7 @@ class ClipEncoder:
     def latents(self, frames: list[np.ndarray]) -> torch.Tensor:
         """Clips uint8 [T, H, W, 3] to their normalised latent means [B, z, T', H', W'], bfloat16 of a float32 computation."""
         pixels = to_pixels(torch.from_numpy(np.stack(frames)).to(self._device))
-        return self._vae.normalise(self._vae.encode(pixels).mode()).to("cpu", torch.bfloat16)
+        return self._vae.normalise(self._vae.encode_chunked(pixels).mode()).to("cpu", torch.bfloat16)
 
     def text(self, captions: list[str]) -> list[torch.Tensor]:
         """Features bfloat16 [S, D] of each caption."""

@@ -14,6 +14,9 @@ from .frame_cache import FrameCache
 from .inflate import inflate
 from .layers import CausalConv3d, FrameAttention, ResidualBlock, fold_pixels, unfold_pixels
 
+# Of all clips in one chunk. One latent frame of 720 x 1280 has about as many: 1.5 GB in fp32 for an outermost layer of Wan 2.1.
+CHUNK_PIXELS = 4_000_000
+
 
 @dataclass
 class LatentDistribution:
@@ -83,12 +86,15 @@ class VideoVAE(nn.Module):
         return self._encode(pixels)
 
     @torch.no_grad()
-    def encode_chunked(self, pixels: Tensor, *, latent_frames_per_chunk: int = 1) -> LatentDistribution:
-        """What `encode` gives, without gradients, in memory for a chunk of that many latent frames, not for all frames."""
+    def encode_chunked(self, pixels: Tensor, *, latent_frames_per_chunk: int | None = None) -> LatentDistribution:
+        """What `encode` gives, without gradients, in memory for a chunk of that many latent frames, not for all frames.
+
+        By default a chunk has as many frames as `CHUNK_PIXELS` holds, at least those of one latent frame.
+        """
         self._check_pixels(pixels)
-        _check_chunk(latent_frames_per_chunk)
-        later = latent_frames_per_chunk * self.config.temporal_stride
-        first = later - self.config.temporal_stride + 1  # the first latent frame is one frame
+        stride = self.config.temporal_stride
+        later = stride * self._chunk_length(latent_frames_per_chunk, len(pixels), *pixels.shape[3:])
+        first = later - stride + 1  # the first latent frame is one frame
         cache, parts = FrameCache(), []
         for start, stop in pairwise([0, *range(first, pixels.shape[2], later), pixels.shape[2]]):
             parts.append(self._encode(pixels[:, :, start:stop], cache))
@@ -106,15 +112,17 @@ class VideoVAE(nn.Module):
         return self._decode(latents)
 
     @torch.no_grad()
-    def decode_chunked(self, latents: Tensor, *, latent_frames_per_chunk: int = 1) -> Iterator[Tensor]:
+    def decode_chunked(self, latents: Tensor, *, latent_frames_per_chunk: int | None = None) -> Iterator[Tensor]:
         """What `decode` gives, without gradients, in parts along time: pixels [B, 3, t, H, W] of that many latent frames each.
 
-        Takes memory for a chunk, not for all frames. The first part has temporal_stride - 1 frames less than the others.
+        Takes memory for a chunk, as large as that of `encode_chunked`, not for all frames. The first part has
+        temporal_stride - 1 frames less than the others.
         """
         self._check_latents(latents)
-        _check_chunk(latent_frames_per_chunk)
+        stride = self.config.spatial_stride
+        height, width = latents.shape[3] * stride, latents.shape[4] * stride
         cache = FrameCache()
-        for part in latents.split(latent_frames_per_chunk, dim=2):
+        for part in latents.split(self._chunk_length(latent_frames_per_chunk, len(latents), height, width), dim=2):
             yield self._decode(part, cache)
             cache.is_first = False
 
@@ -144,6 +152,14 @@ class VideoVAE(nn.Module):
         pixels = self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)), cache)
         return unfold_pixels(pixels, self.config.patch_size) if self.config.patch_size > 1 else pixels
 
+    def _chunk_length(self, latent_frames: int | None, clips: int, height: int, width: int) -> int:
+        """Latent frames of a chunk."""
+        if latent_frames is None:
+            return max(1, CHUNK_PIXELS // (clips * height * width * self.config.temporal_stride))
+        if latent_frames < 1:
+            raise ValueError(f"latent_frames_per_chunk={latent_frames} must be at least 1")
+        return latent_frames
+
     def _statistics_like(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std [z, 1, 1, 1]. Not buffers: the weight files have no such keys, and casts would round them."""
         channels = self.config.z_dim
@@ -169,8 +185,3 @@ class VideoVAE(nn.Module):
                 f"latents with {channels} channels must have z_dim={self.config.z_dim}, the autoencoder's: "
                 "they are those of another autoencoder"
             )
-
-
-def _check_chunk(latent_frames: int) -> None:
-    if latent_frames < 1:
-        raise ValueError(f"latent_frames_per_chunk={latent_frames} must be at least 1")

@@ -55,11 +55,33 @@ def test_chunks_give_what_the_whole_clip_gives(vae: VideoVAE, frames: int, laten
     torch.testing.assert_close(torch.cat(parts, dim=2), vae.decode(whole.mean), rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_by_default_a_chunk_holds_as_many_frames_as_its_pixels_allow(
+    vae: VideoVAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = torch.zeros(2, 4, 4, 2, 2)
+    side = 2 * vae.config.spatial_stride
+
+    def lengths() -> list[int]:
+        return [part.shape[2] for part in vae.decode_chunked(latents)]
+
+    assert lengths() == [13]
+    monkeypatch.setattr("muybridge.models.vae.autoencoder.CHUNK_PIXELS", 2 * side * side * 8)  # 2 clips of 8 frames
+    assert lengths() == [5, 8]
+    monkeypatch.setattr("muybridge.models.vae.autoencoder.CHUNK_PIXELS", 1)
+    assert lengths() == [1, 4, 4, 4]
+    seen: list[int] = []
+    vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
+    vae.encode_chunked(torch.zeros(2, 3, 13, side, side))
+    assert seen == [1, 4, 4, 4]
+
+
 def test_frames_of_two_clips_in_turn_do_not_mix(vae: VideoVAE) -> None:
     one, other = torch.randn(2, 1, 4, 3, 2, 2)
     with torch.no_grad():
         expected = vae.decode(one), vae.decode(other)
-    pairs = list(zip(vae.decode_chunked(one), vae.decode_chunked(other), strict=True))
+    chunks = [vae.decode_chunked(clip, latent_frames_per_chunk=1) for clip in (one, other)]
+    pairs = list(zip(*chunks, strict=True))
     for clip, whole in zip(zip(*pairs, strict=True), expected, strict=True):
         torch.testing.assert_close(torch.cat(clip, dim=2), whole, rtol=1e-5, atol=1e-5)
 
@@ -68,7 +90,7 @@ def test_chunks_take_no_gradients(vae: VideoVAE) -> None:
     pixels = torch.zeros(1, 3, 5, 16, 16, requires_grad=True)
     assert not vae.encode_chunked(pixels).mean.requires_grad
     latents = torch.zeros(1, 4, 2, 2, 2, requires_grad=True)
-    for part in vae.decode_chunked(latents):
+    for part in vae.decode_chunked(latents, latent_frames_per_chunk=1):
         assert not part.requires_grad
         assert torch.is_grad_enabled(), "the setting of the one who iterates must stay"
 
