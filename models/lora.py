@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dit import DiT
+from .weight_files import some
 
 
 class LoRATarget(Enum):
@@ -168,14 +169,14 @@ def load_lora(dit: DiT, factors: Mapping[str, LoRAFactors], *, where: str) -> No
         (factors.keys() - layers.keys(), "not in lora.targets"),
     ):
         if difference:
-            faults.append(f"{words}: {_some(sorted(difference))}")
+            faults.append(f"{words}: {some(sorted(difference))}")
     misshapen = [
         f"{name} (in, rank, out {_sizes(factors[name].down, factors[name].up)} instead of {_sizes(layer.lora_A, layer.lora_B)})"
         for name, layer in layers.items()
         if name in factors and _sizes(factors[name].down, factors[name].up) != _sizes(layer.lora_A, layer.lora_B)
     ]
     if misshapen:
-        faults.append(f"of other sizes: {_some(misshapen, limit=3)}")
+        faults.append(f"of other sizes: {some(misshapen, limit=3)}")
     if faults:
         raise ValueError(f"{where} does not have the layers that `lora` asks for: {'; '.join(faults)}")
     for name, layer in layers.items():
@@ -208,8 +209,3 @@ def _replace(root: nn.Module, name: str, layer: nn.Linear) -> None:
 
 def _sizes(down: Tensor, up: Tensor) -> tuple[int, int, int]:
     return down.shape[1], down.shape[0], up.shape[0]
-
-
-def _some(names: list[str], limit: int = 6) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .lora import LoRAFactors
 from .wan_keys import transformer_modules
+from .weight_files import some
 
 
 class LoRAForm(StrEnum):
@@ -99,7 +100,7 @@ def read_lora(path: Path | str) -> dict[str, LoRAFactors]:
         else:
             unknown.append(key)
     if unknown or not halves:
-        words = f"{_some(unknown)}" if unknown else "it holds no tensors"
+        words = f"{some(unknown)}" if unknown else "it holds no tensors"
         raise ValueError(f"{path}: not a LoRA of the Linear layers of a Wan transformer: {words}")
     broken = [f"{name} (an alpha alone)" for name in alphas.keys() - halves.keys()]
     for name, pair in halves.items():
@@ -110,7 +111,7 @@ def read_lora(path: Path | str) -> dict[str, LoRAFactors]:
         ):
             broken.append(f"{name} ({', '.join(f'{half} {list(pair[half].shape)}' for half in sorted(pair))})")
     if broken:
-        raise ValueError(f"{path}: layers that are not down [rank, in] and up [out, rank]: {_some(broken)}")
+        raise ValueError(f"{path}: layers that are not down [rank, in] and up [out, rank]: {some(broken)}")
     settings = _settings_with(path, header)
     return {
         name: LoRAFactors(
@@ -182,8 +183,3 @@ def _depth(names: Mapping[str, object]) -> int:
     return 1 + max(
         (int(number) for name in names for number in re.findall(r"blocks[._](\d{1,3})[._]", name)), default=-1
     )
-
-
-def _some(names: list[str], limit: int = 6) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

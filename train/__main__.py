@@ -38,13 +38,13 @@ def main(argv: list[str]) -> int:
         return _show_with_hydra(argv)
     config = load_train_config(argv)
     # DeepSpeed takes seconds to import: a fault above is reported before that.
-    from .memory import OutOfMemoryError, check_memory, parameter_count
+    from .memory import OutOfMemoryError, check_memory, parameter_counts
 
     if config.dry_run:
         print(yaml.safe_dump(plain(config), sort_keys=False))
-        print(
-            f"muybridge: the settings are valid ({parameter_count(config) / 1e6:.1f} M parameters); nothing was started"
-        )
+        counts = parameter_counts(config)
+        trained = "" if counts.trainable == counts.all else f", {counts.trainable / 1e6:.1f} M of them trained"
+        print(f"muybridge: the settings are valid ({counts.all / 1e6:.1f} M parameters{trained}); nothing was started")
         for missing in config.missing_inputs():
             print(f"muybridge: still needed: {missing}")
         return 0

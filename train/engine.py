@@ -115,8 +115,9 @@ class Engine:
         gradient_clipping: float,
     ) -> None:
         self.config = config
-        self.parameter_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        # Frozen weights are in no shard, and so in no average and no checkpoint.
         self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.parameter_shapes = {name: parameter.shape for parameter, name in self._names.items()}
         self._clipping = gradient_clipping
         # Stage 0 in fp32 reports no gradient norm, so `step` clips there itself.
         deepspeed_clipping = gradient_clipping if config.zero > 0 else 0.0

@@ -1,11 +1,13 @@
 """Whether a run's weights and optimizer fit this machine, asked before anything is allocated."""
 
 import os
+from dataclasses import dataclass
 
 import psutil
 import torch
 
 from ..models.dit import DiT
+from ..models.lora import add_lora
 from ..models.text import ByteTextEncoder, TextEncoderKind
 from ..models.vae import VideoVAE
 from .config import TaskKind, TrainConfig
@@ -18,33 +20,53 @@ class OutOfMemoryError(RuntimeError):
     """The run does not fit; the message says what it needs, what there is and what to change."""
 
 
-def parameter_count(config: TrainConfig) -> int:
-    """Trainable parameters of the configured model, counted without allocating them."""
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many parameters a model has, and how many of them are trained."""
+
+    all: int
+    trainable: int
+
+
+def parameter_counts(config: TrainConfig) -> ParameterCounts:
+    """Parameters of the configured model, counted without allocating them."""
     with torch.device("meta"):
         if config.task is TaskKind.video_vae:
             modules: list[torch.nn.Module] = [VideoVAE(config.vae.resolved())]
         else:
-            modules = [DiT(config.model)]
+            dit = DiT(config.model)
+            modules = [dit]
             if config.text.kind is TextEncoderKind.bytes:
                 modules.append(ByteTextEncoder(config.text))
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+            if config.lora.is_on:
+                for module in modules:
+                    module.requires_grad_(False)
+                add_lora(dit, config.lora)
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return ParameterCounts(
+        all=sum(parameter.numel() for parameter in parameters),
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+    )
 
 
 def bytes_per_process(config: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes of one process for weights, gradients, optimizer and EMA, by ZeRO stage; activations come on top.
 
-    The first three as in ZeRO (Rajbhandari et al., arXiv:1910.02054, section 3.1) with K = 12 under bf16.
+    The first three as in ZeRO (Rajbhandari et al., arXiv:1910.02054, section 3.1) with K = 12 under bf16; what is frozen has but
+    its weights.
     """
-    count, stage = parameter_count(config), config.deepspeed.zero
+    counts, stage = parameter_counts(config), config.deepspeed.zero
     width = 2 if config.deepspeed.precision is Precision.bf16 else 4
-    sharded = count / world_size
+    weights = counts.all / world_size if stage == 3 else counts.all
+    trained = counts.trainable
+    sharded = trained / world_size
     # Stage 0 updates the fp32 weights in place; the others update an fp32 copy, also where the weights are fp32 themselves.
-    optimizer = 8 * count if stage == 0 else 12 * sharded
+    optimizer = 8 * trained if stage == 0 else 12 * sharded
     return {
-        "weights": int(width * (sharded if stage == 3 else count)),
-        "gradients": int(width * (sharded if stage >= 2 else count)),
+        "weights": int(width * weights),
+        "gradients": int(width * (sharded if stage >= 2 else trained)),
         "optimizer": int(optimizer),
-        "EMA": int(4 * (count if stage == 0 else sharded)),
+        "EMA": int(4 * (trained if stage == 0 else sharded)),
     }
 
 
@@ -62,7 +84,7 @@ def check_memory(config: TrainConfig) -> None:
         shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
         raise OutOfMemoryError(
             f"this run needs {needed / GIB:.1f} GiB a process before activations ({shares}; "
-            f"{parameter_count(config) / 1e9:.2f} B parameters, deepspeed.zero={config.deepspeed.zero}, "
+            f"{parameter_counts(config).all / 1e9:.2f} B parameters, deepspeed.zero={config.deepspeed.zero}, "
             f"{world_size} processes) and {place} has {available / GIB:.1f} GiB: "
             "use more processes, a higher deepspeed.zero, or a smaller model"
         )

@@ -16,13 +16,9 @@ import torch.distributed as dist
 import yaml
 
 from ..data.batch import VideoBatch
-from ..data.config import Access, DataConfig
+from ..data.config import Access
 from ..data.ledger import BUDGET_SAMPLES, MAX_IN_A_ROW, BadClip, DataBudget, DataBudgetError, from_lines, to_lines
-from ..data.loader import VideoLoader
-from ..data.stream import NOT_EXACT, StreamLoader
-from ..models.text import text_fingerprint
-from ..models.vae.folder import vae_fingerprint
-from ..models.weights import load_weights
+from ..data.stream import NOT_EXACT
 from .checkpoint import (
     LEDGER_NAME,
     committed_checkpoints,
@@ -36,11 +32,13 @@ from .compose import plain
 from .config import TaskKind, TrainConfig
 from .ema import EMA
 from .engine import EXIT_DONE, EXIT_REQUEUE, Engine, StepResult
+from .loaders import build_loaders
 from .optimizer import build_optimizer, learning_rate
-from .preemption import StopRequest, gather_over_gloo
+from .preemption import StopRequest
 from .tasks import build_task
 from .throughput import MetricsWindow
 from .tracking import Tracker
+from .trained_weights import prepare_weights
 from .validate import sample_videos, validation_losses
 
 # Settings that decide what a step computes: a resumed run must not change them.
@@ -71,19 +69,12 @@ class Trainer:
             torch.set_num_threads(config.threads)
 
         # Data first: its mistakes are the commonest, and it needs no model to find them.
-        cached_with = self._cached_with()
-        self.loader = self._build_training_loader(config.training_data(), cached_with)
-        self.validation_loader = None
-        if (validation_data := config.validation_data()) is not None and config.validation.every_steps:
-            videos = {"": config.validation.path or ""}
-            self.validation_loader = self._build_loader(validation_data, videos, cached_with)
-
+        self.loader, self.validation_loader = build_loaders(config, self.buckets)
         self.task = build_task(config, device)
         torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
         model = self.task.build_model()
         resume_from = find_checkpoint(self.checkpoints)
-        if config.init_from and resume_from is None:
-            self._load_initial_weights(model)
+        self.lora_facts = prepare_weights(model, config, resume_from)
         # DeepSpeed casts and shards the model, so weights must be final; the EMA copies what DeepSpeed made.
         self.engine = Engine(
             model,
@@ -225,6 +216,7 @@ class Trainer:
             "data_budget": self.budget.state(),
             "metrics_window": self.window.state(),
             "versions": {"torch": torch.__version__},
+            **({"lora": self.lora_facts} if self.lora_facts else {}),
         }
         ledgers: list[list[BadClip]] = [[]] * self.world
         dist.all_gather_object(ledgers, self.loader.ledger.clips())
@@ -291,51 +283,6 @@ class Trainer:
             for bucket in self.buckets
             if bucket.global_batch % (bucket.micro_batch * self.world)
         )
-
-    def _cached_with(self) -> dict[str, str | None]:
-        if self.config.data.access is not Access.latents:
-            return {}
-        # Latents of another autoencoder have the same shape and would train without a complaint.
-        assert self.config.vae.path is not None
-        vae, text = vae_fingerprint(self.config.vae.path), text_fingerprint(self.config.text)
-        return {"vae_fingerprint": vae, "text_fingerprint": text}
-
-    def _build_training_loader(
-        self, data: DataConfig, cached_with: dict[str, str | None]
-    ) -> VideoLoader | StreamLoader:
-        if data.access is Access.stream:
-            return StreamLoader(
-                data,
-                buckets=self.buckets,
-                rank=self.rank,
-                world_size=self.world,
-                seed=self.config.seed,
-                gather=gather_over_gloo(),
-            )
-        videos = {name: dataset.path for name, dataset in self.config.data.sources().items()}
-        loader = self._build_loader(data, videos, cached_with)
-        loader.refuse_empty_buckets()
-        return loader
-
-    def _build_loader(
-        self, data: DataConfig, videos: dict[str, str], cached_with: dict[str, str | None]
-    ) -> VideoLoader:
-        return VideoLoader(
-            data,
-            buckets=self.buckets,
-            rank=self.rank,
-            world_size=self.world,
-            seed=self.config.seed,
-            videos=videos,
-            **cached_with,
-        )
-
-    def _load_initial_weights(self, model: torch.nn.Module) -> None:
-        source = Path(self.config.init_from or "")
-        found = committed_checkpoints(source / "checkpoints")
-        if not found:
-            raise ValueError(f"init_from={source} must be the directory of a run with a checkpoint")
-        load_weights(model, read_weights(found[-1]), where=f"init_from={source}")
 
     def _resume_data(self, folder: Path, facts: dict[str, Any]) -> bool:
         """Go on where the loader was; whether the data changed, as far as that is allowed. Raises ValueError."""
