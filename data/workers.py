@@ -24,8 +24,8 @@ from .worker import LENGTHS, packed_header
 
 T = TypeVar("T")
 
-# Decoders leak, PyAV 0.3 kB a clip and decord 0.2 (benchmarks/results/loader_memory_cpu.json): in so many requests a process grows by
-# less than 2 %, and its start costs as much as a few dozen small clips.
+# Decoders leak, PyAV 0.3 kB a clip and decord 0.2 (benchmarks/results/loader_memory_cpu.json): in so many requests a process grows
+# by less than 2 %, and its start costs as much as a few dozen small clips.
 REQUESTS_PER_PROCESS = 2500
 _COMMAND = [sys.executable, "-m", "muybridge.data.worker"]
 _START_SECONDS = 120.0  # a cold file system can take long to load the libraries
