@@ -1,5 +1,6 @@
 """Model folders in the form of diffusers: `config.json` beside safetensors, in one file or in shards with an index."""
 
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,10 @@ def save_model(
     shards = _Shards(folder, max_shard_bytes, {"format": "pt"} | (metadata or {}))
     for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
         shards.add(name, tensor)
-    shards.finish(stem)
+    files = shards.finish(stem)
     write_json(folder / CONFIG_NAME, config)
+    for path in files:  # safetensors makes them readable to their owner alone
+        shutil.copymode(folder / CONFIG_NAME, path)
 
 
 class _Shards:
@@ -61,19 +64,21 @@ class _Shards:
         self._waiting_bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
 
-    def finish(self, stem: str) -> None:
-        """Write what waits, and give all files the names that tell how many there are."""
+    def finish(self, stem: str) -> list[Path]:
+        """Write what waits, and give all files the names that tell how many there are; returns them."""
         if self._waiting or not self._written:
             self._write()
         count = len(self._written)
+        files = []
         weight_map: dict[str, str] = {}
         for number, (path, names) in enumerate(self._written, start=1):
             shard = f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
-            path.rename(self._folder / shard)
+            files.append(path.rename(self._folder / shard))
             weight_map |= dict.fromkeys(names, shard)
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
             write_json(self._folder / f"{stem}.safetensors.index.json", index)
+        return files
 
     def _write(self) -> None:
         path = self._folder / f"shard-{len(self._written) + 1}.part"

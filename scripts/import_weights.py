@@ -76,6 +76,7 @@ def import_weights(plan: ImportPlan, out: Path, *, dtype: torch.dtype | None = N
     with ExitStack() as stack:
         parts = {part: open_part(component_of(part), path, stack) for part, path in plan.weights.items()}
         _check_together(parts)
+        _check_space(out, sum(_bytes(opened, dtype) for opened in parts.values()))
         with _staged(out) as folder:
             table = Table("part", "parameters", "dtype", "from")
             with _progress(parts) as advance:
@@ -132,6 +133,20 @@ def _check_together(parts: dict[str, OpenPart]) -> None:
         raise ValueError(
             f"{text.source} has features of width {text.channels}, and {transformer.source} reads {text_dim}"
         )
+
+
+def _bytes(part: OpenPart, dtype: torch.dtype | None) -> int:
+    """About what a part takes on disk."""
+    if dtype is not None and part.component is not Component.vae:
+        return part.parameters * dtype.itemsize
+    files = part.source.glob("*.safetensors") if part.source.is_dir() else [part.source]
+    return sum(path.stat().st_size for path in files)
+
+
+def _check_space(out: Path, needed: int) -> None:
+    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise ValueError(f"{out} takes {needed / 1e9:.1f} GB, and the disk of {parent} has {free / 1e9:.1f} GB left")
 
 
 def _pipeline_settings(plan: ImportPlan, parts: dict[str, OpenPart]) -> tuple[float | None, bool]:

@@ -48,6 +48,12 @@ def test_saving_again_leaves_no_file_of_the_earlier_save(tmp_path: Path) -> None
     assert names == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
+def test_weights_are_as_readable_to_others_as_the_config(tmp_path: Path) -> None:
+    save_model(tmp_path, CONFIG, draw_state(), max_shard_bytes=900)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes == {(tmp_path / "config.json").stat().st_mode}
+
+
 def test_a_config_without_a_class_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="_class_name is missing"):
         save_model(tmp_path, {"width": 4}, draw_state())

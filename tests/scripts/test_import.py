@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,6 +278,29 @@ def test_bf16_keeps_what_is_computed_in_float32(release: Path, tmp_path: Path) -
         for part in ("vae", "text_encoder")
     }
     assert dtypes == {"vae": {torch.float32}, "text_encoder": {torch.bfloat16}}
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("keep", 1.0), ("bf16", 0.5)])
+def test_a_disk_that_is_too_small_is_told_before_writing(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, share: float
+) -> None:
+    stored = {path: path.stat().st_size for path in [*release.glob("*.safetensors"), *release.glob("*.pth")]}
+    vae = stored.pop(release / "Wan2.1_VAE.pth")
+    needed = share * sum(stored.values()) + vae
+    asked = []
+
+    def disk_usage(path: Path) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(free=0.8 * needed)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    out = tmp_path / "weights" / "deep" / "out"
+    with pytest.raises(ValueError, match=r"out takes .* GB, and the disk of .* has .* GB left"):
+        main([str(release), str(out), "--dtype", dtype])
+    assert asked == [tmp_path]
+    assert not (tmp_path / "weights").exists()
+    needed *= 1.5
+    main([str(release), str(out), "--dtype", dtype])
 
 
 class Malice:
