@@ -1,13 +1,10 @@
 """Encoding and decoding in chunks: the same as all at once, in memory that does not grow with the clip."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from muybridge.models.vae import VAEConfig, VideoVAE
 
@@ -96,17 +93,19 @@ def test_chunks_take_no_gradients(vae: VideoVAE) -> None:
 
 
 @torch.no_grad()
-def test_a_long_clip_takes_no_more_memory_than_a_clip_of_one_chunk(vae: VideoVAE, tmp_path: Path) -> None:
+def test_a_long_clip_takes_no_more_memory_than_a_clip_of_one_chunk(
+    vae: VideoVAE, peak_bytes: Callable[[Callable[[], object]], int]
+) -> None:
     def decode(latents: Tensor) -> None:
         for _ in vae.decode_chunked(latents, latent_frames_per_chunk=4):
             pass
 
     pixels = torch.zeros(1, 3, 41, 32, 32)
     latents = vae.encode(pixels).mean
-    alone = _peak_bytes(lambda: vae.encode(pixels[:, :, :17]), tmp_path)
-    assert _peak_bytes(lambda: vae.encode_chunked(pixels, latent_frames_per_chunk=4), tmp_path) <= alone
-    alone = _peak_bytes(lambda: vae.decode(latents[:, :, :5]), tmp_path)
-    assert _peak_bytes(lambda: decode(latents), tmp_path) <= alone
+    alone = peak_bytes(lambda: vae.encode(pixels[:, :, :17]))
+    assert peak_bytes(lambda: vae.encode_chunked(pixels, latent_frames_per_chunk=4)) <= alone
+    alone = peak_bytes(lambda: vae.decode(latents[:, :, :5]))
+    assert peak_bytes(lambda: decode(latents)) <= alone
 
 
 def test_frames_and_sides_that_would_be_cut_off_raise(vae: VideoVAE) -> None:
@@ -130,18 +129,3 @@ def test_latents_of_another_autoencoder_raise(vae: VideoVAE) -> None:
         vae.decode(latents)
     with pytest.raises(ValueError, match=message):
         next(vae.decode_chunked(latents))
-
-
-def _peak_bytes(run: Callable[[], object], folder: Path) -> int:
-    """The most memory that tensors made by `run` took at one time, by torch's own count of every allocation."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    trace = folder / "trace.json"
-    profiler.export_chrome_trace(str(trace))
-    live = peak = 0
-    for event in json.loads(trace.read_text())["traceEvents"]:
-        if event["name"] == "[memory]":
-            live += event["args"]["Bytes"]
-            peak = max(peak, live)
-    assert peak > 0, "the profiler counted nothing"
-    return peak
