@@ -2,29 +2,54 @@
 
 import shutil
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..train.compose import compose_config
-from .export_plan import check_prompts, find_run_weights
 from .sample import WeightKind, read_prompts
+
+if TYPE_CHECKING:
+    from .export_plan import ExportPlan
 
 USAGE = """\
 usage: muybridge export run=RUN_DIR out=FOLDER [KEY=VALUE ...]
+       muybridge export run=LORA_RUN out=FILE.safetensors [KEY=VALUE ...]
 
-Write the EMA weights of a run's newest checkpoint, with the autoencoder, text encoder and sampler that belong to them, as a
-folder that diffusers opens. What was written is read again and, where diffusers is installed, computed there as well.
+Write the EMA weights of a run's newest checkpoint, with the autoencoder, text encoder and sampler that belong to them, in the
+form of other tools. What was written is read again and, where diffusers is installed, computed there as well. Of a LoRA run
+the LoRA is written, one file.
 
   run=RUN_DIR           directory of a text-to-video training run
   out=FOLDER            where it goes; must not exist yet
+  format=diffusers|comfy|original
+                        a pipeline folder (default), files for ComfyUI's models/, or the names and places of Wan's release
+  format=comfy|diffusers|kohya
+                        of a LoRA: the form that most tools read (default), or that of diffusers or musubi-tuner
+  merge=true            of a LoRA run: write the whole model, with the LoRA added to the weights under it
   weights=ema|master    average or last weights (default ema)
-  dtype=bf16|fp32       of the transformer (default bf16, but for the parts that need fp32)
+  dtype=bf16|fp32       of the transformer or LoRA (default bf16; a transformer's parts that need fp32 have it)
+  low_run=RUN_DIR       the run of the low-noise expert, where run= is that of the high-noise expert; one of the two may be
+                        the pipeline folder that the other started from
   prompts=FILE          text file with one prompt a line, whose features are written beside the model: for text.kind=bytes,
                         a text encoder that other tools do not have
   dry_run=true          check everything and stop
 
   muybridge export run=runs/quickstart out=exports/quickstart prompts=runs/quickstart/prompts.txt"""
+
+
+class ExportFormat(Enum):
+    """Whose form is written."""
+
+    diffusers = "diffusers"
+    comfy = "comfy"
+    original = "original"
+    kohya = "kohya"
 
 
 class ExportDtype(Enum):
@@ -38,10 +63,16 @@ class ExportDtype(Enum):
 class ExportConfig:
     """What to export, and in which form."""
 
-    # Directory of a text-to-video training run.
+    # Directory of a text-to-video training run, of two experts that of high noise.
     run: str = ""
-    # Folder to write, which must not exist.
+    # Directory of the low-noise expert's run; null: the run trained the whole model.
+    low_run: str | None = None
+    # Folder to write, or a LoRA's file; must not exist.
     out: str = ""
+    # Null is diffusers, and comfy for a LoRA.
+    format: ExportFormat | None = None
+    # Of a LoRA run: the whole model instead of the LoRA.
+    merge: bool = False
     weights: WeightKind = WeightKind.ema
     # Of the transformer; time embedding, modulation tables and LayerNorms stay in float32.
     dtype: ExportDtype = ExportDtype.bf16
@@ -61,32 +92,88 @@ def main(argv: list[str]) -> int:
     )
     if not config.run or not config.out:
         raise ValueError("run=RUN_DIR and out=FOLDER must both be given (see muybridge export --help)")
-    out = Path(config.out)
-    if out.exists():
-        raise ValueError(f"out={config.out} exists already: choose another folder, or remove it")
-    experts = [find_run_weights(Path(config.run), config.weights.value, field="run")]
-    check_prompts(config.prompts, experts[0])
+    if Path(config.out).exists():
+        raise ValueError(f"out={config.out} exists already: choose another, or remove it")
     prompts = read_prompts(Path(config.prompts)) if config.prompts else []
-    if config.dry_run:
-        print(f"muybridge: would export {experts[0].checkpoint} to {out}; nothing was written")
-        return 0
 
-    # Imported late: everything above answers within a second.
+    from .export_plan import plan_export  # torch takes seconds to import: a mistake above is reported before that
+
+    plan = plan_export(config.run, config.low_run, config.weights.value, lora=not config.merge)
+    config.format = config.format or (ExportFormat.comfy if plan.is_lora else ExportFormat.diffusers)
+    if faults := _faults(config, plan):
+        raise ValueError("; ".join(faults))
+    if config.dry_run:
+        print(f"muybridge: would export {plan.run.checkpoint} to {config.out}; nothing was written")
+        return 0
+    if plan.is_lora:
+        _export_lora(config, plan)
+    else:
+        _export_model(config, plan, prompts)
+    return 0
+
+
+def _faults(config: ExportConfig, plan: "ExportPlan") -> list[str]:
+    """Settings that contradict the run, as messages that name the field, the value and the rule."""
+    found = []
+    assert config.format is not None
+    form, text = config.format.name, plan.config.text.kind
+    if plan.is_lora and form == "original":
+        found.append("format=original must be comfy, diffusers or kohya for a LoRA (or merge=true)")
+    if plan.is_lora and Path(config.out).suffix != ".safetensors":
+        found.append(f"out={config.out} must end in .safetensors for a LoRA, which is one file (or merge=true)")
+    if not plan.is_lora and form == "kohya":
+        found.append("format=kohya must be diffusers, comfy or original for a whole model")
+    if config.merge and not plan.config.lora.is_on:
+        found.append(f"merge=true is for LoRA runs, and run={config.run} trained all weights")
+    if config.prompts and (plan.is_lora or text.name != "bytes"):
+        whose = "a LoRA has no text encoder" if plan.is_lora else f"text.kind={text} is exported itself"
+        found.append(f"prompts={config.prompts} is for runs with text.kind=bytes: {whose}")
+    return found
+
+
+def _export_lora(config: ExportConfig, plan: "ExportPlan") -> None:
     import torch
 
-    from .export_checks import compare_with_diffusers
+    from .export_weights import write_lora_file
+
+    assert config.format is not None
+    out = Path(config.out)
+    layers = write_lora_file(out, plan.run, config.format.value, getattr(torch, config.dtype.value))
+    print(f"muybridge: wrote {out}: a LoRA on {layers} layers; it was read again and is as it was meant")
+    print(f"next: `muybridge sample model=FOLDER lora=[{out}]` with the pipeline folder that it was trained on")
+
+
+def _export_model(config: ExportConfig, plan: "ExportPlan", prompts: list[str]) -> None:
+    import torch
+
+    from .export_checks import Comparison, compare_with_diffusers
+    from .export_files import write_comfy, write_original
     from .export_pipeline import write_pipeline
     from .export_report import print_report
 
+    assert config.format is not None
+    write = {"diffusers": write_pipeline, "comfy": write_comfy, "original": write_original}[config.format.name]
+    out = Path(config.out)
+    comparisons: list[Comparison] = []
     # Only a whole export gets the name that was asked for.
     staging = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:12]}")
     staging.mkdir(parents=True)
     try:
-        write_pipeline(staging, experts, dtype=getattr(torch, config.dtype.value), prompts=prompts)
-        comparisons = compare_with_diffusers(staging)
+        with _progress(plan.count_numbers()) as advance:
+            write(staging, plan, dtype=getattr(torch, config.dtype.value), prompts=prompts, advance=advance)
+        if config.format is ExportFormat.diffusers:
+            comparisons = compare_with_diffusers(staging)
         staging.rename(out)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    print_report(out, experts[0].config, comparisons)
-    return 0
+    print_report(out, plan, comparisons)
+
+
+@contextmanager
+def _progress(numbers: int) -> Iterator[Callable[[int], None]]:
+    """A bar over all numbers, each of which is written and read again."""
+    columns = (TextColumn("writing and checking"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=2 * numbers)
+        yield lambda count: bar.advance(task, count)

@@ -1,76 +1,87 @@
 """A pipeline folder of a run: what diffusers, FastVideo and vLLM-Omni open, and what training and sampling here start from."""
 
-import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from ..models.diffusion.conditioning import ConditioningForm
 from ..models.diffusion.scheduler_file import scheduler_config
 from ..models.pipeline_folder import write_model_index
 from ..models.text import TextEncoderKind
 from ..models.vae.folder import load_vae
-from ..models.weight_files import Tensors
+from ..models.wan_keys import transformer_dtype
+from ..models.weight_files import PICKLE_SUFFIXES, Tensors, check_written, write_json
+from ..models.weights import save_model
 from ..train.config import TrainConfig
-from .export_parts import trained_tensors, transformer_dtype, write_model
-from .export_plan import RunWeights
-from .export_text import PROMPT_EMBEDS_NAME, copy_text_parts, write_prompt_embeds
+from .export_plan import ExportPlan
+from .export_readme import README_NAME, pipeline_readme
+from .export_weights import as_tensors, write_prompt_embeds
 
-README_NAME = "README.md"
+Advance = Callable[[int], None]  # is told how many numbers were written or read again
 
 
-def write_pipeline(folder: Path, experts: list[RunWeights], *, dtype: torch.dtype, prompts: list[str]) -> None:
-    """Write a pipeline into the empty `folder`: one expert, or that of high noise and that of low noise."""
-    config = experts[0].config
-    for part, expert in zip(("transformer", "transformer_2"), experts, strict=False):
-        with trained_tensors(expert, "transformer.") as tensors:
-            stored = tensors.as_type(lambda name: transformer_dtype(name, dtype))
-            write_model(folder / part, expert.config.model.to_diffusers(), stored, expert.header())
+def write_pipeline(folder: Path, plan: ExportPlan, *, dtype: torch.dtype, prompts: list[str], advance: Advance) -> None:
+    """Write all parts of a pipeline into the empty `folder`, the transformers in `dtype`."""
+    config = plan.config
+    for part, source in zip(("transformer", "transformer_2"), plan.transformers, strict=False):
+        with source.open() as tensors:
+            stored = counted(tensors, advance).as_type(lambda name: transformer_dtype(name, dtype))
+            save_model(folder / part, source.model.to_diffusers(), stored, metadata=source.header())
+            check_written(folder / part, stored)
     vae = load_vae(config.vae.path or "")
     # Float32 whatever the transformer is in: in bf16 latents move by 2 % and frames by 3 %.
-    weights = vae.state_dict()
-    tensors = Tensors({name: value.shape for name, value in weights.items()}, weights.__getitem__)
-    write_model(folder / "vae", vae.config.to_diffusers(), tensors, {})
-    if config.text.kind is TextEncoderKind.umt5:
-        copy_text_parts(Path(config.text.path or ""), folder)
-    elif prompts:
-        with trained_tensors(experts[0], "text_encoder.") as encoder:
-            write_prompt_embeds(folder, config.text, dict(encoder), prompts)
+    tensors = counted(as_tensors(vae.state_dict()), advance)
+    save_model(folder / "vae", vae.config.to_diffusers(), tensors)
+    check_written(folder / "vae", tensors)
+    write_text_parts(folder, plan, prompts)
+    copy_image_parts(config, folder)
     (folder / "scheduler").mkdir()
-    settings = json.dumps(scheduler_config(config.sampler), indent=2) + "\n"
-    (folder / "scheduler" / "scheduler_config.json").write_text(settings, encoding="utf-8")
-    write_model_index(folder)
-    (folder / README_NAME).write_text(_readme(config, prompts), encoding="utf-8")
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(config.sampler))
+    is_clean_frames = config.conditioning.form is ConditioningForm.clean_frames
+    write_model_index(folder, boundary_ratio=plan.boundary, expand_timesteps=is_clean_frames)
+    (folder / README_NAME).write_text(pipeline_readme(config, prompts), encoding="utf-8")
 
 
-def _readme(config: TrainConfig, prompts: list[str]) -> str:
-    """How the folder is opened."""
-    data, sampler = config.data, config.sampler
-    settings = (
-        f"height={data.height}, width={data.width}, num_frames={data.frames}, "
-        f"num_inference_steps={sampler.steps}, guidance_scale={sampler.guidance_scale:g}"
-    )
-    if config.text.kind is TextEncoderKind.umt5:
-        code = f"""\
-from diffusers import WanPipeline
+def write_text_parts(folder: Path, plan: ExportPlan, prompts: list[str]) -> None:
+    """The frozen encoder's own files, or the features of prompts where other tools have no such encoder."""
+    text = plan.config.text
+    if text.kind is TextEncoderKind.umt5:
+        for part in ("text_encoder", "tokenizer"):
+            copy_files(Path(text.path or "") / part, folder / part)
+    elif prompts:
+        write_prompt_embeds(folder, plan.run.checkpoint, plan.run.kind, text, prompts)
 
-pipeline = WanPipeline.from_pretrained("THIS_FOLDER")
-video = pipeline("a prompt", {settings}).frames[0]
-"""
-        words = ""
-    else:
-        code = f"""\
-from diffusers import WanPipeline
-from safetensors.torch import load_file
 
-pipeline = WanPipeline.from_pretrained("THIS_FOLDER", text_encoder=None, tokenizer=None)
-text = load_file("THIS_FOLDER/{PROMPT_EMBEDS_NAME}")
-prompt, negative = text["prompt_embeds"][:1], text["negative_prompt_embeds"]
-video = pipeline(prompt_embeds=prompt, negative_prompt_embeds=negative, {settings}).frames[0]
-"""
-        numbered = "".join(f"{number}. {prompt}\n" for number, prompt in enumerate(prompts))
-        words = f"""
-The text encoder of this model is no part of diffusers, which takes the features of prompts instead: `{PROMPT_EMBEDS_NAME}`
-holds those of an empty negative prompt and of the prompts below, in their order. Made without `prompts=FILE`, an export has none.
+def copy_image_parts(config: TrainConfig, folder: Path) -> None:
+    """The image encoder of a model that reads image features beside the text (Wan 2.1 I2V)."""
+    if config.model.image_dim is not None and config.conditioning.image_encoder:
+        for part in ("image_encoder", "image_processor"):
+            copy_files(Path(config.conditioning.image_encoder) / part, folder / part)
 
-{numbered}"""
-    return f"# A text-to-video model\n\nWritten by `muybridge export`.\n\n```python\n{code}```\n{words}"
+
+def copy_files(source: Path, target: Path) -> None:
+    """The files of a folder, byte for byte, without hidden ones and without weights in pickles.
+
+    Raises ValueError where there is nothing left: such an encoder has no other weights.
+    """
+    files = [path for path in sorted(source.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    kept = [path for path in files if path.suffix not in PICKLE_SUFFIXES]
+    if len(kept) < len(files) and not any(path.suffix == ".safetensors" for path in kept):
+        raise ValueError(
+            f"{source} has its weights in a pickle, which is not exported; `muybridge import` makes safetensors of it"
+        )
+    target.mkdir(parents=True)
+    for path in kept:
+        shutil.copyfile(path, target / path.name)
+
+
+def counted(tensors: Tensors, advance: Advance) -> Tensors:
+    """The same tensors; `advance` is told the size of each that is read."""
+
+    def read(name: str) -> torch.Tensor:
+        advance(tensors.shapes[name].numel())
+        return tensors.read(name)
+
+    return Tensors(tensors.shapes, read)

@@ -1,30 +1,51 @@
-"""What `muybridge export` writes: the trained transformers of one run or of two experts, and what belongs to them."""
+"""What `muybridge export` writes: one run's transformer or two experts, and the settings that say what belongs to them."""
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import __version__
+from ..models.dit import DiT, DiTConfig
+from ..models.pipeline_folder import PipelineFiles, is_pipeline_folder
 from ..models.text import TextEncoderKind
+from ..models.vae import VideoVAE
+from ..models.vae.folder import vae_fingerprint
+from ..models.weight_files import Tensors, open_weights
+from ..models.weights import load_config
 from ..train.checkpoint import check_checkpoint, committed_checkpoints, read_run_state
 from ..train.compose import plain
 from ..train.config import TaskKind, TrainConfig, read_config
+from ..train.experts import Expert
+from .export_weights import merged_transformer, trained_tensors
 
 
 @dataclass(frozen=True)
 class RunWeights:
-    """A trained transformer: a run, the checkpoint to read and which of its weights."""
+    """A run's transformer: its newest checkpoint, and which of its weights."""
 
     run_dir: Path
     config: TrainConfig
     checkpoint: Path
-    weights: str  # ema or master
+    kind: str  # ema or master
+
+    @property
+    def model(self) -> DiTConfig:
+        return self.config.model
+
+    def open(self) -> AbstractContextManager[Tensors]:
+        """The whole transformer's weights in float32, a LoRA merged into them."""
+        if self.config.lora.is_on:
+            return merged_transformer(self.config, self.checkpoint, self.kind)
+        return trained_tensors(self.checkpoint, self.kind, "transformer.")
 
     def header(self) -> dict[str, str]:
         """What a weight file says of its origin: the settings that the model depends on, the step and the code's commit."""
         settings = plain(self.config)
-        kept: dict[str, Any] = {name: settings[name] for name in ("seed", "model", "objective", "sampler")}
+        kept: dict[str, Any] = {name: settings[name] for name in ("seed", "model", "objective", "sampler", "lora")}
         kept["text"] = {name: value for name, value in settings["text"].items() if name != "path"}
         kept["data"] = {name: settings["data"][name] for name in ("frames", "height", "width", "fps")}
         provenance = self.run_dir / "provenance.json"
@@ -33,13 +54,91 @@ class RunWeights:
             "muybridge.version": __version__,
             "muybridge.git_commit": commit or "unknown",
             "muybridge.step": str(read_run_state(self.checkpoint)["step"]),
-            "muybridge.weights": self.weights,
+            "muybridge.weights": self.kind,
             "muybridge.config": json.dumps(kept),
         }
 
 
-def find_run_weights(run_dir: Path, weights: str, *, field: str) -> RunWeights:
-    """The newest checkpoint of a run. Raises ValueError, naming the setting `field`, for a run that cannot be exported."""
+@dataclass(frozen=True)
+class FolderWeights:
+    """A transformer of a pipeline folder, which goes along as the other expert of one that was trained."""
+
+    folder: Path
+
+    @property
+    def model(self) -> DiTConfig:
+        return DiTConfig.from_diffusers(load_config(self.folder))
+
+    def open(self) -> AbstractContextManager[Tensors]:
+        return open_weights(self.folder)
+
+    def header(self) -> dict[str, str]:
+        return {}
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """The transformers of an export, that of high noise first, and the run whose autoencoder, text encoder and sampler it has."""
+
+    transformers: list[RunWeights | FolderWeights]
+    run: RunWeights
+    is_lora: bool = False  # only what the run trained: a LoRA, without the weights under it
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.run.config
+
+    @property
+    def boundary(self) -> float | None:
+        """Where two experts change over; None with one transformer."""
+        return self.config.boundary if len(self.transformers) == 2 else None
+
+    def count_numbers(self) -> int:
+        """Numbers in the transformers and the autoencoder."""
+        with torch.device("meta"):
+            parts = [DiT(source.model) for source in self.transformers] + [VideoVAE(self.config.vae.resolved())]
+        return sum(tensor.numel() for part in parts for tensor in part.state_dict().values())
+
+
+def plan_export(run: str, low_run: str | None, kind: str, *, lora: bool) -> ExportPlan:
+    """What belongs together. `run` and `low_run` are run directories; one of the two may be a pipeline folder.
+
+    With `lora` a LoRA run gives its LoRA alone, else the whole model. Raises ValueError naming the setting for runs that cannot be
+    exported, or not together.
+    """
+    if low_run is None:
+        found = find_run(Path(run), kind, field="run")
+        if lora and found.config.lora.is_on:
+            return ExportPlan([], found, is_lora=True)
+        if found.config.expert is not Expert.none:
+            other = "low_run" if found.config.expert is Expert.high else "run"
+            mine = "run" if other == "low_run" else "low_run"
+            raise ValueError(
+                f"run={run} trained the expert of {found.config.expert} noise alone: a model needs both, give {mine}={run} and "
+                f"{other}=the other expert's run, or the pipeline folder that has it"
+            )
+        return ExportPlan([found], found)
+    experts: list[RunWeights | FolderWeights] = []
+    for field, value, part in (("run", run, "transformer"), ("low_run", low_run, "transformer_2")):
+        experts.append(
+            _expert_of_folder(Path(value), part, field)
+            if is_pipeline_folder(value)
+            else find_run(Path(value), kind, field=field)
+        )
+    runs = [expert for expert in experts if isinstance(expert, RunWeights)]
+    if lora and any(run.config.lora.is_on for run in runs):
+        raise ValueError(
+            f"low_run={low_run} must be null for a LoRA: each expert's is a file of its own (or merge=true)"
+        )
+    if not runs:
+        raise ValueError(f"run={run} and low_run={low_run} are pipeline folders; at least one must be a run")
+    if faults := _expert_faults(experts, runs):
+        raise ValueError("; ".join(faults))
+    return ExportPlan(experts, runs[0])
+
+
+def find_run(run_dir: Path, kind: str, *, field: str) -> RunWeights:
+    """The newest checkpoint of a run. Raises ValueError, naming the setting `field`, where there is nothing to export."""
     config = read_config(run_dir)
     if config.task is not TaskKind.text_to_video:
         raise ValueError(
@@ -52,13 +151,33 @@ def find_run_weights(run_dir: Path, weights: str, *, field: str) -> RunWeights:
         raise ValueError(fault)
     if missing := config.missing_inputs():
         raise ValueError(f"{field}={run_dir}: {'; '.join(missing)}")
-    return RunWeights(run_dir, config, checkpoints[-1], weights)
+    return RunWeights(run_dir, config, checkpoints[-1], kind)
 
 
-def check_prompts(prompts: str | None, expert: RunWeights) -> None:
-    """Raises ValueError where prompt features are asked for of a text encoder that is exported itself."""
-    kind = expert.config.text.kind
-    if prompts and kind is not TextEncoderKind.bytes:
-        raise ValueError(
-            f"prompts={prompts} is for runs with text.kind=bytes; this run has {kind}, whose text encoder is exported"
-        )
+def _expert_of_folder(folder: Path, part: str, field: str) -> FolderWeights:
+    if PipelineFiles.find(folder).transformer_2 is None:
+        raise ValueError(f"{field}={folder} must be a pipeline folder of two experts (it has no transformer_2/)")
+    return FolderWeights(folder / part)
+
+
+def _expert_faults(experts: list[RunWeights | FolderWeights], runs: list[RunWeights]) -> list[str]:
+    """What keeps two experts from being one model."""
+    found = []
+    for field, expert, wanted in zip(("run", "low_run"), experts, (Expert.high, Expert.low), strict=True):
+        if isinstance(expert, RunWeights) and expert.config.expert is not wanted:
+            found.append(f"{field}={expert.run_dir} has expert={expert.config.expert} and must have expert={wanted}")
+    high, low = (expert.model.to_diffusers() for expert in experts)
+    found += [
+        f"model.{name}: {high[name]} of high noise, {low[name]} of low noise"
+        for name in high
+        if high[name] != low.get(name)
+    ]
+    if runs[0].config.text.kind is TextEncoderKind.bytes:
+        found.append("text.kind=bytes: each expert has trained a text encoder of its own, and a model has one")
+    if len(runs) == 2:
+        first, second = (run.config for run in runs)
+        if first.boundary != second.boundary:
+            found.append(f"boundary={first.boundary} of high noise, {second.boundary} of low noise")
+        if vae_fingerprint(first.vae.path or "") != vae_fingerprint(second.vae.path or ""):
+            found.append(f"vae.path: {first.vae.path} and {second.vae.path} are different autoencoders")
+    return found

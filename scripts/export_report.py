@@ -6,13 +6,15 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from ..train.config import TrainConfig
+from ..models.pipeline_folder import is_pipeline_folder
 from .export_checks import Comparison
 from .export_loaders import lost_loaders
+from .export_plan import ExportPlan
 
 
-def print_report(out: Path, config: TrainConfig, comparisons: list[Comparison]) -> None:
-    """Print it for an export of a run with these settings."""
+def print_report(out: Path, plan: ExportPlan, comparisons: list[Comparison]) -> None:
+    """Print it for a whole model; without comparisons none were meant."""
+    config = plan.config
     console = Console(highlight=False, soft_wrap=True)
     table = Table(title=str(out))
     table.add_column("part")
@@ -21,8 +23,8 @@ def print_report(out: Path, config: TrainConfig, comparisons: list[Comparison]) 
     table.add_column("weights")
     table.add_column("difference from diffusers", justify="right")
     compared = {comparison.part: comparison for comparison in comparisons}
-    for part in sorted(path for path in out.iterdir() if path.is_dir()):
-        files = sorted(path for path in part.rglob("*") if path.is_file())
+    for part in sorted(path for path in out.iterdir() if path.is_dir() or path.suffix == ".safetensors"):
+        files = sorted(path for path in part.rglob("*") if path.is_file()) if part.is_dir() else [part]
         size = sum(path.stat().st_size for path in files)
         table.add_row(
             part.name, str(len(files)), f"{size / 1e6:.1f}", _dtypes_of(files), _outcome(compared.get(part.name))
@@ -34,9 +36,9 @@ def print_report(out: Path, config: TrainConfig, comparisons: list[Comparison]) 
     for line in lost_loaders(config.model, config.vae.resolved(), config.text):
         console.print(f"muybridge: note: {line}")
     console.print(f"muybridge: wrote {out}; every tensor was read again and is as it was meant")
-    console.print(
-        f"next: {out}/README.md says how other tools open it; `muybridge sample model={out} prompts=FILE` samples it here"
-    )
+    console.print(f"next: {out}/README.md says how other tools open it")
+    if is_pipeline_folder(out) and (out / "text_encoder").is_dir():
+        console.print(f"      muybridge sample model={out} prompts=FILE")
 
 
 def _dtypes_of(files: list[Path]) -> str:

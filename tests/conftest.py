@@ -113,6 +113,7 @@ def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
     from muybridge.train.config import load_train_config
     from muybridge.train.engine import FlatShard, Fragment
     from muybridge.train.tasks import TextToVideoTask
+    from muybridge.train.trained_weights import prepare_weights
 
     def save(run_dir: Path, overrides: list[str]) -> Path:
         config = load_train_config([*overrides, f"run_dir={run_dir}", "deepspeed=zero0"])
@@ -120,7 +121,9 @@ def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
         (run_dir / "config.yaml").write_text(yaml.safe_dump(plain(config)))
         torch.manual_seed(config.seed)
         model = TextToVideoTask(config, torch.device("cpu")).build_model()
-        weights = {name: torch.randn_like(parameter) * 0.2 for name, parameter in model.named_parameters()}
+        lora = prepare_weights(model, config, None)  # freezes what is not trained
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        weights = {name: torch.randn_like(parameter) * 0.2 for name, parameter in trained.items()}
         engine = SimpleNamespace(
             config=config.deepspeed,
             parameter_shapes={name: weight.shape for name, weight in weights.items()},
@@ -136,7 +139,9 @@ def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "dist", one_rank)
             average = SimpleNamespace(averages=[0.5 * weight.flatten() for weight in weights.values()])
-            checkpoint.save_checkpoint(run_dir / "checkpoints", step=4, engine=engine, ema=average, run_state={})
+            checkpoint.save_checkpoint(
+                run_dir / "checkpoints", step=4, engine=engine, ema=average, run_state={"lora": lora}
+            )
         return run_dir
 
     return save

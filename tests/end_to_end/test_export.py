@@ -13,8 +13,9 @@ from muybridge.models.diffusion.samplers import SamplerConfig, SamplerKind, samp
 from muybridge.models.dit import DiT, DiTConfig
 from muybridge.models.text import TextEncoderConfig, TextEncoderKind, Umt5TextEncoder
 from muybridge.models.vae.folder import load_vae
+from muybridge.models.weight_files import open_weights
 from muybridge.models.weights import load_config, load_weights_from
-from muybridge.scripts import export
+from muybridge.scripts import export, import_weights
 
 diffusers = pytest.importorskip("diffusers", reason="the oracle is not installed")
 
@@ -67,3 +68,26 @@ def test_diffusers_makes_the_same_video_of_a_prompt(
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
     assert expected_frames.std() > 0.01
     torch.testing.assert_close(frames, expected_frames, atol=2e-3, rtol=0)
+
+
+def test_an_export_with_the_names_of_the_release_is_imported_as_it_was(
+    tiny_run: list[str], tiny_umt5: Path, save_random_run: Callable[[Path, list[str]], Path], tmp_path: Path
+) -> None:
+    settings = [*tiny_run, "text.kind=umt5", f"text.path={tiny_umt5}", "model.freq_dim=256"]
+    run_dir = save_random_run(tmp_path / "run", settings)
+    for form in ("diffusers", "original"):
+        assert export.main([f"run={run_dir}", f"out={tmp_path / form}", f"format={form}"]) == 0
+    original, imported = tmp_path / "original", tmp_path / "imported"
+    parts = [
+        *("--vae", str(original / "Wan2.2_VAE.safetensors")),
+        *("--text-encoder", str(original / "models_t5_umt5-xxl-enc-bf16.safetensors")),
+        *("--tokenizer", str(original / "google" / "umt5-xxl")),
+    ]
+    assert import_weights.main([str(original), str(imported), *parts]) == 0
+    for part in ("transformer", "text_encoder"):
+        with open_weights(imported / part) as found, open_weights(tmp_path / "diffusers" / part) as expected:
+            assert found.shapes == expected.shapes
+            for name, tensor in found:
+                assert torch.equal(tensor, expected.read(name)), name
+    here, there = (load_config(folder / "transformer") for folder in (tmp_path / "diffusers", imported))
+    assert {name: there[name] for name in here} == here

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from muybridge.models.dit import DiT, DiTConfig
+from muybridge.models.lora_files import read_lora
 from muybridge.models.pipeline_folder import PipelineFiles
 from muybridge.models.text import ByteTextEncoder, TextEncoderConfig, TextEncoderKind
 from muybridge.models.token_layout import AttentionPattern, SelfAttentionConfig
-from muybridge.models.vae.config import VAEConfig
-from muybridge.scripts import export, export_checks, export_pipeline
+from muybridge.models.vae import VideoVAE
+from muybridge.models.vae.config import WAN_2_1_LATENTS_MEAN, WAN_2_1_LATENTS_STD, VAEConfig
+from muybridge.models.vae.folder import load_vae
+from muybridge.models.wan_keys import Component, Layout, to_diffusers_keys, transformer_dtype
+from muybridge.scripts import export, export_checks, export_files, export_pipeline
 from muybridge.scripts.export_loaders import lost_loaders
 from muybridge.train.checkpoint import committed_checkpoints, read_weights
 
@@ -26,6 +31,12 @@ def run_dir(tiny_run: list[str], save_random_run: SaveRun, tmp_path: Path) -> Pa
     run_dir = save_random_run(tmp_path / "run", [*tiny_run, "sampler.shift=4"])
     (run_dir / "provenance.json").write_text(json.dumps({"git_commit": "0123abc"}))
     return run_dir
+
+
+@pytest.fixture
+def umt5_run(tiny_run: list[str], tiny_umt5: Path) -> list[str]:
+    """Settings of a run with a frozen text encoder."""
+    return [*tiny_run, "text.kind=umt5", f"text.path={tiny_umt5}"]
 
 
 @pytest.fixture
@@ -90,20 +101,17 @@ def test_weights_and_dtype_are_those_asked_for(run_dir: Path, tmp_path: Path) ->
 
 
 def test_a_frozen_encoder_goes_along_without_pickles(
-    tiny_run: list[str], tiny_umt5: Path, save_random_run: SaveRun, tmp_path: Path
+    umt5_run: list[str], tiny_umt5: Path, save_random_run: SaveRun, tmp_path: Path
 ) -> None:
     text = shutil.copytree(tiny_umt5, tmp_path / "text")
     (text / "text_encoder" / "pytorch_model.bin").write_bytes(b"runs code when it is read")
-    settings = [*tiny_run, "text.kind=umt5", f"text.path={text}"]
-    run_dir, out = save_random_run(tmp_path / "run", settings), tmp_path / "out"
+    run_dir, out = save_random_run(tmp_path / "run", [*umt5_run, f"text.path={text}"]), tmp_path / "out"
     assert export.main([f"run={run_dir}", f"out={out}"]) == 0
     for path in (path for path in tiny_umt5.rglob("*") if path.is_file()):
         assert (out / path.relative_to(tiny_umt5)).read_bytes() == path.read_bytes()
     assert not list(out.rglob("*.bin"))
     index = json.loads((out / "model_index.json").read_text())
     assert index["text_encoder"] == ["transformers", "UMT5EncoderModel"]
-    with pytest.raises(ValueError, match=r"is for runs with text\.kind=bytes"):
-        export.main([f"run={run_dir}", f"out={tmp_path / 'other'}", f"prompts={tmp_path / 'p.txt'}"])
 
 
 def test_an_export_that_fails_leaves_nothing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +170,158 @@ def test_a_part_that_diffusers_reads_otherwise_is_refused(
         export_checks.compare_with_diffusers(out)
 
 
+def test_two_experts_become_one_pipeline(umt5_run: list[str], save_random_run: SaveRun, tmp_path: Path) -> None:
+    settings = [*umt5_run, "boundary=0.8", "sampler.guidance_scale_low=3"]
+    high = save_random_run(tmp_path / "high", [*settings, "expert=high"])
+    low = save_random_run(tmp_path / "low", [*settings, "expert=low", "seed=1"])
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert export.main([f"run={high}", f"low_run={low}", f"out={out}", "dtype=fp32"]) == 0
+    files = PipelineFiles.find(out)
+    assert files.boundary_ratio == 0.8
+    for part, run in (("transformer", high), ("transformer_2", low)):
+        stored, weights = load_file(out / part / "diffusion_pytorch_model.safetensors"), trained(run)
+        assert all(torch.equal(tensor, weights[f"transformer.{name}"]) for name, tensor in stored.items())
+    assert "guidance_scale_2=3" in (out / "README.md").read_text()
+
+    # The expert that was not trained is that of the folder.
+    assert export.main([f"run={high}", f"low_run={out}", f"out={other}", "dtype=fp32"]) == 0
+    stored = load_file(other / "transformer_2" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, trained(low)[f"transformer.{name}"]) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "words"),
+    [
+        (["expert=high"], None, "trained the expert of high noise alone"),
+        (["expert=low"], None, "low_run=.* and run=the other"),
+        (["expert=low"], ["expert=high"], "has expert=low and must have expert=high"),
+        (["expert=high"], ["expert=low", "boundary=0.5"], "boundary=0.875 of high noise, 0.5 of low noise"),
+        (["expert=high"], ["expert=low", "model.num_layers=2"], "model.num_layers: 1 of high noise, 2 of low noise"),
+        (
+            ["expert=high", "text.kind=bytes"],
+            ["expert=low", "text.kind=bytes"],
+            "each expert has trained a text encoder",
+        ),
+    ],
+)
+def test_experts_that_are_no_model_are_refused(
+    high: list[str],
+    low: list[str] | None,
+    words: str,
+    umt5_run: list[str],
+    save_random_run: SaveRun,
+    tmp_path: Path,
+) -> None:
+    arguments = [f"run={save_random_run(tmp_path / 'high', [*umt5_run, *high])}", f"out={tmp_path / 'out'}"]
+    if low is not None:
+        arguments.append(f"low_run={save_random_run(tmp_path / 'low', [*umt5_run, *low])}")
+    with pytest.raises(ValueError, match=words):
+        export.main(arguments)
+
+
+def test_files_for_comfyui_compute_the_same(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_folder: Path
+) -> None:
+    monkeypatch.setattr(export_files, "has_wan_form", lambda vae: True)  # a small one takes its place
+    out = tmp_path / "out"
+    assert export.main([f"run={run_dir}", f"out={out}", "format=comfy", "dtype=fp32"]) == 0
+    path = out / "diffusion_models" / "run.safetensors"
+    stored, weights = load_file(path), trained(run_dir)
+    assert "model.diffusion_model.head.modulation" in stored
+    for name, ours in to_diffusers_keys(stored, Component.transformer, Layout.comfy).items():
+        assert torch.equal(stored[name], weights[f"transformer.{ours}"]), name
+    with safe_open(path, framework="pt") as file:
+        sizes = json.loads(file.metadata()["config"])["transformer"]
+    assert (sizes["num_heads"], sizes["freq_dim"], sizes["text_dim"]) == (2, 32, 32)
+
+    # Latents scaled by Wan's statistics, as ComfyUI does it, are those that the transformer was trained on.
+    own = load_vae(toy_folder / "vae").eval()
+    renamed = load_file(out / "vae" / "run_vae.safetensors")
+    folded = VideoVAE(replace(own.config, latents_mean=WAN_2_1_LATENTS_MEAN, latents_std=WAN_2_1_LATENTS_STD)).eval()
+    names = to_diffusers_keys(renamed, Component.vae, Layout.original)
+    folded.load_state_dict({ours: renamed[name] for name, ours in names.items()})
+    pixels = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = own.normalise(own.encode(pixels).mode())
+        torch.testing.assert_close(folded.normalise(folded.encode(pixels).mode()), latents, atol=1e-5, rtol=1e-4)
+        decoded = own.decode(own.denormalise(latents))
+        torch.testing.assert_close(folded.decode(folded.denormalise(latents)), decoded, atol=1e-5, rtol=1e-4)
+
+
+def test_the_layout_of_the_release_has_all_parts(
+    umt5_run: list[str], tiny_umt5: Path, save_random_run: SaveRun, tmp_path: Path
+) -> None:
+    run_dir, out = save_random_run(tmp_path / "run", umt5_run), tmp_path / "out"
+    assert export.main([f"run={run_dir}", f"out={out}", "format=original"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["_class_name"], config["model_type"], config["dim"], config["num_heads"]) == (
+        "WanModel",
+        "t2v",
+        32,
+        2,
+    )
+    assert "head.modulation" in load_file(out / "diffusion_pytorch_model.safetensors")
+    assert "encoder.conv1.weight" in load_file(out / "Wan2.2_VAE.safetensors")  # folds pixels, as that of 2.2 does
+    encoder = load_file(out / "models_t5_umt5-xxl-enc-bf16.safetensors")
+    here = load_file(tiny_umt5 / "text_encoder" / "model.safetensors")
+    for name, ours in to_diffusers_keys(encoder, Component.text_encoder, Layout.original).items():
+        assert torch.equal(encoder[name], here[ours]), name
+    assert (out / "google" / "umt5-xxl" / "tokenizer.json").is_file()
+
+
+@pytest.fixture
+def lora_run(run_dir: Path, tiny_run: list[str], save_random_run: SaveRun) -> Path:
+    settings = [*tiny_run, f"init_from={run_dir}", "lora.rank=2", "lora.alpha=4"]
+    return save_random_run(run_dir.parent / "lora", settings)
+
+
+@pytest.mark.parametrize("form", ["", "comfy", "diffusers", "kohya"])
+def test_the_lora_of_a_run_becomes_a_file(form: str, lora_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "style.safetensors"
+    arguments = [f"run={lora_run}", f"out={out}", "dtype=fp32", *([f"format={form}"] if form else [])]
+    assert export.main(arguments) == 0
+    found, weights = read_lora(out), trained(lora_run)
+    assert len(found) == 10
+    for name, layer in found.items():
+        down, up = (weights[f"transformer.{name}.lora_{half}"] for half in "AB")
+        torch.testing.assert_close(layer.delta(), 2.0 * up @ down)
+    marks = {"diffusers": "transformer.", "kohya": "lora_unet_"}
+    assert all(name.startswith(marks.get(form, "diffusion_model.")) for name in load_file(out))
+
+
+def test_a_lora_is_merged_into_the_weights_under_it(run_dir: Path, lora_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert export.main([f"run={lora_run}", f"out={out}", "merge=true", "dtype=fp32"]) == 0
+    stored = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    base, lora = trained(run_dir), trained(lora_run)
+    for name, tensor in stored.items():
+        expected, layer = base[f"transformer.{name}"], f"transformer.{name.removesuffix('.weight')}"
+        if name.endswith(".weight") and f"{layer}.lora_A" in lora:
+            expected = expected + 2.0 * lora[f"{layer}.lora_B"] @ lora[f"{layer}.lora_A"]
+        torch.testing.assert_close(tensor, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("format=original", "must be comfy, diffusers or kohya for a LoRA"),
+        ("out=folder", r"must end in \.safetensors for a LoRA"),
+        ("prompts=prompts.txt", "a LoRA has no text encoder"),
+    ],
+)
+def test_what_a_lora_cannot_have_is_named(
+    change: str, words: str, lora_run: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(prompts.parent)
+    with pytest.raises(ValueError, match=words):
+        export.main([f"run={lora_run}", "out=new.safetensors", change])
+
+
+def test_what_only_a_lora_can_have_is_named(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"format=kohya must be .*; merge=true is for LoRA runs"):
+        export.main([f"run={run_dir}", f"out={tmp_path / 'out'}", "format=kohya", "merge=true"])
+
+
 def test_what_other_tools_take_for_granted_is_named() -> None:
     wan, wan_vae = DiTConfig(), VAEConfig()
     umt5 = TextEncoderConfig(kind=TextEncoderKind.umt5, dim=4096, path="x")
@@ -175,8 +335,6 @@ def test_what_other_tools_take_for_granted_is_named() -> None:
 
 def test_every_weight_that_diffusers_keeps_in_float32_is_kept() -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    from muybridge.scripts.export_parts import transformer_dtype
-
     kept = diffusers.WanTransformer3DModel._keep_in_fp32_modules
     with torch.device("meta"):
         names = DiT(DiTConfig(num_layers=1)).state_dict()
