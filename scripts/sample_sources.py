@@ -24,12 +24,13 @@ from ..models.text import TextEncoderConfig, TextEncoderKind, Umt5TextEncoder
 from ..models.vae import VAEConfig
 from ..models.vae.folder import load_vae
 from ..models.weights import load_config, load_weights_from
-from ..train.checkpoint import check_checkpoint, committed_checkpoints, read_weights
+from ..train.checkpoint import check_checkpoint, committed_checkpoints
 from ..train.config import TaskKind, read_config
 from ..train.engine import Precision
 from ..train.experts import Expert
 from ..train.generate import VideoModels
 from ..train.tasks import TextToVideoTask
+from ..train.trained_weights import load_trained
 from .sample import ClipSize, SampleConfig, WeightKind
 
 SCHEDULER_NAME = "scheduler_config.json"
@@ -126,8 +127,9 @@ class RunSource(Source):
         return _image_features(self.transformer, self._image_encoder, images)
 
     def models(self) -> VideoModels:
-        model = self._task.build_model().eval().requires_grad_(False)
-        model.load_state_dict(read_weights(self._checkpoint, self._kind.value))
+        model = self._task.build_model()
+        load_trained(model, self._run, self._checkpoint, self._kind.value)
+        model.eval().requires_grad_(False)
         if self._run.deepspeed.precision is Precision.bf16:
             model.bfloat16()  # as in training
         return VideoModels(model, self._task.vae)
@@ -155,7 +157,8 @@ class FolderSource(Source):
             raise ValueError(
                 f"{self._text_encoder}/config.json: d_model={text_dim} must be the width of the text features"
             )
-        self._text = TextEncoderConfig(TextEncoderKind.umt5, dim=text_dim, max_tokens=UMT5_TOKENS, path=folder)
+        rows = _text_rows(root / "tokenizer")
+        self._text = TextEncoderConfig(TextEncoderKind.umt5, dim=text_dim, max_tokens=rows, path=folder)
         self.form, self.batch = _form(files, self.transformer), 1
         self.needs_image = self.form is ConditioningForm.channels
         if faults := self._part_faults():
@@ -229,6 +232,13 @@ def _image_features(transformer: DiTConfig, folder: Path | str | None, images: T
         return None
     assert folder is not None
     return ClipImageEncoder(folder).to(images.device).encode(images)
+
+
+def _text_rows(tokenizer: Path) -> int:
+    """Rows of text features: those of public models, or fewer where a tokenizer of our own was made for fewer."""
+    path = tokenizer / "tokenizer_config.json"
+    limit = json.loads(path.read_text(encoding="utf-8")).get("model_max_length") if path.is_file() else None
+    return int(min(UMT5_TOKENS, limit or UMT5_TOKENS))
 
 
 def _scheduler(folder: Path) -> dict[str, object]:

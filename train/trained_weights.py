@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..models.lora import add_lora, load_lora
 from ..models.lora_files import read_lora
-from ..models.pipeline_folder import is_pipeline_folder
 from ..models.text_to_video import TextToVideoModel
 from ..models.weight_files import check_shapes
 from ..models.weights import load_weights
@@ -75,11 +74,6 @@ def weights_fingerprint(model: nn.Module) -> str:
 def _add_lora(model: nn.Module, config: "TrainConfig") -> dict[str, Any]:
     """Load the weights under a LoRA, freeze all of them, and put the LoRA's layers in."""
     assert isinstance(model, TextToVideoModel), "the settings allow a LoRA for the diffusion transformer alone"
-    if model.text_encoder is not None and is_pipeline_folder(Path(config.init_from or "")):
-        raise ValueError(
-            f"text.kind={config.text.kind.name} must be a frozen text encoder where a LoRA starts from the pipeline folder "
-            f"init_from={config.init_from}, which does not hold the weights of this one"
-        )
     load_initial_weights(model, config)
     base = weights_fingerprint(model)
     model.requires_grad_(False)
