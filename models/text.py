@@ -26,6 +26,7 @@ class TextEncoderKind(StrEnum):
     """Which text encoder reads the captions."""
 
     bytes = "bytes"
+    umt5_small = "umt5_small"
     umt5 = "umt5"
 
 
@@ -33,20 +34,30 @@ class TextEncoderKind(StrEnum):
 class TextEncoderConfig:
     """The text encoder of a run."""
 
-    kind: TextEncoderKind = TextEncoderKind.bytes  # bytes: built in and trained; umt5: frozen, from `path`
+    # bytes and umt5_small are trained along with the model, and umt5_small opens in other tools; umt5 is frozen, from `path`.
+    kind: TextEncoderKind = TextEncoderKind.bytes
     dim: int = 256  # width of the features; umt5-xxl has 4096
     max_tokens: int = 32  # rows a caption is padded or cut to; Wan trains umt5 with 512
-    num_heads: int = 4  # bytes only: attention heads of the encoder layer
+    num_heads: int = 4  # not of umt5: attention heads of an encoder layer
+    num_layers: int = 1  # umt5_small only: encoder layers
+    vocabulary: int = 4096  # umt5_small only: pieces of words that its tokenizer has at most
     path: str | None = None  # umt5 only: folder with text_encoder/ and tokenizer/ as diffusers writes them
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the encoder is a part of the model that is trained."""
+        return self.kind is not TextEncoderKind.umt5
 
     def faults(self, field: str) -> list[str]:
         """All breaches of this config's own rules, as messages that name the field, the value and the rule."""
         found = []
-        for name in ("dim", "max_tokens", "num_heads"):
+        for name in ("dim", "max_tokens", "num_heads", "num_layers"):
             if getattr(self, name) < 1:
                 found.append(f"{field}.{name}={getattr(self, name)} must be at least 1")
-        if self.kind is TextEncoderKind.bytes and self.num_heads >= 1 and self.dim % self.num_heads:
+        if self.is_trained and self.num_heads >= 1 and self.dim % self.num_heads:
             found.append(f"{field}.dim={self.dim} must be divisible by {field}.num_heads={self.num_heads}")
+        if self.kind is TextEncoderKind.umt5_small and self.vocabulary < 300:
+            found.append(f"{field}.vocabulary={self.vocabulary} must be at least 300: 256 pieces are single bytes")
         if self.kind is TextEncoderKind.umt5 and not self.path:
             found.append(
                 f"{field}.path={self.path} must name a folder with text_encoder/ and tokenizer/ when kind is umt5"
@@ -216,7 +227,7 @@ def text_fingerprint(config: TextEncoderConfig) -> str | None:
     None for an encoder that trains along. Of a file of gigabytes a part of every 16 MiB is read: that touches each of a large
     model's matrices, in a second instead of ten. Raises ValueError where the folder is not there.
     """
-    if config.kind is TextEncoderKind.bytes:
+    if config.is_trained:
         return None
     digest = hashlib.blake2b(f"{UMT5_VERSION} {config.max_tokens}".encode(), digest_size=16)
     for name in ("text_encoder", "tokenizer"):

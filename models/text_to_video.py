@@ -4,12 +4,13 @@ from torch import Tensor, nn
 
 from .dit import DiT
 from .text import ByteTextEncoder
+from .text_small import SmallUmt5
 
 
 class TextToVideoModel(nn.Module):
     """Velocity [B, C, T, H, W] of noisy latents; `text` is what the run's text encoder stage hands over."""
 
-    def __init__(self, dit: DiT, text_encoder: ByteTextEncoder | None) -> None:
+    def __init__(self, dit: DiT, text_encoder: ByteTextEncoder | SmallUmt5 | None) -> None:
         """With a text encoder of its own the model takes tokens; without (frozen umT5, cached features) it takes features.
 
         Raises ValueError when the encoder's width is not the DiT's `text_dim`.
@@ -25,7 +26,7 @@ class TextToVideoModel(nn.Module):
     def forward(
         self, noisy_latents: Tensor, timestep: Tensor, text: Tensor, image_features: Tensor | None = None
     ) -> Tensor:
-        """Latents [B, C, T, H, W], timestep [B] or [B, L] in [0, 1000], text int64 [B, S, W] or features [B, S, text_dim], and
+        """Latents [B, C, T, H, W], timestep [B] or [B, L] in [0, 1000], text int64 [B, S, ...] or features [B, S, text_dim], and
         features of an image [B, I, image_dim] for a DiT that takes them.
         """
         if self.text_encoder is not None:

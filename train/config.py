@@ -253,6 +253,10 @@ class TrainConfig:
             found.append("vae.path must name a trained autoencoder's folder with task=text_to_video")
         with_image = self.conditioning.form is ConditioningForm.channels
         found += self._channel_faults(vae)
+        if self.text.kind is TextEncoderKind.umt5_small and data.access is Access.stream:
+            found.append(
+                "text.kind=umt5_small must not go with data.access=stream: its tokenizer is made of an index's captions"
+            )
         if model.text_dim != self.text.dim:
             found.append(f"model.text_dim={model.text_dim} must be text.dim={self.text.dim}")
         if with_image and data.access is Access.latents:

@@ -19,6 +19,7 @@ from ..models.dit import DiT
 from ..models.lora import lora_factors
 from ..models.lora_files import write_lora
 from ..models.text import ByteTextEncoder, TextEncoderKind, Umt5TextEncoder, pad_features
+from ..models.text_small import SmallUmt5
 from ..models.text_to_video import TextToVideoModel
 from ..models.vae import VideoVAE
 from ..models.vae.folder import load_vae
@@ -65,8 +66,7 @@ class TextToVideoTask(Task):
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        self._reads_bytes = config.text.kind is TextEncoderKind.bytes
-        self._tokenizer = ByteTextEncoder(config.text) if self._reads_bytes else None
+        self._tokenizer = self._trained_text_encoder()  # only its tokens are asked for
         self._umt5: Umt5TextEncoder | None = None
         self._vae: VideoVAE | None = None
         self.conditions = ClipConditions(config, self.encode_video, device)
@@ -90,14 +90,19 @@ class TextToVideoTask(Task):
     def build_model(self) -> nn.Module:
         configure(self.config.kernels)
         with self.device:
-            encoder = ByteTextEncoder(self.config.text) if self._reads_bytes else None
-            return TextToVideoModel(DiT(self.config.model), encoder)
+            return TextToVideoModel(DiT(self.config.model), self._trained_text_encoder())
 
     def encode_text(self, captions: list[str]) -> Tensor:
-        """What the model takes as text: byte tokens for the encoder trained along, features of a frozen one."""
+        """What the model takes as text: tokens for an encoder trained along, features of a frozen one."""
         if self._tokenizer is not None:
             return self._tokenizer.tokenize(captions).to(self.device)
         return self.umt5.encode(captions)
+
+    def _trained_text_encoder(self) -> ByteTextEncoder | SmallUmt5 | None:
+        config = self.config.text
+        if config.kind is TextEncoderKind.umt5_small:
+            return SmallUmt5(config, self.config.tokenizer_folder())
+        return ByteTextEncoder(config) if config.kind is TextEncoderKind.bytes else None
 
     def losses(self, model: Callable[..., Any], batch: VideoBatch, *, purpose: str = "") -> SampleLosses:
         if batch.latents is not None:
@@ -119,17 +124,22 @@ class TextToVideoTask(Task):
     @torch.no_grad()
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, z, T', H', W'], as the model is trained on."""
-        return self.vae.normalise(self.vae.encode(pixels).mode())
+        return self.vae.normalise(self.vae.encode_chunked(pixels).mode())
 
     def export(self, folder: Path, weights: dict[str, Tensor], clips: Iterator[VideoBatch]) -> Path:
         if self.config.lora.is_on:
             path = folder / "lora.safetensors"
             write_lora(path, lora_factors(weights, self.config.lora))
             return path
-        prefix = "transformer."
-        transformer = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-        save_model(folder / "transformer", self.config.model.to_diffusers(), transformer)
+        save_model(folder / "transformer", self.config.model.to_diffusers(), _part(weights, "transformer."))
+        if isinstance(self._tokenizer, SmallUmt5):
+            self._tokenizer.load_state_dict(_part(weights, "text_encoder."))
+            self._tokenizer.save(folder)
         return folder / "transformer"
+
+
+def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
 class VideoVAETask(Task):

@@ -37,6 +37,7 @@ from .optimizer import build_optimizer, learning_rate
 from .preemption import StopRequest
 from .tasks import build_task
 from .throughput import MetricsWindow
+from .tokenizer import prepare_tokenizer
 from .tracking import Tracker
 from .trained_weights import prepare_weights
 from .validate import sample_videos, validation_losses
@@ -70,6 +71,7 @@ class Trainer:
 
         # Data first: its mistakes are the commonest, and it needs no model to find them.
         self.loader, self.validation_loader = build_loaders(config, self.buckets)
+        prepare_tokenizer(config, self.loader)
         self.task = build_task(config, device)
         torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
         model = self.task.build_model()
