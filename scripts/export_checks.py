@@ -15,6 +15,8 @@ from ..models.token_layout import SelfAttentionConfig
 from ..models.vae.folder import load_vae
 from ..models.weights import load_config, load_weights_from
 
+# Rows of text by which diffusers tells them from those of an image before them.
+TEXT_ROWS = 512
 # Largest difference from diffusers, relative to the largest value: float32 rounding is below 1e-5.
 TOLERANCE = 1e-3
 
@@ -59,15 +61,20 @@ def _compare_transformer(folder: Path) -> Comparison:
     pt, ph, pw = config.patch_size
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, config.in_channels, 2 * pt, 4 * ph, 4 * pw, generator=generator)
-    text = torch.randn(1, 16, config.text_dim, generator=generator)
+    text = torch.randn(1, TEXT_ROWS, config.text_dim, generator=generator)
     timestep = torch.tensor([500.0])
+    image, image_there = None, None
+    if config.image_dim is not None:
+        image = torch.randn(1, config.image_tokens, config.image_dim, generator=generator)
+        # There two images are two rows of the batch.
+        image_there = image.unflatten(1, (2, -1)).squeeze(0) if config.pos_embed_seq_len else image
     ours = DiT(config).eval().requires_grad_(False)
     load_weights_from(ours, folder)
     with torch.no_grad():
-        velocity = ours(latents, timestep, text)
+        velocity = ours(latents, timestep, text, image)
         del ours  # one model of this size at a time
         theirs = _from_diffusers("WanTransformer3DModel", folder)
-        expected = theirs(latents, timestep, text, return_dict=False)[0]
+        expected = theirs(latents, timestep, text, image_there, return_dict=False)[0]
     return Comparison(folder.name, _difference(velocity, expected))
 
 

@@ -24,6 +24,8 @@ def lost_loaders(model: DiTConfig, vae: VAEConfig, text: TextEncoderConfig) -> l
     expect("model.text_dim", model.text_dim, UMT5_XXL_DIM, f"ComfyUI (its text encoder is umT5-XXL), {FIXED_SIZES}")
     expect("model.patch_size", list(model.patch_size), [1, 2, 2], f"Wan's own code, {comfy_header}, {FIXED_SIZES}")
     expect("model.eps", model.eps, 1e-6, comfy_header)
+    if model.image_dim is not None:
+        expect("text.max_tokens", text.max_tokens, 512, "diffusers (it finds the image's features by it)")
     if model.self_attention != SelfAttentionConfig():
         lost.append(
             f"model.self_attention.pattern={model.self_attention.pattern.name} is not full: every other tool computes full "
@@ -38,6 +40,11 @@ def lost_loaders(model: DiTConfig, vae: VAEConfig, text: TextEncoderConfig) -> l
     if text.kind is TextEncoderKind.bytes:
         lost.append(
             "text.kind=bytes is known to this project only: other tools take ready prompt embeddings (prompts=FILE), no prompts"
+        )
+    if text.kind is TextEncoderKind.umt5_small:
+        lost.append(
+            "text.kind=umt5_small is written with format=diffusers: lost are ComfyUI and Wan's own code, which have umT5-XXL "
+            "built in"
         )
     return lost
 

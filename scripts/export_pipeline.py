@@ -17,7 +17,7 @@ from ..models.weights import save_model
 from ..train.config import TrainConfig
 from .export_plan import ExportPlan
 from .export_readme import README_NAME, pipeline_readme
-from .export_weights import as_tensors, write_prompt_embeds
+from .export_weights import as_tensors, write_prompt_embeds, write_trained_umt5
 
 Advance = Callable[[int], None]  # is told how many numbers were written or read again
 
@@ -45,11 +45,13 @@ def write_pipeline(folder: Path, plan: ExportPlan, *, dtype: torch.dtype, prompt
 
 
 def write_text_parts(folder: Path, plan: ExportPlan, prompts: list[str]) -> None:
-    """The frozen encoder's own files, or the features of prompts where other tools have no such encoder."""
+    """The text encoder and its tokenizer, or the features of prompts where other tools have no such encoder."""
     text = plan.config.text
     if text.kind is TextEncoderKind.umt5:
         for part in ("text_encoder", "tokenizer"):
             copy_files(Path(text.path or "") / part, folder / part)
+    elif text.kind is TextEncoderKind.umt5_small:
+        write_trained_umt5(folder, plan.run.checkpoint, plan.run.kind, plan.config)
     elif prompts:
         write_prompt_embeds(folder, plan.run.checkpoint, plan.run.kind, text, prompts)
 

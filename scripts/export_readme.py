@@ -1,5 +1,6 @@
 """README.md of an export: how other tools open it."""
 
+from ..models.diffusion.conditioning import ConditioningForm
 from ..models.text import TextEncoderKind
 from ..train.config import TrainConfig
 
@@ -9,7 +10,7 @@ PROMPT_EMBEDS_NAME = "prompt_embeds.safetensors"
 
 def pipeline_readme(config: TrainConfig, prompts: list[str]) -> str:
     """Of a pipeline folder."""
-    takes_image = config.input_channels() != config.vae.resolved().z_dim
+    takes_image = config.conditioning.form is not ConditioningForm.none
     class_name = "WanImageToVideoPipeline" if takes_image else "WanPipeline"
     data, sampler, text = config.data, config.sampler, config.text
     size = f"height={data.height}, width={data.width}, num_frames={data.frames}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..models.lora import lora_factors, merge_lora
 from ..models.lora_files import LoRAForm, read_lora, write_lora
 from ..models.text import ByteTextEncoder, TextEncoderConfig
+from ..models.text_small import SmallUmt5
 from ..models.text_to_video import TextToVideoModel
 from ..models.weight_files import Tensors
 from ..models.weights import load_weights
@@ -79,6 +80,14 @@ def write_lora_file(path: Path, run: "RunWeights", form: str, dtype: torch.dtype
             path.unlink()
             raise ValueError(f"{path}: {name} is not what was written (is the disk sound?)")
     return len(factors)
+
+
+def write_trained_umt5(folder: Path, checkpoint: Path, kind: str, config: TrainConfig) -> None:
+    """text_encoder/ and tokenizer/ that the run trained along, float32."""
+    encoder = SmallUmt5(config.text, config.tokenizer_folder())
+    with trained_tensors(checkpoint, kind, "text_encoder.") as tensors:
+        load_weights(encoder, dict(tensors), where=str(checkpoint))
+    encoder.save(folder)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from muybridge.models.vae import VideoVAE
 from muybridge.models.vae.config import WAN_2_1_LATENTS_MEAN, WAN_2_1_LATENTS_STD, VAEConfig
 from muybridge.models.vae.folder import load_vae
 from muybridge.models.wan_keys import Component, Layout, to_diffusers_keys, transformer_dtype
+from muybridge.models.weights import save_model
 from muybridge.scripts import export, export_checks, export_files, export_pipeline
 from muybridge.scripts.export_loaders import lost_loaders
 from muybridge.train.checkpoint import committed_checkpoints, read_weights
@@ -322,6 +323,19 @@ def test_what_only_a_lora_can_have_is_named(run_dir: Path, tmp_path: Path) -> No
         export.main([f"run={run_dir}", f"out={tmp_path / 'out'}", "format=kohya", "merge=true"])
 
 
+@pytest.mark.parametrize("places", [None, 514])
+def test_a_transformer_that_reads_image_features_is_compared_too(places: int | None, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    config = DiTConfig(num_layers=2, dim=32, num_attention_heads=2, ffn_dim=64, text_dim=32, in_channels=36)
+    dit = DiT(replace(config, image_dim=24, pos_embed_seq_len=places))
+    torch.manual_seed(0)
+    weights = {name: 0.1 * torch.randn_like(tensor) for name, tensor in dit.state_dict().items()}
+    save_model(tmp_path / "transformer", dit.config.to_diffusers(), weights)
+    (comparison,) = export_checks.compare_with_diffusers(tmp_path)
+    assert comparison.difference is not None
+    assert comparison.difference < 1e-5
+
+
 def test_what_other_tools_take_for_granted_is_named() -> None:
     wan, wan_vae = DiTConfig(), VAEConfig()
     umt5 = TextEncoderConfig(kind=TextEncoderKind.umt5, dim=4096, path="x")
@@ -331,6 +345,11 @@ def test_what_other_tools_take_for_granted_is_named() -> None:
     said = lost_loaders(own, VAEConfig(base_dim=16), TextEncoderConfig(dim=192))
     for words in ("=32 is not Wan's 128", "text_dim=192", "[3, 2, 2]", "pattern=radial", "base_dim=16", "kind=bytes"):
         assert sum(words in line for line in said) == 1, words
+    small = TextEncoderConfig(kind=TextEncoderKind.umt5_small, dim=4096)
+    (line,) = lost_loaders(wan, wan_vae, small)
+    assert "umt5_small" in line
+    (line,) = lost_loaders(DiTConfig(image_dim=1280), wan_vae, replace(umt5, max_tokens=32))
+    assert "text.max_tokens=32 is not Wan's 512: lost are diffusers" in line
 
 
 def test_every_weight_that_diffusers_keeps_in_float32_is_kept() -> None:
