@@ -159,6 +159,7 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ..kernels.dispatch import configure
+    from ..models.diffusion.conditioning import TEXT_ALONE, Condition, ConditioningForm, ImageChannels
     from ..models.diffusion.objective import rectified_flow_loss
     from ..models.dit import DiT
     from ..models.flops import count_parameters, count_tokens, training_flops
@@ -178,6 +179,9 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
         noise = torch.randn(batch, *shape)
         text = torch.randn(batch, config.text.max_tokens, config.model.text_dim)
         noise_levels = torch.rand(batch)
+        condition: Condition = TEXT_ALONE
+        if config.conditioning.form is ConditioningForm.channels:
+            condition = ImageChannels(torch.randn(batch, config.input_channels() - shape[0], *shape[1:]))
     engine = Engine(
         model,
         build_optimizer(model, config.optimizer),
@@ -191,7 +195,8 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
     seconds = []
     for step in track(range(3 + options.steps), description="steps", console=Console(stderr=True)):
         began = time.perf_counter()
-        engine.backward(rectified_flow_loss(engine, latents, text, noise, noise_levels).mean(), is_last=True)
+        losses = rectified_flow_loss(engine, latents, text, noise, noise_levels, condition)
+        engine.backward(losses.mean(), is_last=True)
         engine.step(config.optimizer.lr)
         ema.update(step + 1)
         if device.type == "cuda":

@@ -33,14 +33,24 @@ def test_every_experiment_composes_and_keeps_the_rules(experiment: str, monkeypa
     assert config.run_dir.startswith("runs/")
 
 
-@pytest.mark.parametrize(("experiment", "processes"), [("wan_1_3b_480p", 8), ("wan_14b_480p", 64)])
+@pytest.mark.parametrize(
+    ("experiment", "processes", "latents"),
+    [
+        ("wan_1_3b_480p", 8, (16, 21, 60, 104)),
+        ("wan_14b_480p", 64, (16, 21, 60, 104)),
+        ("wan_14b_full", 32, (16, 21, 60, 104)),
+        ("wan2_2_a14b_two_experts", 32, (16, 21, 60, 104)),
+        ("wan_i2v", 32, (16, 21, 60, 104)),
+        ("wan2_2_5b_full", 16, (48, 31, 44, 80)),
+    ],
+)
 def test_the_large_experiments_divide_over_their_machines(
-    experiment: str, processes: int, monkeypatch: pytest.MonkeyPatch
+    experiment: str, processes: int, latents: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     config = load_train_config([f"+experiment={experiment}", "dry_run=true"])
     assert all(bucket.global_batch % (bucket.micro_batch * processes) == 0 for bucket in config.buckets(processes))
-    assert config.latent_shape() == (16, 21, 60, 104)
+    assert config.latent_shape() == latents
 
 
 def test_an_experiments_folders_follow_its_weights_and_its_expert() -> None:

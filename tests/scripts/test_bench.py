@@ -21,11 +21,14 @@ def test_overhead_is_measured_in_paired_runs(
     assert "overhead percent" in answer.stdout
 
 
+@pytest.mark.parametrize(
+    "more", [[], ["conditioning.form=channels", "model.in_channels=36", "data.access=raw"]], ids=["text", "image"]
+)
 def test_steps_of_a_model_are_timed(
-    muybridge: Callable[..., subprocess.CompletedProcess[str]], tiny_run: list[str], tmp_path: Path
+    more: list[str], muybridge: Callable[..., subprocess.CompletedProcess[str]], tiny_run: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "step.json"
-    answer = muybridge("bench", "step", "--steps", "3", "--json", out, *tiny_run, "run_dir=runs/none")
+    answer = muybridge("bench", "step", "--steps", "3", "--json", out, *tiny_run, "run_dir=runs/none", *more)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     figures = json.loads(out.read_text())
     # 9 frames of 64 x 64 are 3 x 8 x 8 latents, in patches of 1 x 2 x 2.

@@ -1,5 +1,7 @@
 """What training samples are told of their clips: the configured shares, the same on every rank, whole tokens only."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -66,9 +68,15 @@ def test_a_single_image_is_made_of_text_alone() -> None:
 
 
 def test_validation_is_drawn_apart_from_training() -> None:
-    arguments = {"temporal_stride": 4, "patch_size": PATCH, "seed": 5, "step": 7, "slots": list(range(16))}
-    training = draw_known_places(ALL_MODES, LATENTS, **arguments)  # type: ignore[arg-type]
-    validation = draw_known_places(ALL_MODES, LATENTS, **arguments, purpose="validation/")  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {
+        "temporal_stride": 4,
+        "patch_size": PATCH,
+        "seed": 5,
+        "step": 7,
+        "slots": list(range(16)),
+    }
+    training = draw_known_places(ALL_MODES, LATENTS, **arguments)
+    validation = draw_known_places(ALL_MODES, LATENTS, **arguments, purpose="validation/")
     assert not torch.equal(training, validation)
 
 
