@@ -137,6 +137,9 @@ def test_image_features_are_of_the_first_frame_as_far_as_it_is_known(
         return found
 
     torch.testing.assert_close(features(config), batch.pixels[:, :, 0].mean((2, 3)).unsqueeze(1))
+    task = TextToVideoTask(config, CPU)
+    monkeypatch.setattr(task.conditions, "_image_encoder", MeanColour())
+    assert task.losses(task.build_model(), batch).total.isfinite().all()
     unknown = replace(config, conditioning=replace(config.conditioning, i2v=0.0, t2v=1.0))
     assert torch.equal(features(unknown), torch.zeros((len(batch), 1, 3)))
 
