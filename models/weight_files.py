@@ -1,6 +1,7 @@
 """Files of named tensors, opened without reading them: tensors come one at a time, so models larger than memory can be moved."""
 
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -171,15 +172,15 @@ def _open_file(path: Path, stack: ExitStack) -> list[tuple[str, torch.Size, Call
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch.save file, mapped into memory instead of read."""
+    """The tensors of a torch.save file, mapped into memory instead of read; files of torch before 1.6 cannot be mapped."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # bytes that are no pickle raise nearly anything
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         if "Weights only load failed" in first_line:
             raise ValueError(
-                f"{path}: holds more than tensors, and opening it could run code from it: refused. Take a file of "
-                f"safetensors instead"
+                f"{path}: holds more than tensors, or is damaged; opening it could run code from it: refused. Take a file "
+                f"of safetensors instead"
             ) from error
         raise ValueError(f"{path}: not a readable file of torch.save ({first_line})") from error
     if not isinstance(content, dict) or not all(

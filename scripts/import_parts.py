@@ -21,7 +21,7 @@ from ..models.wan_sizes import (
     vae_shapes,
     vae_sizes,
 )
-from ..models.weight_files import Tensors, check_shapes, open_weights, read_json
+from ..models.weight_files import WEIGHTS_STEM, Tensors, check_shapes, open_weights, read_json
 
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # config.json of Wan's release -> our field, where the weights tell the size as well.
@@ -68,7 +68,7 @@ def open_part(component: Component, source: Path, stack: ExitStack) -> OpenPart:
         layout = detect_layout(stored.shapes, component)
         tensors = stored.renamed(to_diffusers_keys(stored.shapes, component, layout))
         if component is Component.transformer:
-            transformer = _transformer_config(claims or _header_claims(source), tensors)
+            transformer = _transformer_config(_header_claims(source) | claims, tensors)
             expected, config, channels = (
                 transformer_shapes(transformer),
                 transformer.to_diffusers(),
@@ -108,10 +108,11 @@ def _check_claims(pairs: dict[str, tuple[Any, Any]]) -> None:
 
 
 def _header_claims(source: Path) -> dict[str, Any]:
-    """What of a single file's sizes its shapes do not show, from the header that `muybridge export` writes."""
-    if source.suffix != ".safetensors":
+    """What neither the shapes nor the release's config show of a transformer, from the header that `muybridge export` writes."""
+    files = sorted(source.glob(f"{WEIGHTS_STEM}*.safetensors")) if source.is_dir() else [source]
+    if not files or files[0].suffix != ".safetensors":
         return {}
-    with safe_open(source, framework="pt") as file:
+    with safe_open(files[0], framework="pt") as file:
         header = file.metadata() or {}
     model = json.loads(header.get("muybridge.config", "{}")).get("model", {})
     names = {"num_attention_heads": "num_heads", "eps": "eps", "self_attention": "self_attention"}

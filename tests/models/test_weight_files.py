@@ -44,12 +44,13 @@ def test_every_form_of_a_file_gives_the_same_tensors(tmp_path: Path) -> None:
     state = draw_state()
     save_file(state, tmp_path / "whole.safetensors")
     torch.save(state, tmp_path / "saved.pth")
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     save_model(tmp_path / "folder", CONFIG, state)
     save_model(tmp_path / "shards", CONFIG, state, max_shard_bytes=16)
     save_model(tmp_path / "text", {"architectures": ["Toy"]}, state, stem=TRANSFORMERS_STEM, max_shard_bytes=16)
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) == 2
     assert (tmp_path / "text" / "model.safetensors.index.json").is_file()
-    for name in ("whole.safetensors", "saved.pth", "folder", "shards", "text"):
+    for name in ("whole.safetensors", "saved.pth", "old.pth", "folder", "shards", "text"):
         assert_same(dict(iterate_tensors(tmp_path / name)), state)
         check_written(tmp_path / name, Tensors.of(state))
 
@@ -111,10 +112,12 @@ class Malice:
 
 def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
-    torch.save({"weight": torch.zeros(2), "code": Malice(trap)}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match=r"bad\.pth: holds more than tensors, .* refused"):
-        dict(iterate_tensors(tmp_path / "bad.pth"))
-    assert not trap.exists()
+    for is_new in (True, False):
+        state = {"weight": torch.zeros(2), "code": Malice(trap)}
+        torch.save(state, tmp_path / "bad.pth", _use_new_zipfile_serialization=is_new)
+        with pytest.raises(ValueError, match=r"bad\.pth: holds more than tensors, .* refused"):
+            dict(iterate_tensors(tmp_path / "bad.pth"))
+        assert not trap.exists()
     with open(tmp_path / "bare.pt", "wb") as file:
         pickle.dump(Malice(trap), file)
     with pytest.raises(ValueError, match=r"bare\.pt: "):
@@ -128,10 +131,13 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("not a pickle")
     (tmp_path / "text.safetensors").write_text("no safetensors")
     (tmp_path / "model.gguf").write_text("")
+    torch.save({"weight": torch.zeros(99)}, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-200])
     for name, message in {
+        "cut.pth": "",
         "state.pt": "must hold a flat dictionary of tensors",
         "nested.pt": "must hold a flat dictionary of tensors",
-        "text.pth": "",
+        "text.pth": "holds more than tensors, or is damaged",
         "text.safetensors": "not a readable safetensors file",
         "model.gguf": r"must be a \.safetensors file",
         "absent.pth": "no such file",

@@ -18,7 +18,10 @@ from muybridge.models.pipeline_folder import PipelineFiles
 from muybridge.models.vae.folder import load_vae
 from muybridge.models.wan_keys import Component, Layout, from_diffusers_keys
 from muybridge.models.weights import load_config, load_state_dict, load_weights_from
+from muybridge.scripts import export
 from muybridge.scripts.import_weights import main
+from muybridge.train.checkpoint import committed_checkpoints, read_weights
+from muybridge.train.config import read_config
 
 diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
@@ -445,3 +448,29 @@ def test_an_output_is_replaced_only_when_asked_and_only_by_a_whole_one(release: 
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match="mine is no pipeline folder"):
         main([str(release), str(tmp_path / "mine"), "--overwrite"])
+
+
+@pytest.mark.parametrize("form", ["diffusers", "original", "comfy"])
+def test_what_export_writes_comes_back(
+    form: str, tiny_run: list[str], save_random_run: Callable[[Path, list[str]], Path], tmp_path: Path
+) -> None:
+    """Also what the shapes do not show: narrow heads and a pattern of attention."""
+    pattern = "model.self_attention.pattern=block_causal"
+    run_dir = save_random_run(tmp_path / "run", [*tiny_run, pattern, "sampler.shift=4"])
+    exported, out = tmp_path / "exported", tmp_path / "out"
+    assert export.main([f"run={run_dir}", f"out={exported}", f"format={form}", "dtype=fp32"]) == 0
+    source, extra = exported, []
+    if form == "comfy":
+        source, vae = (next((exported / name).iterdir()) for name in ("diffusion_models", "vae"))
+        extra = ["--vae", str(vae)]
+    main([str(source), str(out), *extra])
+    load_vae(out / "vae")
+    checkpoint = committed_checkpoints(run_dir / "checkpoints")[-1]
+    prefix = "transformer."
+    weights = {name: value for name, value in read_weights(checkpoint, "ema").items() if name.startswith(prefix)}
+    assert_same(
+        load_state_dict(out / "transformer"), {name.removeprefix(prefix): value for name, value in weights.items()}
+    )
+    assert DiTConfig.from_diffusers(load_config(out / "transformer")) == read_config(run_dir).model
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["flow_shift"] == (4.0 if form == "diffusers" else 5.0)
