@@ -28,7 +28,8 @@ class SmallUmt5(nn.Module):
             raise ValueError(f"{tokenizer_folder} must hold the tokenizer of this run (tokenizer.json)")
         self.config = config
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        self.model = transformers.UMT5EncoderModel(
+        # Without the model around it, which has the embedding a second time under another name.
+        self.encoder = transformers.UMT5EncoderModel(
             transformers.UMT5Config(
                 vocab_size=len(self.tokenizer),
                 d_model=config.dim,
@@ -41,16 +42,16 @@ class SmallUmt5(nn.Module):
                 pad_token_id=PADDING,
                 eos_token_id=1,
             )
-        )
+        ).encoder
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw fresh weights; every branch starts at zero, so that at first features are of single words, as in `ByteTextEncoder`."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.encoder.named_parameters():
             if parameter.ndim == 1:
                 nn.init.ones_(parameter)
-            elif name.startswith("shared.") or "relative_attention_bias" in name:
+            elif name.startswith("embed_tokens.") or "relative_attention_bias" in name:
                 nn.init.normal_(parameter, std=0.2)
             elif name.endswith((".o.weight", ".wo.weight")):
                 nn.init.zeros_(parameter)
@@ -72,12 +73,14 @@ class SmallUmt5(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] of `tokenize` to float32 features [B, S, dim]; rows of padding are zero and never attended."""
         is_piece = tokens != PADDING
-        features = self.model(tokens, is_piece.long()).last_hidden_state
+        features = self.encoder(tokens, is_piece.long()).last_hidden_state
         return features.float() * is_piece.unsqueeze(-1)
 
     def save(self, folder: Path) -> None:
         """Write text_encoder/ and tokenizer/ as a pipeline folder has them; the tokenizer's length is `max_tokens`."""
-        self.model.save_pretrained(folder / "text_encoder")
+        model = _transformers().UMT5EncoderModel(self.encoder.config)
+        model.encoder, model.shared = self.encoder, self.encoder.embed_tokens
+        model.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
 

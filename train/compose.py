@@ -61,7 +61,7 @@ def _compose_untyped(overrides: list[str], *, config_name: str, schema_name: str
     """The YAML files and overrides merged without a schema, so that one wrong key does not hide the next."""
     faults: list[str] = []
     groups, values = [], []
-    known_groups = _config_groups()
+    known_groups = _config_groups(config_name)
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
@@ -94,8 +94,12 @@ def _apply(config: DictConfig, override: Override, faults: list[str]) -> None:
         OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=True)
 
 
-def _config_groups() -> set[str]:
+def _config_groups(config_name: str) -> set[str]:
+    """The groups of files that can be chosen; none where the file is put together from no group, whose names are free then."""
     root = Path(__file__).parents[1] / "configs"
+    defaults = OmegaConf.load(root / f"{config_name}.yaml").get("defaults", [])
+    if not any(isinstance(default, DictConfig) for default in defaults):
+        return set()
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_dir() and path.name != "__pycache__"}
 
 
