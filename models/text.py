@@ -3,6 +3,8 @@
 import hashlib
 import html
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -180,7 +182,8 @@ class Umt5TextEncoder(nn.Module):
                 )
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
-        self.model = UMT5EncoderModel.from_pretrained(root / "text_encoder", local_files_only=True, dtype=dtype)
+        with _without_progress_bars():
+            self.model = UMT5EncoderModel.from_pretrained(root / "text_encoder", local_files_only=True, dtype=dtype)
         if self.model.config.d_model != config.dim:
             raise ValueError(
                 f"text.dim={config.dim} must be the width of {root / 'text_encoder'}, {self.model.config.d_model}"
@@ -211,6 +214,18 @@ class Umt5TextEncoder(nn.Module):
         device = self.model.device
         features = self.model(batch.input_ids.to(device), batch.attention_mask.to(device)).last_hidden_state
         return [rows[:length] for rows, length in zip(features, lengths, strict=True)]
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hides the progress bars of transformers, whatever the user's setting, which is kept: a command of ours has its own."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    former = set_tqdm_hook(lambda build, args, options: build(*args, **{**options, "disable": True}))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(former)
 
 
 def pad_features(features: list[Tensor], max_tokens: int) -> Tensor:
@@ -246,8 +261,10 @@ def text_fingerprint(config: TextEncoderConfig) -> str | None:
 
 def clean_caption(caption: str) -> str:
     """Mend broken Unicode, resolve HTML entities (twice: scraped captions hold `&amp;lt;`), collapse white space."""
-    import ftfy
-
+    try:
+        import ftfy
+    except ImportError as error:
+        raise ValueError(f"captions are cleaned with ftfy: pip install 'muybridge[text]' ({error})") from error
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(caption)))).strip()
 
 

@@ -2,8 +2,10 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -109,3 +111,25 @@ def test_the_fingerprint_follows_what_the_features_depend_on(folder: Path, tmp_p
     assert fingerprint(copy) == before
     with pytest.raises(ValueError, match=r"text\.path=.*nowhere must be a folder with text_encoder/"):
         fingerprint(tmp_path / "nowhere")
+
+
+def test_no_progress_bar_is_shown_and_the_users_own_setting_stays(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    shown: list[str] = []
+
+    def users_hook(make: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        shown.append(options.get("desc", ""))
+        return make(*args, **options)
+
+    former = logging.set_tqdm_hook(users_hook)
+    try:
+        build(folder)
+        assert not shown
+        assert "Loading weights" not in capsys.readouterr().err
+        assert list(logging.tqdm([1, 2], desc="the user's")) == [1, 2]
+        assert shown == ["the user's"]
+    finally:
+        assert logging.set_tqdm_hook(former) is users_hook
