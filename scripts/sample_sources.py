@@ -5,7 +5,7 @@ Opening one reads settings and checks; weights are read when they are needed.
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ..models.embeddings import Fp32Linear
 from ..models.image_encoder import ClipImageEncoder
 from ..models.lora_files import read_lora
 from ..models.pipeline_folder import PipelineFiles
+from ..models.prompt_cache import PromptCache, user_prompt_folder
 from ..models.text import TextEncoderConfig, TextEncoderKind, Umt5TextEncoder
 from ..models.vae import VAEConfig
 from ..models.vae.folder import load_vae
@@ -95,7 +96,7 @@ class RunSource(Source):
     def __init__(self, run_dir: str, kind: WeightKind) -> None:
         """Raises ValueError where there is no such run, or no checkpoint that is whole."""
         super().__init__()
-        run = read_config(Path(run_dir))
+        run = replace(read_config(Path(run_dir)), run_dir=run_dir)  # where it lies now, which may not be where it ran
         if run.task is not TaskKind.text_to_video:
             raise ValueError(f"run={run_dir} has task={run.task.name}; sampling needs a text_to_video run")
         if run.expert is not Expert.none:
@@ -121,7 +122,7 @@ class RunSource(Source):
         return TextToVideoTask(self._run, self.device)
 
     def encode_text(self, prompts: list[str]) -> Tensor:
-        return self._task.encode_text(prompts)
+        return self._task.encode_prompts(prompts)
 
     def image_features(self, images: Tensor) -> Tensor | None:
         return _image_features(self.transformer, self._image_encoder, images)
@@ -170,9 +171,12 @@ class FolderSource(Source):
         self.size = ClipSize(121, 704, 1280, 24) if is_wan_2_2_vae else ClipSize(81, 480, 832, 16)
 
     def encode_text(self, prompts: list[str]) -> Tensor:
-        # Read for this call only: umT5-XXL takes as much memory as a transformer of 5 B parameters.
-        encoder = Umt5TextEncoder(self._text, dtype=self._dtype).to(self.device)
-        return encoder.encode(prompts)
+        # Read for this call only, if at all: umT5-XXL takes as much memory as a transformer of 5 B parameters.
+        cache = PromptCache(user_prompt_folder(), self._text, build=self._read_umt5, dtype=self._dtype)
+        return cache.encode(prompts).to(self.device)
+
+    def _read_umt5(self) -> Umt5TextEncoder:
+        return Umt5TextEncoder(self._text, dtype=self._dtype).to(self.device)
 
     def image_features(self, images: Tensor) -> Tensor | None:
         return _image_features(self.transformer, self._files.root, images)

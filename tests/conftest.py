@@ -32,11 +32,19 @@ TINY = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder that stands for the user's caches, of which nothing is read or written."""
+    os.environ["MUYBRIDGE_CACHE"] = folder = str(tmp_path_factory.mktemp("user_cache"))
+    return folder
+
+
 @pytest.fixture(scope="session")
-def command_env() -> dict[str, str]:
+def command_env(user_cache: str) -> dict[str, str]:
     """The environment of a command: nothing of the test runner's, one thread, no network."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "MUYBRIDGE_"))}
     quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+    quiet["MUYBRIDGE_CACHE"] = user_cache
     return {**kept, **quiet, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 

@@ -6,6 +6,7 @@ The trainer knows neither; a task knows nothing of ranks, optimizers or checkpoi
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..models.diffusion.objective import keyed_noise, keyed_noise_levels, rectif
 from ..models.dit import DiT
 from ..models.lora import lora_factors
 from ..models.lora_files import write_lora
+from ..models.prompt_cache import PromptCache
 from ..models.text import ByteTextEncoder, TextEncoderKind, Umt5TextEncoder, pad_features
 from ..models.text_small import SmallUmt5
 from ..models.text_to_video import TextToVideoModel
@@ -73,10 +75,17 @@ class TextToVideoTask(Task):
 
     @property
     def umt5(self) -> Umt5TextEncoder:
-        """The frozen text encoder, read when it is first needed: a run on a latent cache needs it for prompts only."""
+        """The frozen text encoder, read when a caption needs it: a latent cache has the captions' features."""
         if self._umt5 is None:
-            self._umt5 = Umt5TextEncoder(self.config.text).to(self.device)
+            self._umt5 = self._read_umt5()
         return self._umt5
+
+    def _read_umt5(self) -> Umt5TextEncoder:
+        return Umt5TextEncoder(self.config.text).to(self.device)
+
+    @cached_property
+    def _prompt_cache(self) -> PromptCache:
+        return PromptCache(Path(self.config.run_dir) / "prompt_features", self.config.text, build=self._read_umt5)
 
     @property
     def vae(self) -> VideoVAE:
@@ -97,6 +106,12 @@ class TextToVideoTask(Task):
         if self._tokenizer is not None:
             return self._tokenizer.tokenize(captions).to(self.device)
         return self.umt5.encode(captions)
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """As `encode_text`, but a frozen encoder that captions do not keep in memory is read for new prompts only."""
+        if self._tokenizer is None and self._umt5 is None:
+            return self._prompt_cache.encode(prompts).to(self.device)
+        return self.encode_text(prompts)
 
     def _trained_text_encoder(self) -> ByteTextEncoder | SmallUmt5 | None:
         config = self.config.text

@@ -74,11 +74,12 @@ def sample_videos(engine: "Engine", task: "Task", config: "TrainConfig", folder:
     numbers = [(rank * per_rank + i) % len(prompts) for i in range(per_rank)]
     mine = [prompts[number] for number in numbers]
     engine.eval()
+    text = task.encode_prompts([*mine, NEGATIVE_PROMPT])  # in one call, which reads a large encoder at most once
     latents = generate_latents(
         VideoModels(engine, task.vae),
         prompt_noise(config.seed, numbers, config.latent_shape(), task.device),
-        task.encode_text(mine),
-        task.encode_text([NEGATIVE_PROMPT] * len(mine)),
+        text[:-1],
+        text[-1:].expand_as(text[:-1]),
         sampler=config.sampler,
     )
     engine.train()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from muybridge.scripts import sample_sources
 from muybridge.scripts.sample import ClipSize, SampleConfig, generate_clips, read_pixels
 from muybridge.scripts.sample_sources import open_source
 from muybridge.train.generate import prompt_noise
@@ -128,3 +129,18 @@ def test_videos_are_those_of_diffusers(kind: str, tmp_path: Path) -> None:
     assert found.shape == (2, 9, 32, 48, 3)
     assert np.abs(found / 255 - wanted).max() < 1 / 255 / 2 + 2e-3
     assert found.std() > 5  # and not grey
+
+
+def test_prompts_of_a_folder_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_encoder(*args: object, **options: object) -> None:
+        raise AssertionError("the encoder was read")
+
+    monkeypatch.setenv("MUYBRIDGE_CACHE", str(tmp_path / "cache"))
+    write_folder(tmp_path / "model", kind="text")
+    config = SampleConfig(model=str(tmp_path / "model"))
+    features = open_source(config).encode_text([*PROMPTS, NEGATIVE])
+    assert features.shape == (3, 512, 32)
+    monkeypatch.setattr(sample_sources, "Umt5TextEncoder", no_encoder)
+    assert torch.equal(open_source(config).encode_text([NEGATIVE, *PROMPTS]), features.roll(1, 0))
+    with pytest.raises(AssertionError, match="the encoder was read"):
+        open_source(config).encode_text(["another"])
