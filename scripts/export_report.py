@@ -17,11 +17,11 @@ def print_report(out: Path, plan: ExportPlan, comparisons: list[Comparison]) -> 
     config = plan.config
     console = Console(highlight=False, soft_wrap=True)
     table = Table(title=str(out))
-    table.add_column("part")
+    table.add_column("part", overflow="fold")
     table.add_column("files", justify="right")
     table.add_column("MB", justify="right")
     table.add_column("weights")
-    table.add_column("difference from diffusers", justify="right")
+    table.add_column("off diffusers by", justify="right")
     compared = {comparison.part: comparison for comparison in comparisons}
     for part in sorted(path for path in out.iterdir() if path.is_dir() or path.suffix == ".safetensors"):
         files = sorted(path for path in part.rglob("*") if path.is_file()) if part.is_dir() else [part]
