@@ -3,10 +3,11 @@
     checkpoints/step-00000200/
         shard-00000-of-00002.safetensors   fp32 pieces of rank 0: master/NAME, exp_avg/NAME, exp_avg_sq/NAME, ema/NAME
         shard-00000-of-00002.json          where each piece lies in its parameter
-        run.json                           step, shapes, optimizer step, state of the loader, W&B id, versions
+        run.json                           step, shapes, optimizer step, state of the loader, W&B id, versions; settings of a LoRA
         bad_clips.jsonl                    clips that could not be read, see data/ledger.py
         MANIFEST.json                      size and CRC-32 of every file; written last
 
+Only what is trained is in it: of a LoRA run the factors, with a fingerprint of the weights under them in run.json.
 All files go to a staging folder; its rename is the commit. No pickle is read or written. Because a piece carries its address, a
 checkpoint loads at any world size and ZeRO stage.
 """

@@ -189,7 +189,7 @@ def test_a_finished_run_leaves_its_settings_and_weights(runs: tuple[Path, dict[s
         ("other VAE", "stale: its vae_fingerprint is"),
         ("no latents", "muybridge encode"),
         ("no clips", "muybridge prepare"),
-        ("no such start", "must be the directory of a run with a checkpoint"),
+        ("no such start", "or the directory of a run with a checkpoint"),
         ("start of another size", "tensors of another shape"),
     ],
 )
