@@ -107,6 +107,15 @@ def test_features_of_other_settings_are_not_used(encoder_folder: Path, tmp_path:
     half = Cache(tmp_path / "cache", encoder_folder, dtype=torch.bfloat16)
     assert half.encode(PROMPTS).dtype == torch.bfloat16
     assert longer.builds == half.builds == 1
+    again = Cache(tmp_path / "cache", encoder_folder)
+    again.encode(PROMPTS)
+    assert again.builds == 0  # each has files of its own
+
+
+def test_a_missing_extra_is_named(encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ValueError, match=r"pip install 'muybridge\[text\]'"):
+        Cache(tmp_path / "cache", encoder_folder).encode(PROMPTS)
 
 
 def test_weights_exchanged_while_in_use_are_not_kept_under_the_old_ones(encoder_folder: Path, tmp_path: Path) -> None:
