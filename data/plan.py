@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -155,7 +154,9 @@ class Plan:
 
     def slots(self, step: int) -> list[Slot]:
         """The slots of a step, in the order of their positions."""
-        return self._slots_at(step, range(self.buckets[self.bucket(step)].global_batch))
+        positions = range(self.buckets[self.bucket(step)].global_batch)
+        slots = self._slots_at(step, positions)
+        return [slots[position] for position in positions]
 
     def local_slots(self, step: int, *, rank: int, world_size: int) -> list[list[Slot]]:
         """One rank's slots, one list for each micro-step; as many lists on every rank, filled up with ghosts.
@@ -166,7 +167,7 @@ class Plan:
         bucket = self.buckets[number]
         groups = split_places(bucket.global_batch, rank=rank, world_size=world_size, micro_batch=bucket.micro_batch)
         real = [place for group in groups for place in group if place < bucket.global_batch]
-        slots = {slot.position: slot for slot in self._slots_at(step, real)}
+        slots = self._slots_at(step, real)
         return [[slots.get(place) or Slot(step, place, number, GHOST, GHOST, 0) for place in group] for group in groups]
 
     def substitute(self, slot: Slot, attempt: int) -> int | None:
@@ -224,7 +225,7 @@ class Plan:
         """The share of all places that hold no sample, and are computed for nothing; weighted by their pixels."""
         return ghost_share(self.buckets, self.step_shares, world_size)
 
-    def _slots_at(self, step: int, positions: Sequence[int]) -> list[Slot]:
+    def _slots_at(self, step: int, positions: Sequence[int]) -> dict[int, Slot]:
         number = self.bucket(step)
         bucket = self.buckets[number]
         first = self._places(number, step)
@@ -241,17 +242,15 @@ class Plan:
             at, places = passes.setdefault((dataset, pass_number), ([], []))
             at.append(position)
             places.append(place)
-        slots = []
+        slots = {}
         for (dataset, pass_number), (at, places) in passes.items():
             source = self.datasets[dataset]
             rows = source.rows[number]
             order = _order_of_pass(lengths[dataset], self.seed, source.name, bucket.name, pass_number)
             chosen = rows[order.many(places)].tolist()
-            slots += [
-                Slot(step, position, number, dataset, row, pass_number)
-                for position, row in zip(at, chosen, strict=True)
-            ]
-        return sorted(slots, key=attrgetter("position"))
+            for position, row in zip(at, chosen, strict=True):
+                slots[position] = Slot(step, position, number, dataset, row, pass_number)
+        return slots
 
     def _places(self, bucket: int, step: int) -> int:
         # Slots of a bucket in this segment before a step.
