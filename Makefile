@@ -62,7 +62,7 @@ $(VENV)/bin/pip:
 INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
 $(VENV)/.core-installed: $(REQUIREMENTS) | $(VENV)/bin/pip
 	@echo 'Installing into $(VENV): a minute or two, longer where torch comes with CUDA.'
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[text]'
 	touch $@
 
 $(VENV)/.dev-installed: $(REQUIREMENTS) | $(VENV)/bin/pip

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .text import without_progress_bars
+
 PROCESSOR_NAME = "preprocessor_config.json"
 _BICUBIC = 3  # in the numbering of Pillow, which the file uses
 
@@ -35,9 +37,10 @@ class ClipImageEncoder(nn.Module):
         self.preparation = ImagePreparation.from_file(root / "image_processor" / PROCESSOR_NAME)
         try:
             # Typed as the model alone, but with the loading info it is a pair.
-            loaded: Any = CLIPVisionModel.from_pretrained(
-                root / "image_encoder", local_files_only=True, dtype=dtype, output_loading_info=True
-            )
+            with without_progress_bars():
+                loaded: Any = CLIPVisionModel.from_pretrained(
+                    root / "image_encoder", local_files_only=True, dtype=dtype, output_loading_info=True
+                )
         except OSError as error:
             raise ValueError(f"{root / 'image_encoder'}: not a readable image encoder ({error})") from error
         self.model, info = loaded

@@ -182,7 +182,7 @@ class Umt5TextEncoder(nn.Module):
                 )
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
-        with _without_progress_bars():
+        with without_progress_bars():
             self.model = UMT5EncoderModel.from_pretrained(root / "text_encoder", local_files_only=True, dtype=dtype)
         if self.model.config.d_model != config.dim:
             raise ValueError(
@@ -217,7 +217,7 @@ class Umt5TextEncoder(nn.Module):
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Hides the progress bars of transformers, whatever the user's setting, which is kept: a command of ours has its own."""
     from transformers.utils.logging import set_tqdm_hook
 

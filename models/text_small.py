@@ -47,7 +47,7 @@ class SmallUmt5(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw fresh weights; every branch starts at zero, so that at first features are of single words, as in `ByteTextEncoder`."""
+        """Draw fresh weights; every branch starts at zero, so that features are of single words at first (`ByteTextEncoder`)."""
         for name, parameter in self.encoder.named_parameters():
             if parameter.ndim == 1:
                 nn.init.ones_(parameter)

@@ -88,7 +88,7 @@ def measure_overhead(pairs: int, steps: int) -> dict[str, Any]:
         folder = Path(scratch)
         with contextlib.redirect_stdout(io.StringIO()):
             inputs = make_toy_inputs(folder)
-        common = ["+experiment=quickstart", *inputs, "deepspeed=zero0", "threads=1", "tracking.wandb=off"]
+        common = ["+experiment=quickstart", "text=bytes", *inputs, "deepspeed=zero0", "threads=1", "tracking.wandb=off"]
         common += ["global_batch=16", "micro_batch=16", "validation.every_steps=0", "checkpoint.every_steps=0"]
 
         def cpu_seconds(kind: list[str], number: int, count: int) -> float:

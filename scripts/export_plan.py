@@ -22,6 +22,9 @@ from ..train.config import TaskKind, TrainConfig, read_config
 from ..train.experts import Expert
 from .export_weights import merged_transformer, trained_tensors
 
+# Entry of a weight file's header with the run's settings as JSON.
+EXPORTED_SETTINGS = "muybridge.config"
+
 
 @dataclass(frozen=True)
 class RunWeights:
@@ -55,7 +58,7 @@ class RunWeights:
             "muybridge.git_commit": commit or "unknown",
             "muybridge.step": str(read_run_state(self.checkpoint)["step"]),
             "muybridge.weights": self.kind,
-            "muybridge.config": json.dumps(kept),
+            EXPORTED_SETTINGS: json.dumps(kept),
         }
 
 

@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
         done_path.write_text(json.dumps(done, indent=1))
     report = write_report(run_dir, {stage.name: done[stage.name]["seconds"] for stage in stages})
     print_report(report, console)
-    console.print(f"muybridge: wrote {run_dir}/report.json, loss.png, vae_reconstruction.mp4 and samples/")
+    console.print(f"muybridge: wrote {run_dir}/report.json, loss.png, vae_reconstruction.mp4, samples/ and pipeline/")
     console.print(f"next: open {run_dir}/samples/contact_sheet.png, or write your own prompts.txt and run")
     console.print(f"      muybridge sample run={run_dir} prompts=prompts.txt out={run_dir}/mine")
     return 0
@@ -145,6 +145,11 @@ def build_stages(run_dir: Path, *, smoke: bool) -> list[Stage]:
                 *("--clips", str(samples), "--labels", str(run_dir / "prompt_labels.json")),
                 *("--json", str(run_dir / "prompt_following.json")),
             ],
+        ),
+        Stage(
+            "export",
+            "Write the model as a folder that other tools open",
+            ["export", f"run={run_dir}", f"out={run_dir / 'pipeline'}"],
         ),
     ]
 

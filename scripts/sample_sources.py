@@ -5,15 +5,17 @@ Opening one reads settings and checks; weights are read when they are needed.
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..models.diffusion.conditioning import ConditioningForm
-from ..models.diffusion.samplers import SamplerConfig
+from ..models.diffusion.samplers import SamplerConfig, SamplerKind
 from ..models.diffusion.scheduler_file import sampler_from_file
 from ..models.dit import DiT, DiTConfig
 from ..models.embeddings import Fp32Linear
@@ -24,6 +26,7 @@ from ..models.prompt_cache import PromptCache, user_prompt_folder
 from ..models.text import TextEncoderConfig, TextEncoderKind, Umt5TextEncoder
 from ..models.vae import VAEConfig
 from ..models.vae.folder import load_vae
+from ..models.weight_files import read_json
 from ..models.weights import load_config, load_weights_from
 from ..train.checkpoint import check_checkpoint, committed_checkpoints
 from ..train.config import TaskKind, read_config
@@ -32,6 +35,7 @@ from ..train.experts import Expert
 from ..train.generate import VideoModels
 from ..train.tasks import TextToVideoTask
 from ..train.trained_weights import load_trained
+from .export_plan import EXPORTED_SETTINGS
 from .sample import ClipSize, SampleConfig, WeightKind
 
 SCHEDULER_NAME = "scheduler_config.json"
@@ -96,7 +100,7 @@ class RunSource(Source):
     def __init__(self, run_dir: str, kind: WeightKind) -> None:
         """Raises ValueError where there is no such run, or no checkpoint that is whole."""
         super().__init__()
-        run = replace(read_config(Path(run_dir)), run_dir=run_dir)  # where it lies now, which may not be where it ran
+        run = read_config(Path(run_dir))
         if run.task is not TaskKind.text_to_video:
             raise ValueError(f"run={run_dir} has task={run.task.name}; sampling needs a text_to_video run")
         if run.expert is not Expert.none:
@@ -158,15 +162,20 @@ class FolderSource(Source):
             raise ValueError(
                 f"{self._text_encoder}/config.json: d_model={text_dim} must be the width of the text features"
             )
-        rows = _text_rows(root / "tokenizer")
+        trained = _training_settings(self._transformer)
+        rows = trained["text"]["max_tokens"] if trained else _text_rows(root / "tokenizer")
         self._text = TextEncoderConfig(TextEncoderKind.umt5, dim=text_dim, max_tokens=rows, path=folder)
         self.form, self.batch = _form(files, self.transformer), 1
         self.needs_image = self.form is ConditioningForm.channels
         if faults := self._part_faults():
             raise ValueError("; ".join(faults))
+        if trained:
+            self.sampler = SamplerConfig(**{**trained["sampler"], "kind": SamplerKind(trained["sampler"]["kind"])})
+            self.size = ClipSize(**trained["data"])
+            return
         self.sampler = SamplerConfig()
         if files.scheduler is not None:
-            self.sampler = sampler_from_file(_scheduler(files.scheduler), self.sampler)
+            self.sampler = sampler_from_file(read_json(files.scheduler / SCHEDULER_NAME), self.sampler)
         is_wan_2_2_vae = self.vae.spatial_stride == 16
         self.size = ClipSize(121, 704, 1280, 24) if is_wan_2_2_vae else ClipSize(81, 480, 832, 16)
 
@@ -241,12 +250,15 @@ def _image_features(transformer: DiTConfig, folder: Path | str | None, images: T
 def _text_rows(tokenizer: Path) -> int:
     """Rows of text features: those of public models, or fewer where a tokenizer of our own was made for fewer."""
     path = tokenizer / "tokenizer_config.json"
-    limit = json.loads(path.read_text(encoding="utf-8")).get("model_max_length") if path.is_file() else None
+    limit = read_json(path).get("model_max_length") if path.is_file() else None
     return int(min(UMT5_TOKENS, limit or UMT5_TOKENS))
 
 
-def _scheduler(folder: Path) -> dict[str, object]:
-    return json.loads((folder / SCHEDULER_NAME).read_text(encoding="utf-8"))
+def _training_settings(transformer: Path) -> dict[str, Any]:
+    """What `muybridge export` wrote of the run into the header of the weights; {} for weights from elsewhere."""
+    with safe_open(sorted(transformer.glob("*.safetensors"))[0], framework="pt") as file:
+        settings: dict[str, Any] = json.loads((file.metadata() or {}).get(EXPORTED_SETTINGS, "{}"))
+    return settings
 
 
 def _form(files: PipelineFiles, transformer: DiTConfig) -> ConditioningForm:

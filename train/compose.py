@@ -97,8 +97,9 @@ def _apply(config: DictConfig, override: Override, faults: list[str]) -> None:
 def _config_groups(config_name: str) -> set[str]:
     """The groups of files that can be chosen; none where the file is put together from no group, whose names are free then."""
     root = Path(__file__).parents[1] / "configs"
-    defaults = OmegaConf.load(root / f"{config_name}.yaml").get("defaults", [])
-    if not any(isinstance(default, DictConfig) for default in defaults):
+    content = OmegaConf.load(root / f"{config_name}.yaml")
+    assert isinstance(content, DictConfig)
+    if not any(isinstance(default, DictConfig) for default in content.defaults):
         return set()
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_dir() and path.name != "__pycache__"}
 

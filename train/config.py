@@ -338,9 +338,9 @@ def load_train_config(overrides: list[str]) -> TrainConfig:
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    """The settings that a run wrote into its directory. Raises ValueError where there are none."""
+    """The settings that a run wrote into its directory, which may have moved since. Raises ValueError where there are none."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run_dir} must be the directory of a training run (it has no config.yaml)")
-    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path))
+    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path), {"run_dir": str(run_dir)})
     return OmegaConf.to_object(merged)  # type: ignore[return-value]

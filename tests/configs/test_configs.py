@@ -90,6 +90,7 @@ def test_every_folder_is_a_group_or_the_experiments() -> None:
 def test_the_settings_a_run_writes_are_read_back_the_same(experiment: str, tmp_path: Path) -> None:
     config = compose(f"+experiment={experiment}")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    config.run_dir = str(tmp_path)  # where it lies now
     assert read_config(tmp_path) == config
 
 

@@ -40,6 +40,7 @@ def test_it_leaves_every_part_of_the_life_of_a_model(smoke: tuple[Path, Answer, 
         *("vae_image/metrics.jsonl", "vae/metrics.jsonl", "metrics.jsonl", "wandb/offline-run-*/run-*.wandb"),
         *("vae/model/vae/config.json", "vae/checkpoints/step-*/MANIFEST.json", "checkpoints/step-*/MANIFEST.json"),
         *("model/transformer/config.json", "samples/*.mp4", "samples/contact_sheet.png", "loss.png"),
+        *("model/text_encoder/model.safetensors", "tokenizer/tokenizer.json", "pipeline/model_index.json"),
         *("vae_reconstruction.mp4", "validation/step-*/*.mp4", "prompts.txt", "report.json"),
     ):
         found = list(run_dir.glob(pattern))
@@ -52,7 +53,7 @@ def test_the_report_has_the_figures(smoke: tuple[Path, Answer, Answer, dict[str,
     assert 0 < report["vae_psnr_db"] < 60
     assert 10 < report["constant_colour_psnr_db"] < 40
     assert report["prompt_following"]["n"] == 8
-    stages = ["prepare", "train_vae_image", "train_vae", "encode", "train", "sample", "evaluate"]
+    stages = ["prepare", "train_vae_image", "train_vae", "encode", "train", "sample", "evaluate", "export"]
     assert list(report["seconds"]) == [*stages, "total"]
     assert report["seconds"]["total"] == pytest.approx(sum(report["seconds"][stage] for stage in stages), abs=0.1)
 
@@ -78,7 +79,7 @@ def test_the_videos_have_the_size_and_length_that_was_trained(
 def test_a_second_call_goes_on_with_what_is_missing(smoke: tuple[Path, Answer, Answer, dict[str, float]]) -> None:
     run_dir, _, second, times = smoke
     assert second.returncode == 0, second.stdout + second.stderr
-    assert second.stdout.count("done before, in ") == 5
+    assert second.stdout.count("done before, in ") == 6
     assert times == {str(path): path.stat().st_mtime for path in run_dir.rglob("*.safetensors")}
 
 

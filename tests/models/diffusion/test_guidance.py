@@ -53,7 +53,8 @@ def test_a_batch_on_both_sides_of_the_boundary_is_refused() -> None:
 def test_each_expert_has_its_own_guidance() -> None:
     model, text, negative = Recorder(), torch.ones(2, 2), torch.zeros(2, 2)
     scales = SamplerConfig(guidance_scale=4.0, guidance_scale_low=3.0).expert_guidance_scales()
-    velocity = expert_velocity(*(guided_velocity(model, text, negative, scale) for scale in scales), boundary=0.5)
+    high, low = (guided_velocity(model, text, negative, scale) for scale in scales)
+    velocity = expert_velocity(high, low, boundary=0.5)
     latents = torch.zeros(2, 2)
     torch.testing.assert_close(velocity(latents, torch.full((2,), 800.0)), torch.full((2, 2), 804.0))
     torch.testing.assert_close(velocity(latents, torch.full((2,), 100.0)), torch.full((2, 2), 103.0))
