@@ -171,8 +171,8 @@ class LatentCache:
         fields: dict[str, Any] = {"latents": torch.from_numpy(latents).view(torch.bfloat16)}
         if self._empty_text is not None:
             text = [self._empty_text if clip is None or clip.text is None else clip.text for clip in clips]
-            # Copies, because torch wants writable memory.
-            fields["text"] = [torch.from_numpy(bits.copy()).view(torch.bfloat16) for bits in text]
+            writable = [bits if bits.flags.writeable else bits.copy() for bits in text]  # torch wants no other
+            fields["text"] = [torch.from_numpy(bits).view(torch.bfloat16) for bits in writable]
         return fields
 
     def _mapped(self, shard: int) -> memoryview:
@@ -181,7 +181,8 @@ class LatentCache:
                 self._shards.move_to_end(shard)
             else:
                 with self._index.shards[shard].open("rb") as file:
-                    self._shards[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                    # Private and writable, so that text needs no copy: the file stays as it is, whoever writes to a tensor.
+                    self._shards[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
                 if len(self._shards) > _MAPPED_SHARDS:
                     self._shards.popitem(last=False)
             return self._shards[shard]

@@ -169,6 +169,8 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
     from ..train.optimizer import build_optimizer
 
     config = load_train_config([*options.overrides, "dry_run=true"])
+    if config.lora.is_on or config.model.image_dim is not None:
+        raise ValueError("bench step times the training of all weights: lora.rank must be 0 and model.image_dim null")
     batch, shape = config.micro_batch, config.latent_shape()
     device = initialise_distributed(config.deepspeed)
     configure(config.kernels)

@@ -67,15 +67,16 @@ def generate_latents(
                 copies = len(latents) // len(image_features)  # two under guidance
                 return transformer(latents, timestep, text, image_features.repeat(copies, 1, 1))
 
-        return guided_velocity(model, text, negative_text, scale)
+        velocity = guided_velocity(model, text, negative_text, scale)
+        # Inside the choice of an expert, which goes by the sampler's timestep and not by those of known places.
+        return velocity if condition is None else condition.wrap(velocity)
 
     scale, low_scale = sampler.expert_guidance_scales()
     velocity = guided(models.transformer, scale)
     if models.transformer_2 is not None:
         velocity = expert_velocity(velocity, guided(models.transformer_2, low_scale), models.boundary)
-    if condition is None:
-        return sample(velocity, noise, sampler, progress)
-    return condition.finish(sample(condition.wrap(velocity), noise, sampler, progress))
+    latents = sample(velocity, noise, sampler, progress)
+    return latents if condition is None else condition.finish(latents)
 
 
 @torch.no_grad()
