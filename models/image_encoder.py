@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .text import without_progress_bars
+from .text import load_frozen, require_text_extra
 
 PROCESSOR_NAME = "preprocessor_config.json"
 _BICUBIC = 3  # in the numbering of Pillow, which the file uses
@@ -26,34 +26,19 @@ class ClipImageEncoder(nn.Module):
         the `text` extra.
         """
         super().__init__()
-        try:
-            from transformers import CLIPVisionModel
-        except ImportError as error:
-            raise ValueError(f"an image encoder needs transformers: pip install 'muybridge[text]' ({error})") from error
+        transformers = require_text_extra("an image encoder")
         root = Path(folder)
         for name in ("image_encoder", "image_processor"):
             if not (root / name).is_dir():
                 raise ValueError(f"{root}: must hold image_encoder/ and image_processor/; {name}/ is missing")
         self.preparation = ImagePreparation.from_file(root / "image_processor" / PROCESSOR_NAME)
-        try:
-            # Typed as the model alone, but with the loading info it is a pair.
-            with without_progress_bars():
-                loaded: Any = CLIPVisionModel.from_pretrained(
-                    root / "image_encoder", local_files_only=True, dtype=dtype, output_loading_info=True
-                )
-        except OSError as error:
-            raise ValueError(f"{root / 'image_encoder'}: not a readable image encoder ({error})") from error
-        self.model, info = loaded
-        # Else transformers fills what is missing with random numbers, and says so in a warning only.
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"{root / 'image_encoder'}: {len(missing)} tensors missing, among them {missing[0]}")
+        self.model = load_frozen(transformers.CLIPVisionModel, root / "image_encoder", dtype)
         size = self.model.config.image_size
         if self.preparation.crop != (size, size):
             raise ValueError(
                 f"{root / 'image_processor' / PROCESSOR_NAME}: crop_size={self.preparation.crop} must be that of the image "
                 f"encoder, {(size, size)}"
             )
-        self.requires_grad_(False)
         self.train(False)
 
     @property

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .embeddings import Fp32LayerNorm, compute_dtype
@@ -165,15 +167,9 @@ class Umt5TextEncoder(nn.Module):
     """The umT5 encoder of public Wan models, frozen, read from a local folder with the `text` extra installed."""
 
     def __init__(self, config: TextEncoderConfig, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Raises ValueError when the folder, the extra or the expected width is missing."""
+        """Raises ValueError where the extra, the folder or a tensor in it is missing, or the width is another."""
         super().__init__()
-        try:
-            import ftfy  # noqa: F401  (needed to clean captions; asked for here rather than at the first caption)
-            from transformers import AutoTokenizer, UMT5EncoderModel
-        except ImportError as error:
-            raise ValueError(
-                f"text.kind=umt5 needs transformers and ftfy: pip install 'muybridge[text]' ({error})"
-            ) from error
+        transformers = require_text_extra("text.kind=umt5")
         root = Path(config.path or "")
         for name in ("text_encoder", "tokenizer"):
             if not config.path or not (root / name).is_dir():
@@ -181,14 +177,15 @@ class Umt5TextEncoder(nn.Module):
                     f"text.path={config.path} must be a folder with text_encoder/ and tokenizer/; {name}/ is missing"
                 )
         self.config = config
-        self.tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
-        with without_progress_bars():
-            self.model = UMT5EncoderModel.from_pretrained(root / "text_encoder", local_files_only=True, dtype=dtype)
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{root / 'tokenizer'}: not a readable tokenizer ({error})") from error
+        self.model = load_frozen(transformers.UMT5EncoderModel, root / "text_encoder", dtype)
         if self.model.config.d_model != config.dim:
             raise ValueError(
                 f"text.dim={config.dim} must be the width of {root / 'text_encoder'}, {self.model.config.d_model}"
             )
-        self.requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> "Umt5TextEncoder":
@@ -214,6 +211,37 @@ class Umt5TextEncoder(nn.Module):
         device = self.model.device
         features = self.model(batch.input_ids.to(device), batch.attention_mask.to(device)).last_hidden_state
         return [rows[:length] for rows, length in zip(features, lengths, strict=True)]
+
+
+def require_text_extra(what: str) -> Any:
+    """The package transformers, typed as anything because it is optional.
+
+    Raises ValueError saying that `what` needs the extra `text` where transformers, or ftfy, which cleans captions, is missing.
+    """
+    try:
+        import ftfy  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"{what} needs transformers and ftfy: pip install 'muybridge[text]' ({error})") from error
+    return transformers
+
+
+def load_frozen(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A model of a class of transformers from its folder, without gradients.
+
+    Raises ValueError where it cannot be read or tensors are missing: transformers fills those with random numbers, and says so
+    in a warning only.
+    """
+    try:
+        with without_progress_bars():
+            model, info = model_class.from_pretrained(
+                folder, local_files_only=True, dtype=dtype, output_loading_info=True
+            )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: not a readable {model_class.__name__} ({error})") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder}: {len(missing)} tensors missing, among them {missing[0]}")
+    return model.requires_grad_(False)
 
 
 @contextmanager
@@ -261,10 +289,9 @@ def text_fingerprint(config: TextEncoderConfig) -> str | None:
 
 def clean_caption(caption: str) -> str:
     """Mend broken Unicode, resolve HTML entities (twice: scraped captions hold `&amp;lt;`), collapse white space."""
-    try:
-        import ftfy
-    except ImportError as error:
-        raise ValueError(f"captions are cleaned with ftfy: pip install 'muybridge[text]' ({error})") from error
+    require_text_extra("cleaning captions")
+    import ftfy
+
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(caption)))).strip()
 
 

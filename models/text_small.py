@@ -5,15 +5,13 @@ Other tools read both as they read the text encoder of a public Wan model, so wh
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .text import TextEncoderConfig, clean_caption
+from .text import PADDING, TextEncoderConfig, clean_caption, require_text_extra
 
 PAD, END = "<pad>", "</s>"
-PADDING = 0
 MIN_FREQUENCY = 2  # of pieces of words that are joined
 
 
@@ -23,7 +21,7 @@ class SmallUmt5(nn.Module):
     def __init__(self, config: TextEncoderConfig, tokenizer_folder: Path) -> None:
         """Raises ValueError where the extra `text` or the tokenizer is missing."""
         super().__init__()
-        transformers = _transformers()
+        transformers = require_text_extra("text.kind=umt5_small")
         if not (tokenizer_folder / "tokenizer.json").is_file():
             raise ValueError(f"{tokenizer_folder} must hold the tokenizer of this run (tokenizer.json)")
         self.config = config
@@ -78,7 +76,7 @@ class SmallUmt5(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write text_encoder/ and tokenizer/ as a pipeline folder has them; the tokenizer's length is `max_tokens`."""
-        model = _transformers().UMT5EncoderModel(self.encoder.config)
+        model = require_text_extra("text.kind=umt5_small").UMT5EncoderModel(self.encoder.config)
         model.encoder, model.shared = self.encoder, self.encoder.embed_tokens
         model.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
@@ -89,7 +87,7 @@ def write_tokenizer(folder: Path, captions: Iterable[str], config: TextEncoderCo
 
     The same captions make the same tokenizer. What no caption has falls into pieces, at last into bytes, so any text is read.
     """
-    transformers = _transformers()
+    transformers = require_text_extra("text.kind=umt5_small")
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -112,14 +110,3 @@ def write_tokenizer(folder: Path, captions: Iterable[str], config: TextEncoderCo
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, model_max_length=config.max_tokens
     )
     fast.save_pretrained(folder)
-
-
-def _transformers() -> Any:
-    try:
-        import ftfy  # noqa: F401  (captions are cleaned with it)
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"text.kind=umt5_small needs transformers and ftfy: pip install 'muybridge[text]' ({error})"
-        ) from error
-    return transformers

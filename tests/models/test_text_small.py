@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from muybridge.models.text import TextEncoderConfig, TextEncoderKind
-from muybridge.models.text_small import PADDING, SmallUmt5, write_tokenizer
+from muybridge.models.text import PADDING, TextEncoderConfig, TextEncoderKind
+from muybridge.models.text_small import SmallUmt5, write_tokenizer
 
 pytest.importorskip("transformers", reason="the extra `text` is not installed")
 pytest.importorskip("ftfy", reason="the extra `text` is not installed")

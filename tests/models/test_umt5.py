@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from muybridge.models.text import (
     TextEncoderConfig,
@@ -78,6 +79,36 @@ def test_a_missing_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'muybridge\[text\]'"):
         build(folder)
+
+
+def test_missing_tensors_are_refused_rather_than_drawn_at_random(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    path = copy / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    gone = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    del weights[gone]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"text_encoder: 1 tensors missing, among them {gone}"):
+        build(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("text_encoder/model.safetensors", None, "text_encoder: not a readable UMT5EncoderModel"),
+        ("text_encoder/model.safetensors", "cut", "text_encoder: not a readable UMT5EncoderModel"),
+        ("text_encoder/config.json", "{", "text_encoder: not a readable UMT5EncoderModel"),
+        ("tokenizer/tokenizer.json", None, "tokenizer: not a readable tokenizer"),
+        ("tokenizer/tokenizer.json", "{", "tokenizer: not a readable tokenizer"),
+    ],
+)
+def test_a_part_that_cannot_be_read_is_named(
+    folder: Path, tmp_path: Path, file: str, content: str | None, words: str
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / file).unlink() if content is None else (copy / file).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        build(copy)
 
 
 def test_unpadded_features_become_those_of_a_batch(folder: Path) -> None:
