@@ -9,7 +9,7 @@ from torch import nn
 from ..models.dit import DiTConfig
 from ..models.lora import merge_lora
 from ..models.pipeline_folder import PipelineFiles, is_pipeline_folder
-from ..models.text import TextEncoderConfig
+from ..models.text import TextEncoderConfig, TextEncoderKind
 from ..models.text_to_video import TextToVideoModel
 from ..models.weights import load_config, load_weights, load_weights_from
 from .checkpoint import committed_checkpoints, read_run_state, read_weights
@@ -18,8 +18,15 @@ from .experts import Expert
 if TYPE_CHECKING:
     from .config import TrainConfig
 
-# Fields of the model that are a choice of this run and no size of the weights.
+# Fields of the model that are a choice of this run and no size of the weights: also which tokens attend to each other, so that a
+# run can go from full attention to a sparse pattern.
 FREE_FIELDS = ("gradient_checkpointing", "self_attention")
+# Fields of a text encoder that its weights depend on. A run's tokenizer is taken over with them, so it is of that vocabulary.
+_TEXT_SIZES = {
+    TextEncoderKind.bytes: ("dim", "max_tokens", "num_heads"),
+    TextEncoderKind.umt5_small: ("dim", "num_heads", "num_layers", "vocabulary"),
+    TextEncoderKind.umt5: ("dim",),
+}
 
 
 def load_initial_weights(model: nn.Module, config: "TrainConfig") -> None:
@@ -66,23 +73,20 @@ def transformer_folder(source: Path, expert: Expert) -> Path:
 def initial_faults(
     init_from: str, model: DiTConfig, text: TextEncoderConfig, *, expert: Expert, boundary: float
 ) -> list[str]:
-    """What of the settings contradicts the pipeline folder `init_from`, as messages naming field, value and rule.
+    """What of the settings contradicts the pipeline folder or the run `init_from`, as messages naming field, value and rule.
 
-    Nothing where it is no pipeline folder: a run's weights say themselves what does not fit.
+    Shapes do not show all sizes: with other heads or another eps the weights load, and make another model. The pattern of
+    self-attention may differ. Nothing where `init_from` is neither a pipeline folder nor a run with a checkpoint.
     """
     source = Path(init_from)
     if not is_pipeline_folder(source):
-        return []
+        return _run_faults(source, model, text) if committed_checkpoints(source / "checkpoints") else []
     try:
         files, folder = PipelineFiles.find(source), transformer_folder(source, expert)
         weights = DiTConfig.from_diffusers(load_config(folder))
     except ValueError as error:
         return [f"init_from={source} must be the pipeline folder of a Wan model: {error}"]
-    found = []
-    for name in (field.name for field in dataclasses.fields(DiTConfig) if field.name not in FREE_FIELDS):
-        wanted, given = getattr(weights, name), getattr(model, name)
-        if wanted != given:
-            found.append(f"model.{name}={given} must be {wanted}, as init_from={folder} has it")
+    found = _model_faults(model, weights, folder)
     if text.is_trained:
         found.append(
             f"text.kind={text.kind} must be umt5, frozen, where init_from={source} is a pipeline folder: it has no weights of "
@@ -94,3 +98,32 @@ def initial_faults(
         elif boundary != files.boundary_ratio:
             found.append(f"boundary={boundary} must be {files.boundary_ratio}, as init_from={source} has it")
     return found
+
+
+def _run_faults(source: Path, model: DiTConfig, text: TextEncoderConfig) -> list[str]:
+    from .config import TaskKind, read_config
+
+    try:
+        run = read_config(source)
+    except ValueError as error:
+        return [f"init_from={source}: {error}"]
+    if run.task is not TaskKind.text_to_video:
+        return [f"init_from={source} must be a run of task=text_to_video, and its task is {run.task.name}"]
+    # Where the kinds differ, no other field can be compared.
+    names = _TEXT_SIZES[text.kind] if run.text.kind is text.kind else ("kind",)
+    differing = [(name, getattr(text, name), getattr(run.text, name)) for name in names]
+    return _model_faults(model, run.model, source) + [
+        f"text.{name}={given} must be {wanted}, as init_from={source} has it"
+        for name, given, wanted in differing
+        if given != wanted
+    ]
+
+
+def _model_faults(model: DiTConfig, weights: DiTConfig, source: Path) -> list[str]:
+    names = [field.name for field in dataclasses.fields(DiTConfig) if field.name not in FREE_FIELDS]
+    differing = [(name, getattr(model, name), getattr(weights, name)) for name in names]
+    return [
+        f"model.{name}={given} must be {wanted}, as init_from={source} has it"
+        for name, given, wanted in differing
+        if given != wanted
+    ]

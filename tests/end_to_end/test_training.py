@@ -190,7 +190,6 @@ def test_a_finished_run_leaves_its_settings_and_weights(runs: tuple[Path, dict[s
         ("no latents", "muybridge encode"),
         ("no clips", "muybridge prepare"),
         ("no such start", "or the directory of a run with a checkpoint"),
-        ("start of another size", "tensors of another shape"),
     ],
 )
 def test_what_cannot_be_continued_is_refused_by_name(
@@ -199,6 +198,12 @@ def test_what_cannot_be_continued_is_refused_by_name(
     message = runs[1][f"{change}@1"]["ValueError"]
     assert words in message
     assert "\n" not in message
+
+
+def test_a_start_from_a_run_of_another_size_names_the_field(runs: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    root, found = runs
+    expected = f"model.ffn_dim=96 must be 64, as init_from={root / 'zero0-w1'} has it"
+    assert expected in found["start of another size@1"]["ValueError"]
 
 
 def test_a_run_can_start_from_the_average_of_another(runs: tuple[Path, dict[str, dict[str, Any]]]) -> None:

@@ -150,3 +150,32 @@ def test_a_text_encoder_that_would_start_from_nothing_is_refused(
     ):
         load_train_config([*tiny_run, "run_dir=runs/none", start])
     load_train_config([*settings, start])
+
+
+def test_a_run_s_sizes_that_no_shape_shows_are_compared(
+    tiny_run: list[str], tmp_path: Path, save_random_run: Callable[[Path, list[str]], Path]
+) -> None:
+    source = save_random_run(tmp_path / "source", tiny_run)
+    start = [*tiny_run, "run_dir=runs/none", f"init_from={source}"]
+    unseen = {
+        "model.num_attention_heads": (1, 2),
+        "model.eps": (1e-5, 1e-6),
+        "model.rope_max_seq_len": (512, 1024),
+        "text.num_heads": (1, 2),
+    }
+    with pytest.raises(ValueError) as error:
+        load_train_config([*start, *(f"{name}={given}" for name, (given, _) in unseen.items())])
+    for name, (given, wanted) in unseen.items():
+        assert f"{name}={given} must be {wanted}, as init_from={source} has it" in str(error.value)
+    assert f"has {len(unseen)} faults" in str(error.value)
+    load_train_config([*start, "model.self_attention.pattern=block_causal", "model.gradient_checkpointing=true"])
+
+
+def test_a_run_with_another_kind_of_text_encoder_is_named(
+    settings: list[str], tiny_run: list[str], tmp_path: Path, save_random_run: Callable[[Path, list[str]], Path]
+) -> None:
+    source = save_random_run(tmp_path / "source", tiny_run)
+    with pytest.raises(
+        ValueError, match=r"has 1 fault:\n.* text.kind=umt5 must be bytes, as init_from=.*source has it"
+    ):
+        load_train_config([*settings, f"init_from={source}"])
