@@ -24,7 +24,6 @@ from .export_loaders import has_wan_form
 from .export_pipeline import Advance, copy_files, counted, write_text_parts
 from .export_plan import ExportPlan
 from .export_readme import README_NAME, files_readme
-from .export_weights import as_tensors
 
 TEXT_ENCODER_NAME = "models_t5_umt5-xxl-enc-bf16.safetensors"
 
@@ -116,7 +115,7 @@ def _write_vae(path: Path, plan: ExportPlan, advance: Advance) -> None:
     weights, config = vae.state_dict(), vae.config
     if has_wan_form(config):
         weights, _ = fold_statistics(weights, config, *wan_statistics(config))
-    tensors = counted(as_tensors(weights), advance)
+    tensors = counted(Tensors.of(weights), advance)
     _write_file(path, tensors.renamed(from_diffusers_keys(weights, Component.vae, Layout.original)), {})
 
 

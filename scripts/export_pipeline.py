@@ -17,7 +17,7 @@ from ..models.weights import save_model
 from ..train.config import TrainConfig
 from .export_plan import ExportPlan
 from .export_readme import README_NAME, pipeline_readme
-from .export_weights import as_tensors, write_prompt_embeds, write_trained_umt5
+from .export_weights import write_prompt_embeds, write_trained_umt5
 
 Advance = Callable[[int], None]  # is told how many numbers were written or read again
 
@@ -32,7 +32,7 @@ def write_pipeline(folder: Path, plan: ExportPlan, *, dtype: torch.dtype, prompt
             check_written(folder / part, stored)
     vae = load_vae(config.vae.path or "")
     # Float32 whatever the transformer is in: in bf16 latents move by 2 % and frames by 3 %.
-    tensors = counted(as_tensors(vae.state_dict()), advance)
+    tensors = counted(Tensors.of(vae.state_dict()), advance)
     save_model(folder / "vae", vae.config.to_diffusers(), tensors)
     check_written(folder / "vae", tensors)
     write_text_parts(folder, plan, prompts)
@@ -51,9 +51,9 @@ def write_text_parts(folder: Path, plan: ExportPlan, prompts: list[str]) -> None
         for part in ("text_encoder", "tokenizer"):
             copy_files(Path(text.path or "") / part, folder / part)
     elif text.kind is TextEncoderKind.umt5_small:
-        write_trained_umt5(folder, plan.run.checkpoint, plan.run.kind, plan.config)
+        write_trained_umt5(folder, plan.run)
     elif prompts:
-        write_prompt_embeds(folder, plan.run.checkpoint, plan.run.kind, text, prompts)
+        write_prompt_embeds(folder, plan.run, prompts)
 
 
 def copy_image_parts(config: TrainConfig, folder: Path) -> None:

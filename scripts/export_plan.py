@@ -20,7 +20,7 @@ from ..train.checkpoint import check_checkpoint, committed_checkpoints, read_run
 from ..train.compose import plain
 from ..train.config import TaskKind, TrainConfig, read_config
 from ..train.experts import Expert
-from .export_weights import merged_transformer, trained_tensors
+from .export_weights import trained_part
 
 # Entry of a weight file's header with the run's settings as JSON.
 EXPORTED_SETTINGS = "muybridge.config"
@@ -39,11 +39,9 @@ class RunWeights:
     def model(self) -> DiTConfig:
         return self.config.model
 
-    def open(self) -> AbstractContextManager[Tensors]:
-        """The whole transformer's weights in float32, a LoRA merged into them."""
-        if self.config.lora.is_on:
-            return merged_transformer(self.config, self.checkpoint, self.kind)
-        return trained_tensors(self.checkpoint, self.kind, "transformer.")
+    def open(self, part: str = "transformer") -> AbstractContextManager[Tensors]:
+        """The whole weights of a part in float32, a LoRA merged into them; `text_encoder` is there where the run trained one."""
+        return trained_part(self.config, self.checkpoint, self.kind, part)
 
     def header(self) -> dict[str, str]:
         """What a weight file says of its origin: the settings that the model depends on, the step and the code's commit."""

@@ -1,7 +1,7 @@
 """The trained weights of a run for `muybridge export`, opened without reading what is not asked for."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ..models.lora import lora_factors, merge_lora
 from ..models.lora_files import LoRAForm, read_lora, write_lora
-from ..models.text import ByteTextEncoder, TextEncoderConfig
+from ..models.text import ByteTextEncoder, TextEncoderKind
 from ..models.text_small import SmallUmt5
-from ..models.text_to_video import TextToVideoModel
 from ..models.weight_files import Tensors
 from ..models.weights import load_weights
 from ..train.checkpoint import FragmentReader, read_run_state, read_weights
@@ -29,8 +28,19 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def trained_tensors(checkpoint: Path, kind: str, prefix: str) -> Iterator[Tensors]:
-    """Those weights of a checkpoint that have the prefix, float32, without it."""
+def trained_part(config: TrainConfig, checkpoint: Path, kind: str, part: str) -> Iterator[Tensors]:
+    """The weights of a part of a run's model, `transformer` or `text_encoder`, float32.
+
+    Of a LoRA run, whose checkpoints have its factors alone, the whole model is built in memory and the LoRA merged into it.
+    Raises ValueError where the weights under it are no longer those that it was trained on.
+    """
+    prefix = f"{part}."
+    if config.lora.is_on:
+        model = TextToVideoTask(config, torch.device("cpu")).build_model()
+        load_trained(model, config, checkpoint, kind)
+        merge_lora(model)
+        yield Tensors.of(model.get_submodule(part).state_dict())
+        return
     shapes = {
         name.removeprefix(prefix): torch.Size(shape)
         for name, shape in read_run_state(checkpoint)["shapes"].items()
@@ -42,24 +52,6 @@ def trained_tensors(checkpoint: Path, kind: str, prefix: str) -> Iterator[Tensor
             return reader.read(kind, prefix + name, 0, shapes[name].numel()).view(shapes[name])
 
         yield Tensors(shapes, read)
-
-
-@contextmanager
-def merged_transformer(config: TrainConfig, checkpoint: Path, kind: str) -> Iterator[Tensors]:
-    """The transformer of a LoRA run, its change added to the weights under it; float32, whole in memory.
-
-    Raises ValueError where the weights under it are no longer those that it was trained on.
-    """
-    model = TextToVideoTask(config, torch.device("cpu")).build_model()
-    assert isinstance(model, TextToVideoModel)
-    load_trained(model, config, checkpoint, kind)
-    merge_lora(model)
-    yield as_tensors(model.transformer.state_dict())
-
-
-def as_tensors(state_dict: Mapping[str, Tensor]) -> Tensors:
-    """Tensors that are in memory already."""
-    return Tensors({name: tensor.shape for name, tensor in state_dict.items()}, state_dict.__getitem__)
 
 
 def write_lora_file(path: Path, run: "RunWeights", form: str, dtype: torch.dtype) -> int:
@@ -82,26 +74,30 @@ def write_lora_file(path: Path, run: "RunWeights", form: str, dtype: torch.dtype
     return len(factors)
 
 
-def write_trained_umt5(folder: Path, checkpoint: Path, kind: str, config: TrainConfig) -> None:
+def write_trained_umt5(folder: Path, run: "RunWeights") -> None:
     """text_encoder/ and tokenizer/ that the run trained along, float32."""
-    encoder = SmallUmt5(config.text, config.tokenizer_folder())
-    with trained_tensors(checkpoint, kind, "text_encoder.") as tensors:
-        load_weights(encoder, dict(tensors), where=str(checkpoint))
+    encoder = _trained_encoder(run)
+    assert isinstance(encoder, SmallUmt5)
     encoder.save(folder)
 
 
 @torch.no_grad()
-def write_prompt_embeds(
-    folder: Path, checkpoint: Path, kind: str, config: TextEncoderConfig, prompts: list[str]
-) -> None:
+def write_prompt_embeds(folder: Path, run: "RunWeights", prompts: list[str]) -> None:
     """`prompt_embeds` [prompts, max_tokens, dim] and `negative_prompt_embeds` [1, max_tokens, dim], float32, in one file.
 
     By the text encoder that the run trained. The header lists the prompts in their order.
     """
-    encoder = ByteTextEncoder(config).eval()
-    with trained_tensors(checkpoint, kind, "text_encoder.") as tensors:
-        load_weights(encoder, dict(tensors), where=str(checkpoint))
+    encoder = _trained_encoder(run)
     features = encoder(encoder.tokenize([*prompts, NEGATIVE_PROMPT]))
     stored = {"prompt_embeds": features[:-1].clone(), "negative_prompt_embeds": features[-1:].clone()}
     header = {"format": "pt", "prompts": json.dumps(prompts), "negative_prompt": NEGATIVE_PROMPT}
     save_file(stored, folder / PROMPT_EMBEDS_NAME, metadata=header)
+
+
+def _trained_encoder(run: "RunWeights") -> ByteTextEncoder | SmallUmt5:
+    text = run.config.text
+    is_umt5 = text.kind is TextEncoderKind.umt5_small
+    encoder = SmallUmt5(text, run.config.tokenizer_folder()) if is_umt5 else ByteTextEncoder(text)
+    with run.open("text_encoder") as tensors:
+        load_weights(encoder, dict(tensors), where=str(run.checkpoint))
+    return encoder.eval()

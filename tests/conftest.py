@@ -125,7 +125,7 @@ def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
 
     def save(run_dir: Path, overrides: list[str]) -> Path:
         config = load_train_config([*overrides, f"run_dir={run_dir}", "deepspeed=zero0"])
-        run_dir.mkdir(parents=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(yaml.safe_dump(plain(config)))
         torch.manual_seed(config.seed)
         model = TextToVideoTask(config, torch.device("cpu")).build_model()

@@ -10,7 +10,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from muybridge.models.dit import DiT, DiTConfig
-from muybridge.models.lora_files import read_lora
 from muybridge.models.pipeline_folder import PipelineFiles
 from muybridge.models.text import ByteTextEncoder, TextEncoderConfig, TextEncoderKind
 from muybridge.models.token_layout import AttentionPattern, SelfAttentionConfig
@@ -268,54 +267,6 @@ def test_the_layout_of_the_release_has_all_parts(
     for name, ours in to_diffusers_keys(encoder, Component.text_encoder, Layout.original).items():
         assert torch.equal(encoder[name], here[ours]), name
     assert (out / "google" / "umt5-xxl" / "tokenizer.json").is_file()
-
-
-@pytest.fixture
-def lora_run(run_dir: Path, tiny_run: list[str], save_random_run: SaveRun) -> Path:
-    settings = [*tiny_run, f"init_from={run_dir}", "lora.rank=2", "lora.alpha=4"]
-    return save_random_run(run_dir.parent / "lora", settings)
-
-
-@pytest.mark.parametrize("form", ["", "comfy", "diffusers", "kohya"])
-def test_the_lora_of_a_run_becomes_a_file(form: str, lora_run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out" / "style.safetensors"
-    arguments = [f"run={lora_run}", f"out={out}", "dtype=fp32", *([f"format={form}"] if form else [])]
-    assert export.main(arguments) == 0
-    found, weights = read_lora(out), trained(lora_run)
-    assert len(found) == 10
-    for name, layer in found.items():
-        down, up = (weights[f"transformer.{name}.lora_{half}"] for half in "AB")
-        torch.testing.assert_close(layer.delta(), 2.0 * up @ down)
-    marks = {"diffusers": "transformer.", "kohya": "lora_unet_"}
-    assert all(name.startswith(marks.get(form, "diffusion_model.")) for name in load_file(out))
-
-
-def test_a_lora_is_merged_into_the_weights_under_it(run_dir: Path, lora_run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert export.main([f"run={lora_run}", f"out={out}", "merge=true", "dtype=fp32"]) == 0
-    stored = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
-    base, lora = trained(run_dir), trained(lora_run)
-    for name, tensor in stored.items():
-        expected, layer = base[f"transformer.{name}"], f"transformer.{name.removesuffix('.weight')}"
-        if name.endswith(".weight") and f"{layer}.lora_A" in lora:
-            expected = expected + 2.0 * lora[f"{layer}.lora_B"] @ lora[f"{layer}.lora_A"]
-        torch.testing.assert_close(tensor, expected)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("format=original", "must be comfy, diffusers or kohya for a LoRA"),
-        ("out=folder", r"must end in \.safetensors for a LoRA"),
-        ("prompts=prompts.txt", "a LoRA has no text encoder"),
-    ],
-)
-def test_what_a_lora_cannot_have_is_named(
-    change: str, words: str, lora_run: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(prompts.parent)
-    with pytest.raises(ValueError, match=words):
-        export.main([f"run={lora_run}", "out=new.safetensors", change])
 
 
 def test_what_only_a_lora_can_have_is_named(run_dir: Path, tmp_path: Path) -> None:
