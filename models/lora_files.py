@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .lora import LoRAFactors
 from .wan_keys import transformer_modules
-from .weight_files import some
+from .weight_files import some, write_tensors
 
 
 class LoRAForm(StrEnum):
@@ -51,14 +50,14 @@ def write_lora(
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file, whole or not at all; `metadata` goes to its header. ValueError where there is no layer."""
+    """Write a safetensors file as `write_tensors` does; `metadata` goes to its header. ValueError where there is no layer."""
     if not factors:
         raise ValueError(f"{path}: a LoRA needs at least one layer")
     original = {ours: name for name, ours in transformer_modules(_depth(factors)).items()}
     tensors: dict[str, Tensor] = {}
     for name, layer in factors.items():
-        down = layer.down.detach().to("cpu", dtype).contiguous()
-        up = (layer.up.detach().float() * layer.scale).to("cpu", dtype).contiguous()
+        down = layer.down.detach().to("cpu", dtype)
+        up = (layer.up.detach().float() * layer.scale).to("cpu", dtype)
         if form is LoRAForm.kohya:
             stem = f"lora_unet_{original[name].replace('.', '_')}"
             tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
@@ -66,13 +65,10 @@ def write_lora(
         else:
             stem = f"diffusion_model.{original[name]}" if form is LoRAForm.comfy else f"transformer.{name}"
             tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
-    header = {"format": "pt", **(metadata or {})}
+    header = dict(metadata or {})
     if form is LoRAForm.diffusers:
         header[METADATA_KEY] = json.dumps(_peft_settings(factors), indent=2, sort_keys=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f"{path.name}.tmp")
-    save_file(tensors, staging, metadata=header)
-    staging.replace(path)
+    write_tensors(path, tensors, header)
 
 
 def read_lora(path: Path | str) -> dict[str, LoRAFactors]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 # The names, up to the suffix, of weights in a model folder: diffusers' and transformers'.
@@ -76,6 +78,22 @@ def iterate_tensors(source: Path | str) -> Iterator[tuple[str, Tensor]]:
         yield from tensors
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all; one of the same name is replaced, and the folder made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex[:8]}.part")
+    try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode & 0o777
+        contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contents, unfinished, metadata={"format": "pt", **(header or {})})
+        unfinished.chmod(mode)  # safetensors makes files that only their owner may read
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
 def check_written(source: Path | str, tensors: Tensors) -> None:
     """Read what was written from `tensors`: the same names and, bit for bit, the same tensors, else ValueError naming them."""
     with open_weights(source) as written:
@@ -138,6 +156,22 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object, indented and in the order of its keys."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_header(source: Path | str) -> dict[str, str]:
+    """The entries beside the tensors of a safetensors file or of a model folder's first one; {} for a pickle, which has none.
+
+    Raises ValueError as `open_weights` does.
+    """
+    source = Path(source)
+    path = _files_of_folder(source)[0][0] if source.is_dir() else source
+    if path.suffix in PICKLE_SUFFIXES:
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 def _files_of_folder(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

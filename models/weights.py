@@ -1,14 +1,12 @@
 """Model folders in the form of diffusers: `config.json` beside safetensors, in one file or in shards with an index."""
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn, no_grad
 
-from .weight_files import WEIGHTS_STEM, check_shapes, open_weights, read_json, write_json
+from .weight_files import WEIGHTS_STEM, check_shapes, open_weights, read_json, write_json, write_tensors
 
 CONFIG_NAME = "config.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -23,7 +21,7 @@ def save_model(
     metadata: dict[str, str] | None = None,
     stem: str = WEIGHTS_STEM,
 ) -> None:
-    """Write a model folder. Weights of an earlier save in the folder are removed.
+    """Write a model folder. What an earlier save left in it is replaced once the new weights are on disk, and stays if they fail.
 
     `tensors` may be (name, tensor) pairs made one by one, of which no more than a shard is held at a time. `metadata` goes
     into the header of every file. `stem` is the files' name up to the suffix: `TRANSFORMERS_STEM` for a text encoder.
@@ -33,19 +31,27 @@ def save_model(
     if not (config.get("_class_name") or config.get("architectures")):
         raise ValueError(f"{folder / CONFIG_NAME}: _class_name is missing; other tools choose the model class by it")
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_parts(folder)  # of a save that was killed
+    shards = _Shards(folder, max_shard_bytes, metadata or {})
+    try:
+        for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            shards.add(name, tensor)
+        shards.finish()
+    except BaseException:
+        _remove_parts(folder)
+        raise
     # The config goes first and comes back last, so that a folder with a config is a folder with whole weights. Tools that
     # read every *.safetensors in a folder would mix the shards of two saves.
     (folder / CONFIG_NAME).unlink(missing_ok=True)
-    for stale in [*folder.glob(f"{stem}*.safetensors*"), *folder.glob("shard-*.part")]:
+    for stale in folder.glob(f"{stem}*.safetensors*"):
         stale.unlink()
-
-    shards = _Shards(folder, max_shard_bytes, {"format": "pt"} | (metadata or {}))
-    for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
-        shards.add(name, tensor)
-    files = shards.finish(stem)
+    shards.give_names(stem)
     write_json(folder / CONFIG_NAME, config)
-    for path in files:  # safetensors makes them readable to their owner alone
-        shutil.copymode(folder / CONFIG_NAME, path)
+
+
+def _remove_parts(folder: Path) -> None:
+    for path in folder.glob("shard-*.part"):
+        path.unlink()
 
 
 class _Shards:
@@ -60,29 +66,30 @@ class _Shards:
     def add(self, name: str, tensor: Tensor) -> None:
         if self._waiting and self._waiting_bytes + tensor.nbytes > self._max_bytes:
             self._write()
-        self._waiting[name] = tensor.detach().cpu().contiguous()
+        self._waiting[name] = tensor.detach().cpu()
         self._waiting_bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
 
-    def finish(self, stem: str) -> list[Path]:
-        """Write what waits, and give all files the names that tell how many there are; returns them."""
+    def finish(self) -> None:
+        """Write what waits; without any tensor, a file that holds none."""
         if self._waiting or not self._written:
             self._write()
+
+    def give_names(self, stem: str) -> None:
+        """Give all files the names that tell how many there are, and write the index where there is more than one."""
         count = len(self._written)
-        files = []
         weight_map: dict[str, str] = {}
         for number, (path, names) in enumerate(self._written, start=1):
             shard = f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
-            files.append(path.rename(self._folder / shard))
+            path.rename(self._folder / shard)
             weight_map |= dict.fromkeys(names, shard)
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
             write_json(self._folder / f"{stem}.safetensors.index.json", index)
-        return files
 
     def _write(self) -> None:
         path = self._folder / f"shard-{len(self._written) + 1}.part"
-        save_file(self._waiting, path, metadata=self._metadata)
+        write_tensors(path, self._waiting, self._metadata)
         self._written.append((path, list(self._waiting)))
         self._waiting, self._waiting_bytes = {}, 0
 

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from muybridge.models import weight_files
 from muybridge.models.weight_files import (
     TRANSFORMERS_STEM,
     Tensors,
     check_written,
     iterate_tensors,
     open_weights,
+    write_tensors,
 )
-from muybridge.models.weights import load_config, load_weights_from, save_model
+from muybridge.models.weights import load_weights_from, save_model
 
 CONFIG = {"_class_name": "Toy"}
 
@@ -83,8 +85,9 @@ def test_a_model_is_saved_from_an_iterator_holding_one_shard_at_a_time(tmp_path:
         assert file.metadata() == {"format": "pt", "made_by": "a test"}
 
 
-def test_an_interrupted_save_leaves_no_config_and_the_next_one_no_rests(tmp_path: Path) -> None:
-    save_model(tmp_path, CONFIG, draw_state())
+def test_an_interrupted_save_leaves_the_earlier_model_as_it_was(tmp_path: Path) -> None:
+    save_model(tmp_path, CONFIG, draw_state(), max_shard_bytes=16)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def broken() -> Iterator[tuple[str, Tensor]]:
         yield "first", torch.zeros(4)
@@ -94,8 +97,8 @@ def test_an_interrupted_save_leaves_no_config_and_the_next_one_no_rests(tmp_path
 
     with pytest.raises(RuntimeError, match="the source is gone"):
         save_model(tmp_path, CONFIG, broken(), max_shard_bytes=16)
-    with pytest.raises(ValueError, match="no such file"):
-        load_config(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "shard-7.part").write_bytes(b"of a save that was killed")
     save_model(tmp_path, CONFIG, draw_state())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
@@ -168,6 +171,26 @@ def test_loading_from_a_file_is_strict_and_changes_nothing_when_it_fails(tmp_pat
     assert module.weight.dtype == torch.bfloat16
     assert torch.equal(module.weight.float(), state["weight"])
     assert torch.equal(module.bias.float(), state["bias"])
+
+
+def test_a_file_of_tensors_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "a.safetensors"
+    write_tensors(path, {"transposed": torch.arange(6.0).view(2, 3).T}, {"made_by": "a test"})
+    assert torch.equal(load_file(path)["transposed"], torch.arange(6.0).view(2, 3).T)
+    (path.parent / "other").touch()
+    assert path.stat().st_mode == (path.parent / "other").stat().st_mode
+    before = path.read_bytes()
+
+    def save_half(tensors: dict[str, Tensor], filename: Path, metadata: dict[str, str]) -> None:
+        filename.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_files, "save_file", save_half)
+        with pytest.raises(OSError, match="no space left"):
+            write_tensors(path, {"a": torch.zeros(2)})
+    assert sorted(found.name for found in path.parent.iterdir()) == ["a.safetensors", "other"]
+    assert path.read_bytes() == before
 
 
 def test_a_changed_bit_is_found_after_writing(tmp_path: Path) -> None:
