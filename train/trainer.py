@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from omegaconf import OmegaConf
 
 from ..data.batch import VideoBatch
 from ..data.config import Access
 from ..data.ledger import BUDGET_SAMPLES, MAX_IN_A_ROW, BadClip, DataBudget, DataBudgetError, from_lines, to_lines
 from ..data.stream import NOT_EXACT
+from ..models.diffusion.conditioning import ConditioningForm
 from .checkpoint import (
     LEDGER_NAME,
     committed_checkpoints,
@@ -32,6 +34,7 @@ from .compose import plain
 from .config import TaskKind, TrainConfig
 from .ema import EMA
 from .engine import EXIT_DONE, EXIT_REQUEUE, Engine, StepResult
+from .experts import Expert
 from .loaders import build_loaders
 from .optimizer import build_optimizer, learning_rate
 from .preemption import StopRequest
@@ -43,7 +46,7 @@ from .trained_weights import prepare_weights
 from .validate import sample_videos, validation_losses
 
 # Settings that decide what a step computes: a resumed run must not change them.
-FIXED_ON_RESUME = ("seed", "global_batch", "task")
+FIXED_ON_RESUME = ("seed", "global_batch", "task", "expert", "conditioning.form")
 MAX_SKIPPED_IN_A_ROW = 20
 GHOST_SHARE_WORTH_A_NOTE = 0.03
 CURE_FOR_DIVERGENCE = (
@@ -213,7 +216,7 @@ class Trainer:
     def _save(self, step: int, saved_step: int, *, must_succeed: bool = False) -> int:
         """Save and return the step now safe on disk; a failed save is reported, and training goes on."""
         state = {
-            **{name: str(plain(self.config)[name]) for name in FIXED_ON_RESUME},
+            **fixed_settings(self.config),
             "data": self.loader.state(step),
             "data_budget": self.budget.state(),
             "metrics_window": self.window.state(),
@@ -274,7 +277,7 @@ class Trainer:
                 f"muybridge: {step} steps done; wrote {self.run_dir}/metrics.jsonl, checkpoints/ and {self.exported}"
             )
             if self.config.task is TaskKind.text_to_video:
-                self.tracker.note(f"next: muybridge sample run={self.run_dir} prompts=prompts.txt")
+                self.tracker.note(f"next: {next_command(self.config)}")
         else:
             self.stop_request.clear()
             self.tracker.note(f"muybridge: stopped on request at step {step}; the same command goes on from there")
@@ -288,9 +291,7 @@ class Trainer:
 
     def _resume_data(self, folder: Path, facts: dict[str, Any]) -> bool:
         """Go on where the loader was; whether the data changed, as far as that is allowed. Raises ValueError."""
-        now = {name: str(plain(self.config)[name]) for name in FIXED_ON_RESUME}
-        changed = [f"{name}: {facts[name]} saved, {value} now" for name, value in now.items() if facts[name] != value]
-        if changed:
+        if changed := changed_settings(self.config, facts):
             raise ValueError(
                 f"{folder} cannot be continued, these changed: {'; '.join(changed)} (undo it, or choose another run_dir)"
             )
@@ -313,6 +314,31 @@ class Trainer:
     @staticmethod
     def _is_due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
+
+
+def next_command(config: TrainConfig) -> str:
+    """What makes videos of a finished run's model, or puts its two experts together; words in capitals are the user's to fill."""
+    if config.expert is not Expert.none:
+        high, low = (config.run_dir, "LOW_RUN") if config.expert is Expert.high else ("HIGH_RUN", config.run_dir)
+        return f"muybridge export run={high} low_run={low} out=FOLDER{' merge=true' if config.lora.is_on else ''}"
+    image = " image=FILE" if config.conditioning.form is ConditioningForm.channels else ""
+    return f"muybridge sample run={config.run_dir} prompts=prompts.txt{image}"
+
+
+def fixed_settings(config: TrainConfig) -> dict[str, str]:
+    """What checkpoints keep of the settings that a resumed run must not change."""
+    names = FIXED_ON_RESUME if config.expert is Expert.none else (*FIXED_ON_RESUME, "boundary")
+    settings = OmegaConf.create(plain(config))
+    return {name: str(OmegaConf.select(settings, name)) for name in names}
+
+
+def changed_settings(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
+    """Those of them that differ from what a checkpoint has in its run.json; older ones do not have them all."""
+    return [
+        f"{name}: {saved[name]} saved, {value} now"
+        for name, value in fixed_settings(config).items()
+        if name in saved and saved[name] != value
+    ]
 
 
 def _git_commit() -> str | None:

@@ -53,6 +53,9 @@ def runs(
         "high": [*resting, "expert=high"],
         "low": [*resting, "expert=low"],
         "no expert": [*resting, "steps=1"],
+        "other expert": [*resting, "expert=low", f"run_dir={root / 'high'}"],
+        "other boundary": [*resting, "expert=low", "boundary=0.9", f"run_dir={root / 'low'}", "init_from=null"],
+        "other form": ["steps=9", f"run_dir={root / 'clean-w1'}"],
     }
     found: dict[str, dict[str, Any]] = {}
     program = str(Path(__file__).with_name("train_program.py"))
@@ -99,3 +102,15 @@ def test_each_expert_starts_from_its_transformer_of_the_pipeline(runs: Runs) -> 
 
 def test_a_pipeline_of_two_experts_is_not_trained_as_one(runs: Runs) -> None:
     assert "expert=none must be high or low" in runs[1]["no expert"]["ValueError"]
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ("other expert", "expert: high saved, low now"),
+        ("other boundary", "boundary: 0.875 saved, 0.9 now"),
+        ("other form", "conditioning.form: clean_frames saved, none now"),
+    ],
+)
+def test_a_run_goes_on_as_the_expert_and_in_the_form_that_it_began(run: str, words: str, runs: Runs) -> None:
+    assert words in runs[1][run]["ValueError"]
