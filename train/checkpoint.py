@@ -65,7 +65,7 @@ def save_checkpoint(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     final = folder / f"step-{step:08d}"
-    staging = Path(_from_rank_0(str(folder / f"{final.name}.tmp-{uuid.uuid4().hex[:12]}")))
+    staging = Path(from_rank_0(str(folder / f"{final.name}.tmp-{uuid.uuid4().hex[:12]}")))
     failure = ""
     try:
         staging.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def find_checkpoint(folder: Path) -> Path | None:
             answer = "!" + f"no checkpoint under {folder} is valid: " + "; ".join(reasons)
         for leftover in [*folder.glob("step-*.tmp-*"), *folder.glob(".trash-*")]:
             shutil.rmtree(leftover, ignore_errors=True)
-    answer = _from_rank_0(answer)
+    answer = from_rank_0(answer)
     if answer.startswith("!"):
         raise ValueError(answer[1:])
     return Path(answer) if answer else None
@@ -301,7 +301,8 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def _from_rank_0(text: str) -> str:
+def from_rank_0(text: str) -> str:
+    """What rank 0 says; collective."""
     box = [text]
     dist.broadcast_object_list(box, src=0)
     return box[0]
