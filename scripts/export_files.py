@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from ..models.dit import DiTConfig
 from ..models.text import TextEncoderKind
@@ -18,7 +17,7 @@ from ..models.vae.config import (
 from ..models.vae.fold_statistics import fold_statistics
 from ..models.vae.folder import load_vae
 from ..models.wan_keys import Component, Layout, from_diffusers_keys, transformer_dtype
-from ..models.weight_files import Tensors, check_written, open_weights
+from ..models.weight_files import Tensors, check_written, open_weights, write_tensors
 from ..models.weights import save_model
 from .export_loaders import has_wan_form
 from .export_pipeline import Advance, copy_files, counted, write_text_parts
@@ -38,7 +37,7 @@ def write_comfy(folder: Path, plan: ExportPlan, *, dtype: torch.dtype, prompts: 
         with source.open() as tensors:
             stored = counted(tensors, advance).as_type(lambda name: transformer_dtype(name, dtype))
             names = from_diffusers_keys(stored.shapes, Component.transformer, Layout.comfy)
-            _write_file(path, stored.renamed(names), source.header() | comfy_header(source.model))
+            _write_file(path, stored.renamed(names), plan.header(source) | comfy_header(source.model))
         files[str(path.relative_to(folder))] = "copy it to ComfyUI's `models/diffusion_models/`"
     vae_path = folder / "vae" / f"{name}_vae.safetensors"
     _write_vae(vae_path, plan, advance)
@@ -57,7 +56,7 @@ def write_original(folder: Path, plan: ExportPlan, *, dtype: torch.dtype, prompt
             stored = counted(tensors, advance).as_type(lambda name: transformer_dtype(name, dtype))
             stored = stored.renamed(from_diffusers_keys(stored.shapes, Component.transformer, Layout.original))
             settings = original_config(source.model, text_len=config.text.max_tokens)
-            save_model(folder / place, settings, stored, metadata=source.header())
+            save_model(folder / place, settings, stored, metadata=plan.header(source))
             check_written(folder / place, stored)
         files[str(Path(place) / "config.json")] = "the transformer, beside its weights"
     vae_name = f"Wan2.{2 if config.vae.resolved().patch_size > 1 else 1}_VAE.safetensors"
@@ -132,6 +131,5 @@ def _write_prompts(folder: Path, plan: ExportPlan, prompts: list[str]) -> None:
 
 
 def _write_file(path: Path, tensors: Tensors, header: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors}, path, metadata={"format": "pt"} | header)
+    write_tensors(path, dict(tensors), header)
     check_written(path, tensors)

@@ -28,7 +28,7 @@ def write_pipeline(folder: Path, plan: ExportPlan, *, dtype: torch.dtype, prompt
     for part, source in zip(("transformer", "transformer_2"), plan.transformers, strict=False):
         with source.open() as tensors:
             stored = counted(tensors, advance).as_type(lambda name: transformer_dtype(name, dtype))
-            save_model(folder / part, source.model.to_diffusers(), stored, metadata=source.header())
+            save_model(folder / part, source.model.to_diffusers(), stored, metadata=plan.header(source))
             check_written(folder / part, stored)
     vae = load_vae(config.vae.path or "")
     # Float32 whatever the transformer is in: in bf16 latents move by 2 % and frames by 3 %.

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..models.diffusion.conditioning import ConditioningForm
 from ..models.dit import DiT, DiTConfig
 from ..models.pipeline_folder import PipelineFiles, is_pipeline_folder
-from ..models.text import TextEncoderKind
-from ..models.vae import VideoVAE
-from ..models.vae.folder import vae_fingerprint
+from ..models.text import text_fingerprint
+from ..models.vae import VAEConfig, VideoVAE
 from ..models.weight_files import Tensors, open_weights
 from ..models.weights import load_config
 from ..train.checkpoint import check_checkpoint, committed_checkpoints, read_run_state
@@ -43,12 +43,16 @@ class RunWeights:
         """The whole weights of a part in float32, a LoRA merged into them; `text_encoder` is there where the run trained one."""
         return trained_part(self.config, self.checkpoint, self.kind, part)
 
-    def header(self) -> dict[str, str]:
-        """What a weight file says of its origin: the settings that the model depends on, the step and the code's commit."""
+    def settings(self) -> str:
+        """The settings that the model depends on, as JSON."""
         settings = plain(self.config)
         kept: dict[str, Any] = {name: settings[name] for name in ("seed", "model", "objective", "sampler", "lora")}
         kept["text"] = {name: value for name, value in settings["text"].items() if name != "path"}
         kept["data"] = {name: settings["data"][name] for name in ("frames", "height", "width", "fps")}
+        return json.dumps(kept)
+
+    def header(self) -> dict[str, str]:
+        """What a weight file says of its origin: the settings, the step and the code's commit."""
         provenance = self.run_dir / "provenance.json"
         commit = json.loads(provenance.read_text()).get("git_commit") if provenance.is_file() else None
         return {
@@ -56,7 +60,7 @@ class RunWeights:
             "muybridge.git_commit": commit or "unknown",
             "muybridge.step": str(read_run_state(self.checkpoint)["step"]),
             "muybridge.weights": self.kind,
-            EXPORTED_SETTINGS: json.dumps(kept),
+            EXPORTED_SETTINGS: self.settings(),
         }
 
 
@@ -64,7 +68,12 @@ class RunWeights:
 class FolderWeights:
     """A transformer of a pipeline folder, which goes along as the other expert of one that was trained."""
 
-    folder: Path
+    files: PipelineFiles
+    part: str  # transformer or transformer_2
+
+    @property
+    def folder(self) -> Path:
+        return self.files.root / self.part
 
     @property
     def model(self) -> DiTConfig:
@@ -72,9 +81,6 @@ class FolderWeights:
 
     def open(self) -> AbstractContextManager[Tensors]:
         return open_weights(self.folder)
-
-    def header(self) -> dict[str, str]:
-        return {}
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,10 @@ class ExportPlan:
     def boundary(self) -> float | None:
         """Where two experts change over; None with one transformer."""
         return self.config.boundary if len(self.transformers) == 2 else None
+
+    def header(self, source: RunWeights | FolderWeights) -> dict[str, str]:
+        """Of a transformer's weight file; one of a folder is sampled with the settings of the run that it goes along with."""
+        return source.header() if isinstance(source, RunWeights) else {EXPORTED_SETTINGS: self.run.settings()}
 
     def count_numbers(self) -> int:
         """Numbers in the transformers and the autoencoder."""
@@ -156,9 +166,10 @@ def find_run(run_dir: Path, kind: str, *, field: str) -> RunWeights:
 
 
 def _expert_of_folder(folder: Path, part: str, field: str) -> FolderWeights:
-    if PipelineFiles.find(folder).transformer_2 is None:
+    files = PipelineFiles.find(folder)
+    if files.transformer_2 is None:
         raise ValueError(f"{field}={folder} must be a pipeline folder of two experts (it has no transformer_2/)")
-    return FolderWeights(folder / part)
+    return FolderWeights(files, part)
 
 
 def _expert_faults(experts: list[RunWeights | FolderWeights], runs: list[RunWeights]) -> list[str]:
@@ -173,12 +184,54 @@ def _expert_faults(experts: list[RunWeights | FolderWeights], runs: list[RunWeig
         for name in high
         if high[name] != low.get(name)
     ]
-    if runs[0].config.text.kind is TextEncoderKind.bytes:
-        found.append("text.kind=bytes: each expert has trained a text encoder of its own, and a model has one")
-    if len(runs) == 2:
-        first, second = (run.config for run in runs)
-        if first.boundary != second.boundary:
-            found.append(f"boundary={first.boundary} of high noise, {second.boundary} of low noise")
-        if vae_fingerprint(first.vae.path or "") != vae_fingerprint(second.vae.path or ""):
-            found.append(f"vae.path: {first.vae.path} and {second.vae.path} are different autoencoders")
+    trained = sorted({run.config.text.kind for run in runs if run.config.text.is_trained})
+    if trained:
+        found.append(
+            f"text.kind={', '.join(trained)} must be umt5, frozen, for two experts: a text encoder that one of them has trained "
+            "is not the other's, and a model has one"
+        )
+    high_boundary, low_boundary = (_boundary(expert) for expert in experts)
+    if high_boundary != low_boundary:
+        found.append(f"boundary={high_boundary} of high noise, {low_boundary} of low noise")
+    high_form, low_form = (_form(expert) for expert in experts)
+    if high_form is not low_form:
+        found.append(f"conditioning.form={high_form} of high noise, {low_form} of low noise")
+    high_vae, low_vae = (_vae(expert) for expert in experts)
+    if high_vae and low_vae and not _is_same_vae(high_vae, low_vae):
+        found.append(f"vae.path: {high_vae} and {low_vae} are different autoencoders")
+    if len(runs) == 2 and not trained:
+        first, second = (run.config.text for run in runs)
+        if text_fingerprint(first) != text_fingerprint(second):
+            found.append(
+                f"text: text.path={first.path} with text.max_tokens={first.max_tokens} and text.path={second.path} with "
+                f"{second.max_tokens} make different features"
+            )
     return found
+
+
+def _boundary(expert: RunWeights | FolderWeights) -> float | None:
+    return expert.config.boundary if isinstance(expert, RunWeights) else expert.files.boundary_ratio
+
+
+def _form(expert: RunWeights | FolderWeights) -> ConditioningForm:
+    if isinstance(expert, RunWeights):
+        return expert.config.conditioning.form
+    if expert.files.expand_timesteps:
+        return ConditioningForm.clean_frames
+    takes_channels = expert.model.in_channels != expert.model.out_channels
+    return ConditioningForm.channels if takes_channels else ConditioningForm.none
+
+
+def _vae(expert: RunWeights | FolderWeights) -> Path | None:
+    """The folder of the autoencoder that made the expert's latents; None where a pipeline folder has none."""
+    return Path(expert.config.vae.path or "") if isinstance(expert, RunWeights) else expert.files.vae
+
+
+def _is_same_vae(first: Path, second: Path) -> bool:
+    """By sizes, latent statistics and weights: an export writes files of its own of the autoencoder that it is given."""
+    if VAEConfig.from_diffusers(load_config(first)) != VAEConfig.from_diffusers(load_config(second)):
+        return False
+    with open_weights(first) as ours, open_weights(second) as theirs:
+        return ours.shapes == theirs.shapes and all(
+            torch.equal(t.float(), theirs.read(name).float()) for name, t in ours
+        )

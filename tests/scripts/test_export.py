@@ -170,55 +170,6 @@ def test_a_part_that_diffusers_reads_otherwise_is_refused(
         export_checks.compare_with_diffusers(out)
 
 
-def test_two_experts_become_one_pipeline(umt5_run: list[str], save_random_run: SaveRun, tmp_path: Path) -> None:
-    settings = [*umt5_run, "boundary=0.8", "sampler.guidance_scale_low=3"]
-    high = save_random_run(tmp_path / "high", [*settings, "expert=high"])
-    low = save_random_run(tmp_path / "low", [*settings, "expert=low", "seed=1"])
-    out, other = tmp_path / "out", tmp_path / "other"
-    assert export.main([f"run={high}", f"low_run={low}", f"out={out}", "dtype=fp32"]) == 0
-    files = PipelineFiles.find(out)
-    assert files.boundary_ratio == 0.8
-    for part, run in (("transformer", high), ("transformer_2", low)):
-        stored, weights = load_file(out / part / "diffusion_pytorch_model.safetensors"), trained(run)
-        assert all(torch.equal(tensor, weights[f"transformer.{name}"]) for name, tensor in stored.items())
-    assert "guidance_scale_2=3" in (out / "README.md").read_text()
-
-    # The expert that was not trained is that of the folder.
-    assert export.main([f"run={high}", f"low_run={out}", f"out={other}", "dtype=fp32"]) == 0
-    stored = load_file(other / "transformer_2" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(tensor, trained(low)[f"transformer.{name}"]) for name, tensor in stored.items())
-
-
-@pytest.mark.parametrize(
-    ("high", "low", "words"),
-    [
-        (["expert=high"], None, "trained the expert of high noise alone"),
-        (["expert=low"], None, "low_run=.* and run=the other"),
-        (["expert=low"], ["expert=high"], "has expert=low and must have expert=high"),
-        (["expert=high"], ["expert=low", "boundary=0.5"], "boundary=0.875 of high noise, 0.5 of low noise"),
-        (["expert=high"], ["expert=low", "model.num_layers=2"], "model.num_layers: 1 of high noise, 2 of low noise"),
-        (
-            ["expert=high", "text.kind=bytes"],
-            ["expert=low", "text.kind=bytes"],
-            "each expert has trained a text encoder",
-        ),
-    ],
-)
-def test_experts_that_are_no_model_are_refused(
-    high: list[str],
-    low: list[str] | None,
-    words: str,
-    umt5_run: list[str],
-    save_random_run: SaveRun,
-    tmp_path: Path,
-) -> None:
-    arguments = [f"run={save_random_run(tmp_path / 'high', [*umt5_run, *high])}", f"out={tmp_path / 'out'}"]
-    if low is not None:
-        arguments.append(f"low_run={save_random_run(tmp_path / 'low', [*umt5_run, *low])}")
-    with pytest.raises(ValueError, match=words):
-        export.main(arguments)
-
-
 def test_files_for_comfyui_compute_the_same(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_folder: Path
 ) -> None:
