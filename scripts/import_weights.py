@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..models.diffusion.samplers import SamplerConfig
 from ..models.diffusion.scheduler_file import scheduler_config
+from ..models.dit import DiTConfig
 from ..models.pipeline_folder import MODEL_INDEX_NAME, is_pipeline_folder, write_model_index
 from ..models.wan_keys import Component, transformer_dtype
 from ..models.weight_files import (
@@ -240,7 +241,8 @@ def _say_end(out: Path, parts: dict[str, OpenPart], *, shift: float | None, boun
         say(f"Two experts: transformer/ from timestep {1000 * boundary:g} on, transformer_2/ below.")
     if shift is not None:
         say(f"The sources name no sampler: scheduler/ is UniPC with the published shift {shift:g}.")
-    needed = _EXPECTED + (_OF_IMAGES if parts["transformer"].config["image_dim"] is not None else ())
+    transformer = DiTConfig.from_diffusers(parts["transformer"].config)
+    needed = _EXPECTED + (_OF_IMAGES if transformer.image_dim is not None else ())
     missing = [part for part in needed if not (out / part).is_dir()]
     for part in missing:
         say(f"Missing: {part}/. Import again with --overwrite and {_REMEDIES[part]}.")
@@ -249,8 +251,13 @@ def _say_end(out: Path, parts: dict[str, OpenPart], *, shift: float | None, boun
     train = f"muybridge train +experiment=NAME init_from={out}"
     train += "" if "vae" in missing else f" vae.path={out / 'vae'}"
     train += "" if {"text_encoder", "tokenizer"} & set(missing) else f" text.path={out}"
+    if transformer.image_dim is not None:
+        train += "" if set(_OF_IMAGES) & set(missing) else f" conditioning.image_encoder={out}"
     if not missing:
-        say(f'Next: muybridge sample model={out} "prompts=[a red kite in the wind]"')
+        images = " image=first.png" if _takes_images(parts) else ""
+        images += " last_image=last.png" if transformer.pos_embed_seq_len is not None else ""
+        say("Write prompts.txt, one prompt a line.")
+        say(f"Next: muybridge sample model={out} prompts=prompts.txt{images}")
     say(f"Next: {train}" if missing else f"or:   {train}")
 
 

@@ -29,6 +29,7 @@ Generate one video for each line of FILE.
   prompts=FILE          text file with one prompt a line
   negative_prompt=TEXT  what guidance leads away from (default: nothing)
   image=FILE            first frame of every video, for models that continue images
+  last_image=FILE       last frame of every video, for models that take images as channels
   out=FOLDER            where the mp4s and contact_sheet.png go (default RUN_DIR/samples, or ./samples)
   weights=ema|master    average or last weights of a run (default ema)
   lora=[FILE,...] lora_low=[FILE,...] lora_scale=X
@@ -56,6 +57,7 @@ class SampleConfig:
     prompts: str = ""
     negative_prompt: str = ""
     image: str | None = None
+    last_image: str | None = None
     out: str | None = None
     weights: WeightKind = WeightKind.ema
     lora: list[str] = field(default_factory=list)
@@ -120,11 +122,13 @@ def main(argv: list[str]) -> int:
     sampler = dataclasses.replace(source.sampler, **_given(config, source.sampler))
     if config.sampler is not None:
         sampler.kind = config.sampler
-    if faults := source.size_faults(size) + sampler.faults("sampler"):
+    faults = source.size_faults(size) + source.image_faults(config.image, config.last_image, size.frames)
+    if faults := faults + sampler.faults("sampler"):
         raise ValueError("; ".join(faults))
-    if config.image is None and source.needs_image:
-        raise ValueError(f"image=FILE must be given: {source.description} makes videos out of an image")
-    image = None if config.image is None else read_pixels(Path(config.image), size)
+    images = [
+        None if path is None else read_pixels(Path(path), size, field=field)
+        for field, path in (("image", config.image), ("last_image", config.last_image))
+    ]
     if config.dry_run:
         print(f"muybridge: would sample {len(prompts)} prompts from {source.description}; nothing was started")
         return 0
@@ -138,7 +142,9 @@ def main(argv: list[str]) -> int:
         def show(steps_done: int) -> None:
             progress.update(bar, completed=steps_done)
 
-        for frames in generate_clips(source, prompts, config, size=size, sampler=sampler, image=image, progress=show):
+        for frames in generate_clips(
+            source, prompts, config, size=size, sampler=sampler, image=images[0], last_image=images[1], progress=show
+        ):
             numbers = list(range(len(clips), len(clips) + len(frames)))
             write_clips(out, frames, [prompts[number] for number in numbers], numbers, fps=size.fps)
             clips += list(frames)
@@ -154,10 +160,11 @@ def generate_clips(
     *,
     size: ClipSize,
     sampler: SamplerConfig,
-    image: "Tensor | None",
+    image: "Tensor | None" = None,
+    last_image: "Tensor | None" = None,
     progress: Callable[[int], None],
 ) -> Iterator[np.ndarray]:
-    """Frames uint8 [B, T, H, W, 3] of the prompts, some at a time; `image` [1, 3, 1, H, W] is the first frame of all.
+    """Frames uint8 [B, T, H, W, 3] of the prompts, some at a time; images [1, 3, 1, H, W] are the first and last frame of all.
 
     `progress` is told how many sampler steps of single clips are done.
     """
@@ -166,18 +173,21 @@ def generate_clips(
 
     # Text first: a large text encoder is gone again before the transformer is read.
     text = source.encode_text([*prompts, config.negative_prompt])
-    features = None if image is None else source.image_features(image.squeeze(2).to(source.device))
+    images = [picture.to(source.device) for picture in (image, last_image) if picture is not None]
+    features = source.image_features([picture.squeeze(2) for picture in images]) if images else None
     models = source.models()
     latent_shape = source.vae.latent_shape(size.frames, size.height, size.width)
     batch = config.batch or source.batch
     for start in range(0, len(prompts), batch):
         numbers = range(start, min(start + batch, len(prompts)))
         condition = None
-        if image is not None:
+        if images:
+            known = [picture.expand(len(numbers), -1, -1, -1, -1) for picture in images]
             condition = known_frames_condition(
                 source.form,
                 lambda pixels: models.vae.normalise(models.vae.encode_chunked(pixels).mode()),
-                first=image.to(source.device).expand(len(numbers), -1, -1, -1, -1),
+                first=known[0],
+                last=known[1] if len(known) > 1 else None,
                 frames=size.frames,
                 temporal_stride=source.vae.temporal_stride,
                 patch_size=source.transformer.patch_size,
@@ -209,8 +219,11 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_pixels(path: Path, size: ClipSize) -> "Tensor":
-    """A jpg, png or webp, its middle cut to the shape of the clip, as [1, 3, 1, H, W] in [-1, 1]. Raises ValueError."""
+def read_pixels(path: Path, size: ClipSize, *, field: str = "image") -> "Tensor":
+    """A jpg, png or webp, its middle cut to the shape of the clip, as [1, 3, 1, H, W] in [-1, 1].
+
+    Raises ValueError, naming the setting `field`, for a file that is none.
+    """
     import torch
 
     from ..data.decode import DecodeError
@@ -221,7 +234,7 @@ def read_pixels(path: Path, size: ClipSize) -> "Tensor":
     try:
         picture = read_image(path.read_bytes())
     except (OSError, DecodeError) as error:
-        raise ValueError(f"image={path} cannot be read: {error}") from error
+        raise ValueError(f"{field}={path} cannot be read: {error}") from error
     frames = cover_crop(picture[None], height=size.height, width=size.width, crop_x=0.5, crop_y=0.5)  # [1, H, W, 3]
     return to_pixels(torch.tensor(frames)[None])
 

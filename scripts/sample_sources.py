@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..models.diffusion.conditioning import ConditioningForm
+from ..models.diffusion.conditioning import ConditioningForm, clean_count_rule
 from ..models.diffusion.samplers import SamplerConfig, SamplerKind
 from ..models.diffusion.scheduler_file import sampler_from_file
 from ..models.dit import DiT, DiTConfig
 from ..models.embeddings import Fp32Linear
 from ..models.image_encoder import ClipImageEncoder
+from ..models.lora import LoRAFactors
 from ..models.lora_files import read_lora
 from ..models.pipeline_folder import PipelineFiles
 from ..models.prompt_cache import PromptCache, user_prompt_folder
 from ..models.text import TextEncoderConfig, TextEncoderKind, Umt5TextEncoder
 from ..models.vae import VAEConfig
 from ..models.vae.folder import load_vae
-from ..models.weight_files import read_json
+from ..models.weight_files import read_header, read_json
 from ..models.weights import load_config, load_weights_from
 from ..train.checkpoint import check_checkpoint, committed_checkpoints
 from ..train.config import TaskKind, read_config
@@ -58,8 +58,7 @@ class Source(ABC):
     sampler: SamplerConfig  # likewise
     transformer: DiTConfig
     vae: VAEConfig
-    form: ConditioningForm  # how it is given an image
-    needs_image: bool = False
+    form: ConditioningForm  # how it is given images
     batch: int  # videos sampled at once unless told otherwise
     description: str
 
@@ -71,8 +70,8 @@ class Source(ABC):
         """What the transformer takes as text, [B, ...]."""
 
     @abstractmethod
-    def image_features(self, images: Tensor) -> Tensor | None:
-        """Of images [B, 3, H, W] in [-1, 1], where the transformer reads such beside the text."""
+    def image_features(self, images: list[Tensor]) -> Tensor | None:
+        """Of a first and perhaps a last image [1, 3, H, W] in [-1, 1], where the transformer reads such beside the text."""
 
     @abstractmethod
     def models(self) -> VideoModels:
@@ -91,6 +90,26 @@ class Source(ABC):
                 found.append(f"{name}={value} must be a multiple of {step}")
         if size.fps <= 0:
             found.append(f"fps={size.fps} must be positive")
+        return found
+
+    def image_faults(self, image: str | None, last_image: str | None, frames: int) -> list[str]:
+        """What of the files of a first and a last image does not suit the model or the number of frames, in the same form."""
+        given = {name: value for name, value in (("image", image), ("last_image", last_image)) if value is not None}
+        if self.form is ConditioningForm.none:
+            words = f"must be left out: {self.description} makes videos of text alone"
+            return [f"{name}={value} {words}" for name, value in given.items()]
+        found = []
+        if last_image is not None and self.form is not ConditioningForm.channels:
+            found.append(f"last_image={last_image} must be left out: {self.description} takes a first image only")
+        if image is None and (last_image is not None or self.form is ConditioningForm.channels):
+            found.append(f"image=FILE must be given: {self.description} makes videos that begin with an image")
+        if last_image is None and self.transformer.pos_embed_seq_len is not None:
+            found.append(f"last_image=FILE must be given: {self.description} makes videos between two images")
+        if given and frames <= len(given):
+            found.append(f"frames={frames} must be more than the images given, {len(given)}")
+        if given and self.form is ConditioningForm.clean_frames:
+            rule = clean_count_rule(1, self.vae.temporal_stride, self.transformer.patch_size)
+            found += [f"image={image} cannot be kept: {rule}"] if rule else []
         return found
 
 
@@ -118,7 +137,6 @@ class RunSource(Source):
         self.size = ClipSize(run.data.frames, run.data.height, run.data.width, run.data.fps)
         self.sampler, self.transformer, self.vae = run.sampler, run.model, run.vae.resolved()
         self.form, self.batch = run.conditioning.form, 8
-        self.needs_image = self.form is ConditioningForm.channels
         self._image_encoder = run.conditioning.image_encoder
 
     @cached_property
@@ -128,7 +146,7 @@ class RunSource(Source):
     def encode_text(self, prompts: list[str]) -> Tensor:
         return self._task.encode_prompts(prompts)
 
-    def image_features(self, images: Tensor) -> Tensor | None:
+    def image_features(self, images: list[Tensor]) -> Tensor | None:
         return _image_features(self.transformer, self._image_encoder, images)
 
     def models(self) -> VideoModels:
@@ -162,22 +180,21 @@ class FolderSource(Source):
             raise ValueError(
                 f"{self._text_encoder}/config.json: d_model={text_dim} must be the width of the text features"
             )
-        trained = _training_settings(self._transformer)
-        rows = trained["text"]["max_tokens"] if trained else _text_rows(root / "tokenizer")
+        trained = _training_settings([self._transformer, files.transformer_2])
+        rows = trained.get("text", {}).get("max_tokens") or _text_rows(root / "tokenizer")
         self._text = TextEncoderConfig(TextEncoderKind.umt5, dim=text_dim, max_tokens=rows, path=folder)
         self.form, self.batch = _form(files, self.transformer), 1
-        self.needs_image = self.form is ConditioningForm.channels
         if faults := self._part_faults():
             raise ValueError("; ".join(faults))
-        if trained:
-            self.sampler = SamplerConfig(**{**trained["sampler"], "kind": SamplerKind(trained["sampler"]["kind"])})
-            self.size = ClipSize(**trained["data"])
-            return
         self.sampler = SamplerConfig()
-        if files.scheduler is not None:
+        if "sampler" in trained:
+            self.sampler = SamplerConfig(**{**trained["sampler"], "kind": SamplerKind(trained["sampler"]["kind"])})
+        elif files.scheduler is not None:
             self.sampler = sampler_from_file(read_json(files.scheduler / SCHEDULER_NAME), self.sampler)
         is_wan_2_2_vae = self.vae.spatial_stride == 16
         self.size = ClipSize(121, 704, 1280, 24) if is_wan_2_2_vae else ClipSize(81, 480, 832, 16)
+        if "data" in trained:
+            self.size = ClipSize(**trained["data"])
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         # Read for this call only, if at all: umT5-XXL takes as much memory as a transformer of 5 B parameters.
@@ -187,15 +204,15 @@ class FolderSource(Source):
     def _read_umt5(self) -> Umt5TextEncoder:
         return Umt5TextEncoder(self._text, dtype=self._dtype).to(self.device)
 
-    def image_features(self, images: Tensor) -> Tensor | None:
+    def image_features(self, images: list[Tensor]) -> Tensor | None:
         return _image_features(self.transformer, self._files.root, images)
 
     def models(self) -> VideoModels:
         vae = load_vae(self._vae).to(self.device).eval().requires_grad_(False)
-        high = self._load(self._transformer, self._loras.files)
+        high = self._load(self._transformer, self._loras.files, field="lora")
         if self._files.transformer_2 is None:
             return VideoModels(high, vae)
-        low = self._load(self._files.transformer_2, self._loras.low_noise_files)
+        low = self._load(self._files.transformer_2, self._loras.low_noise_files, field="lora_low")
         assert self._files.boundary_ratio is not None
         return VideoModels(high, vae, low, self._files.boundary_ratio)
 
@@ -203,13 +220,12 @@ class FolderSource(Source):
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
-    def _load(self, folder: Path, loras: list[str]) -> DiT:
+    def _load(self, folder: Path, loras: list[str], *, field: str) -> DiT:
         with torch.device("meta"):
             dit = DiT(self.transformer)
         dit = _in_matmul_dtype(dit.to_empty(device=self.device), self._dtype).eval().requires_grad_(False)
         load_weights_from(dit, folder)
-        for file in loras:
-            _add_lora_file(dit, file, self._loras.scale)
+        _add_loras(dit, loras, self._loras.scale, field=field)
         return dit
 
     def _part_faults(self) -> list[str]:
@@ -240,11 +256,14 @@ def open_source(config: SampleConfig) -> Source:
     return FolderSource(config.model, LoRAFiles(config.lora, config.lora_low, config.lora_scale))
 
 
-def _image_features(transformer: DiTConfig, folder: Path | str | None, images: Tensor) -> Tensor | None:
+def _image_features(transformer: DiTConfig, folder: Path | str | None, images: list[Tensor]) -> Tensor | None:
+    """Features [1, I, D]: of both images where rows have places that tell them apart, else of the first, as in training."""
     if transformer.image_dim is None:
         return None
     assert folder is not None
-    return ClipImageEncoder(folder).to(images.device).encode(images)
+    encoder = ClipImageEncoder(folder).to(images[0].device)
+    shown = images if transformer.pos_embed_seq_len is not None else images[:1]
+    return torch.cat([encoder.encode(image) for image in shown], dim=1)
 
 
 def _text_rows(tokenizer: Path) -> int:
@@ -254,11 +273,11 @@ def _text_rows(tokenizer: Path) -> int:
     return int(min(UMT5_TOKENS, limit or UMT5_TOKENS))
 
 
-def _training_settings(transformer: Path) -> dict[str, Any]:
-    """What `muybridge export` wrote of the run into the header of the weights; {} for weights from elsewhere."""
-    with safe_open(sorted(transformer.glob("*.safetensors"))[0], framework="pt") as file:
-        settings: dict[str, Any] = json.loads((file.metadata() or {}).get(EXPORTED_SETTINGS, "{}"))
-    return settings
+def _training_settings(transformers: list[Path | None]) -> dict[str, Any]:
+    """What `muybridge export` or `import` wrote into the header of one of the experts' weights; {} for weights from elsewhere."""
+    headers = [read_header(folder) for folder in transformers if folder is not None]
+    found: list[dict[str, Any]] = [json.loads(header.get(EXPORTED_SETTINGS, "{}")) for header in headers]
+    return next((settings for settings in found if settings), {})
 
 
 def _form(files: PipelineFiles, transformer: DiTConfig) -> ConditioningForm:
@@ -278,10 +297,24 @@ def _in_matmul_dtype(dit: DiT, dtype: torch.dtype) -> DiT:
 
 
 @torch.no_grad()
-def _add_lora_file(dit: DiT, file: str, scale: float) -> None:
+def _add_loras(dit: DiT, files: list[str], scale: float, *, field: str) -> None:
+    """Add `scale` times the changes of all files, summed in float32, so that each weight is rounded once.
+
+    Raises ValueError, naming the setting `field`, for a file whose layers are not the transformer's.
+    """
     layers = dict(dit.named_modules())
-    for name, factors in read_lora(file).items():
-        layer = layers.get(name)
-        if not isinstance(layer, nn.Linear) or layer.weight.shape != (len(factors.up), factors.down.shape[1]):
-            raise ValueError(f"lora={file}: its layer {name} has no match of its size in this transformer")
-        layer.weight += scale * factors.delta().to(layer.weight)
+    changes: dict[str, list[LoRAFactors]] = {}
+    for file in files:
+        for name, factors in read_lora(file).items():
+            layer = layers.get(name)
+            if not isinstance(layer, nn.Linear) or layer.weight.shape != (len(factors.up), factors.down.shape[1]):
+                raise ValueError(f"{field}={file}: its layer {name} has no match of its size in this transformer")
+            changes.setdefault(name, []).append(factors)
+    for name, of_files in changes.items():
+        weight = layers[name].weight
+        assert isinstance(weight, Tensor)
+        changed = weight.float()
+        for factors in of_files:
+            there = LoRAFactors(factors.down.to(weight.device), factors.up.to(weight.device), factors.scale)
+            changed = changed + scale * there.delta()
+        weight.copy_(changed)
