@@ -119,7 +119,7 @@ class LoRALinear(nn.Linear):
 
 
 def lora_ranks(module_names: Iterable[str], config: LoRAConfig) -> dict[str, int]:
-    """The rank of every layer that is changed. Raises ValueError for a pattern that fits none of the targets."""
+    """The rank of every layer that is changed. Raises ValueError for a pattern that fits none of them, and where none is left."""
     endings = tuple(ending for target in config.targets for ending in _ENDINGS[target])
     ranks = {name: config.rank for name in module_names if name.startswith("blocks.") and name.endswith(endings)}
     for text in config.layer_ranks:
@@ -130,6 +130,10 @@ def lora_ranks(module_names: Iterable[str], config: LoRAConfig) -> dict[str, int
                 f"lora.layer_ranks: {text} matches no layer; the layers are {', '.join(list(ranks)[:3])} ..."
             )
         ranks |= dict.fromkeys(matching, int(rank))
+    if not any(ranks.values()):
+        raise ValueError(
+            f"lora.layer_ranks={list(config.layer_ranks)} leaves no layer to train; rank 0 leaves a layer out"
+        )
     return {name: rank for name, rank in ranks.items() if rank}
 
 

@@ -165,6 +165,11 @@ def test_a_pattern_that_fits_no_layer_is_named() -> None:
         add_lora(build_dit(), LoRAConfig(rank=2, layer_ranks=["blocks.7.*:3"]))
 
 
+def test_patterns_that_leave_no_layer_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"lora\.layer_ranks=.*leaves no layer to train"):
+        add_lora(DiT(SIZES), LoRAConfig(rank=3, layer_ranks=["*:0"]))
+
+
 def test_a_merged_model_computes_the_same_and_is_plain_again() -> None:
     dit = adapted(LoRAConfig(rank=4, alpha=3.0, layer_ranks=["*.to_k:2"]))
     expected = dit(*inputs())
