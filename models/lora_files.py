@@ -37,6 +37,7 @@ class LoRAForm(StrEnum):
 
 # Where diffusers keeps the settings of peft, as JSON, in a safetensors header.
 METADATA_KEY = "lora_adapter_metadata"
+_PEFT_PREFIX = "base_model.model."
 _PREFIX = re.compile(r"^(model\.diffusion_model\.|diffusion_model\.|base_model\.model\.|transformer\.|lora_unet_)")
 _FACTOR = re.compile(r"^(.+)\.(lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight$")
 _ALPHA = re.compile(r"^(.+)\.(?:lora_)?alpha$")
@@ -72,7 +73,10 @@ def write_lora(
 
 
 def read_lora(path: Path | str) -> dict[str, LoRAFactors]:
-    """The factors of a file of any of the forms, by layer. A layer without an alpha in the file has scale 1, as everywhere.
+    """The factors of a file of any of the forms, by layer.
+
+    A layer's scale is that of its alpha in the file, else of peft's settings in the file's header or, for peft's own form, in the
+    adapter_config.json beside it, else 1.
 
     Raises ValueError naming the file and the tensors that are no LoRA of a Wan transformer's Linear layers, and the layers that
     lack a half or whose halves do not fit each other.
@@ -108,7 +112,7 @@ def read_lora(path: Path | str) -> dict[str, LoRAFactors]:
             broken.append(f"{name} ({', '.join(f'{half} {list(pair[half].shape)}' for half in sorted(pair))})")
     if broken:
         raise ValueError(f"{path}: layers that are not down [rank, in] and up [out, rank]: {some(broken)}")
-    settings = _settings_with(path, header)
+    settings = _peft_settings_of(path, header, is_peft=any(key.startswith(_PEFT_PREFIX) for key in tensors))
     return {
         name: LoRAFactors(
             pair["down"], pair["up"], _scale(name, pair["down"].shape[0], alphas.get(name), settings, where=path)
@@ -149,11 +153,14 @@ def _peft_settings(factors: Mapping[str, LoRAFactors]) -> dict[str, Any]:
     return {f"transformer.{name}": value for name, value in settings.items()}
 
 
-def _settings_with(path: Path, header: dict[str, str]) -> dict[str, Any]:
-    """peft's settings of a file: those in its header, or in the adapter_config.json beside it; {} where there are none."""
+def _peft_settings_of(path: Path, header: dict[str, str], *, is_peft: bool) -> dict[str, Any]:
+    """peft's settings of a file: those in its header, or beside a file that peft wrote; {} where there are none.
+
+    Any other file may lie in peft's folder by chance, such as one of ours, whose scale is in B.
+    """
     source, text = f"{path}: {METADATA_KEY}", header.get(METADATA_KEY, "")
     beside = path.with_name("adapter_config.json")
-    if not text and beside.is_file():
+    if not text and is_peft and beside.is_file():
         source, text = str(beside), beside.read_text(encoding="utf-8")
     if not text:
         return {}

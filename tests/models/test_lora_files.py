@@ -186,10 +186,19 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
     ],
 )
 def test_settings_of_peft_that_cannot_be_used_are_named(tmp_path: Path, settings: str, words: str) -> None:
-    write_lora(tmp_path / "lora.safetensors", draw_factors())
+    down, up = (f"base_model.model.{name}" for name in (DOWN, UP))
+    halves = {down.replace("diffusion_model.", ""): (2, 4), up.replace("diffusion_model.", ""): (4, 2)}
+    save_file({name: torch.zeros(shape) for name, shape in halves.items()}, tmp_path / "lora.safetensors")
     (tmp_path / "adapter_config.json").write_text(settings)
     with pytest.raises(ValueError, match=words):
         read_lora(tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("form", list(LoRAForm))
+def test_peft_settings_are_not_those_of_another_file_beside_them(form: LoRAForm, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 50}')
+    write_lora(tmp_path / "lora.safetensors", draw_factors(), form)
+    assert_same_deltas(read_lora(tmp_path / "lora.safetensors"), draw_factors())
 
 
 def test_a_lora_without_layers_is_not_written(tmp_path: Path) -> None:
