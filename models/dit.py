@@ -129,7 +129,10 @@ class DiTConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> "DiTConfig":
-        """Read a diffusers `config.json`. ValueError for a model of another kind (other class, norms or image conditioning)."""
+        """Read a diffusers `config.json`.
+
+        Raises ValueError for a model of another kind (other class, norms or image conditioning) and for sizes that break `faults`.
+        """
         required = {
             "_class_name": "WanTransformer3DModel",
             "cross_attn_norm": True,
@@ -154,6 +157,8 @@ class DiTConfig:
                 f"config.json: added_kv_proj_dim={width} must be {read.added_kv_proj_dim}: the model's width where image_dim is "
                 f"given, else null (image_dim={read.image_dim})"
             )
+        if faults := read.faults("transformer"):
+            raise ValueError(f"config.json: {'; '.join(faults)}")
         return read
 
 

@@ -90,6 +90,14 @@ def test_from_diffusers_refuses_a_model_of_another_kind(change: dict[str, object
         DiTConfig.from_diffusers(tiny_config().to_diffusers() | change)
 
 
+def test_from_diffusers_refuses_sizes_that_break_the_rules() -> None:
+    broken = {"num_layers": 0, "attention_head_dim": 24, "patch_size": [1, 2]}
+    with pytest.raises(
+        ValueError, match=r"config\.json: .*num_layers=0 must be .*heads of 24.*patch_size=\[1, 2\] must"
+    ):
+        DiTConfig.from_diffusers(tiny_config().to_diffusers() | broken)
+
+
 def test_image_settings_have_rules_of_their_own() -> None:
     assert tiny_config(image_dim=12, pos_embed_seq_len=6).faults("model") == []
     (fault,) = tiny_config(pos_embed_seq_len=6).faults("model")
