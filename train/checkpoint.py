@@ -153,6 +153,16 @@ def check_checkpoint(folder: Path) -> str:
     return ""
 
 
+def refuse_damaged(folder: Path) -> None:
+    """Raise ValueError on every rank where rank 0 finds a committed checkpoint damaged; collective where there are ranks."""
+    if not dist.is_initialized():
+        fault = check_checkpoint(folder)
+    else:
+        fault = from_rank_0(check_checkpoint(folder) if dist.get_rank() == 0 else "")
+    if fault:
+        raise ValueError(fault)
+
+
 def load_checkpoint(folder: Path, *, engine: Engine, ema: EMA) -> dict[str, Any]:
     """Fill this rank's shards from any world size's fragments; returns the contents of run.json. Collective."""
     facts = read_run_state(folder)

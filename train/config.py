@@ -192,13 +192,10 @@ class TrainConfig:
                 missing.append(
                     f"vae.path={self.vae.path} must be a folder with config.json (train a VAE first, or set it)"
                 )
-            if self.text.kind is TextEncoderKind.umt5 and not (Path(self.text.path or "") / "text_encoder").is_dir():
-                missing.append(f"text.path={self.text.path} must be a folder with text_encoder/ and tokenizer/")
-            encoder = self.conditioning.image_encoder
-            if encoder and not (Path(encoder) / "image_encoder").is_dir():
-                missing.append(
-                    f"conditioning.image_encoder={encoder} must be a folder with image_encoder/ and image_processor/"
-                )
+            if self.text.kind is TextEncoderKind.umt5:
+                missing += _missing_parts("text.path", self.text.path or "", ("text_encoder", "tokenizer"))
+            if encoder := self.conditioning.image_encoder:
+                missing += _missing_parts("conditioning.image_encoder", encoder, ("image_encoder", "image_processor"))
         if self.init_from and not Path(self.init_from).is_dir():
             missing.append(f"init_from={self.init_from} must be a pipeline folder or the directory of a run")
         if self.lora.init_from and not Path(self.lora.init_from).is_file():
@@ -314,6 +311,14 @@ class TrainConfig:
                 rule += ", or conditioning.form must be channels (the model also takes a mask and image latents)"
             found.append(f"model.in_channels={model.in_channels} must be {rule}")
         return found
+
+
+def _missing_parts(field: str, folder: str, parts: tuple[str, str]) -> list[str]:
+    absent = [part for part in parts if not (Path(folder) / part).is_dir()]
+    if not absent:
+        return []
+    found = f"{field}={folder} must be a folder with {parts[0]}/ and {parts[1]}/"
+    return [found if len(absent) == len(parts) else f"{found}; {absent[0]}/ is missing"]
 
 
 def load_train_config(overrides: list[str]) -> TrainConfig:

@@ -41,21 +41,30 @@ def load_initial_weights(model: nn.Module, config: "TrainConfig") -> None:
             module, part = model.transformer, transformer_folder(source, config.expert)
         load_weights_from(module, part, where=f"init_from={part}")
         return
+    checkpoint = source_checkpoint(source)
+    assert checkpoint is not None, "no pipeline folder, so a run"
+    if "lora" in read_run_state(checkpoint):
+        # A run's settings know this module, and a LoRA may lie on a run that has one itself.
+        from .config import read_config
+        from .trained_weights import load_trained
+
+        load_trained(model, read_config(source), checkpoint)
+        merge_lora(model)
+        model.requires_grad_(True)  # what was frozen under the LoRA
+        return
+    load_weights(model, read_weights(checkpoint), where=f"init_from={source}")
+
+
+def source_checkpoint(source: Path) -> Path | None:
+    """The newest checkpoint of the run that a start is from; None for a pipeline folder. Raises ValueError for anything else."""
+    if is_pipeline_folder(source):
+        return None
     found = committed_checkpoints(source / "checkpoints")
     if not found:
         raise ValueError(
             f"init_from={source} must be a pipeline folder (with model_index.json) or the directory of a run with a checkpoint"
         )
-    if "lora" in read_run_state(found[-1]):
-        # A run's settings know this module, and a LoRA may lie on a run that has one itself.
-        from .config import read_config
-        from .trained_weights import load_trained
-
-        load_trained(model, read_config(source), found[-1])
-        merge_lora(model)
-        model.requires_grad_(True)  # what was frozen under the LoRA
-        return
-    load_weights(model, read_weights(found[-1]), where=f"init_from={source}")
+    return found[-1]
 
 
 def transformer_folder(source: Path, expert: Expert) -> Path:

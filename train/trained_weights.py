@@ -4,6 +4,8 @@ A checkpoint of a LoRA run holds the factors alone, with a fingerprint of the we
 """
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,9 @@ from ..models.lora_files import read_lora
 from ..models.text_to_video import TextToVideoModel
 from ..models.weight_files import check_shapes
 from ..models.weights import load_weights
-from .checkpoint import read_run_state, read_weights
+from .checkpoint import read_run_state, read_weights, refuse_damaged
 from .compose import plain
-from .initial_weights import load_initial_weights
+from .initial_weights import load_initial_weights, source_checkpoint
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -27,9 +29,12 @@ def prepare_weights(model: nn.Module, config: "TrainConfig", resume_from: Path |
     """Give a fresh model all that the engine needs before it shards it; a checkpoint to resume from is loaded after that.
 
     Returns what checkpoints keep of a LoRA, {} where all weights are trained. Raises ValueError where weights cannot be read or do
-    not fit, and where the checkpoint's LoRA is another one or lay on other weights.
+    not fit, where the checkpoint to start from is damaged, and where the checkpoint's LoRA is another one or lay on other weights.
     """
     facts: dict[str, Any] = {}
+    # A LoRA that is resumed knows the weights under it by their fingerprint.
+    if config.init_from and resume_from is None and (source := source_checkpoint(Path(config.init_from))):
+        refuse_damaged(source)
     if config.lora.is_on:
         facts = _add_lora(model, config)
     elif config.init_from and resume_from is None:
@@ -60,10 +65,10 @@ def load_trained(model: nn.Module, config: "TrainConfig", checkpoint: Path, kind
     model.load_state_dict(weights, strict=False)
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Changes with the names, shapes and values of a model's weights; sums of bits, since a hash of 14 B of them takes minutes."""
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Changes with the names, shapes and values of weights; sums of bits, since a hash of 14 B of them takes minutes."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         bits = tensor.float().contiguous().view(torch.int32)
         rows: Tensor = bits.reshape(len(bits) if bits.ndim > 1 else 1, -1).sum(dim=1, dtype=torch.int64)
         digest.update(f"{name} {list(tensor.shape)}".encode())
@@ -75,11 +80,24 @@ def _add_lora(model: nn.Module, config: "TrainConfig") -> dict[str, Any]:
     """Load the weights under a LoRA, freeze all of them, and put the LoRA's layers in."""
     assert isinstance(model, TextToVideoModel), "the settings allow a LoRA for the diffusion transformer alone"
     load_initial_weights(model, config)
-    base = weights_fingerprint(model)
+    base = _base_fingerprint(model, config)
     model.requires_grad_(False)
     add_lora(model.transformer, config.lora)
     settings = {name: value for name, value in plain(config.lora).items() if name != "init_from"}
     return {"settings": settings, "base": base}
+
+
+def _base_fingerprint(model: nn.Module, config: "TrainConfig") -> str:
+    """That of the weights that `init_from` names and the model has by now.
+
+    Those of a LoRA run were computed, which rounds differently on another device: they are known by what they were computed of.
+    """
+    source = source_checkpoint(Path(config.init_from or ""))
+    lora = read_run_state(source).get("lora") if source is not None else None
+    if source is None or not lora:
+        return weights_fingerprint(model.state_dict())
+    parts = [lora["base"], json.dumps(lora["settings"], sort_keys=True), weights_fingerprint(read_weights(source))]
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def _refuse_another_lora(checkpoint: Path, facts: dict[str, Any], config: "TrainConfig") -> None:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from muybridge.models.diffusion.known_places import ConditioningConfig
+from muybridge.models.lora import LoRAConfig
+from muybridge.models.text import TextEncoderConfig, TextEncoderKind
 from muybridge.scripts import cli
-from muybridge.train.config import load_train_config
+from muybridge.train.config import TrainConfig, load_train_config
 
 # The figures that the messages below name are set here: the recipe may change.
 QUICK = [
@@ -127,6 +130,23 @@ def test_missing_text_weights_and_initial_weights_are_named(tmp_path: Path) -> N
         load_train_config([*LARGE, "dry_run=false", f"init_from={tmp_path / 'none'}"])
     for words in ("vae.path=weights/wan_2_1/vae", "text.path=weights/umt5_xxl", f"init_from={tmp_path / 'none'}"):
         assert words in str(error.value)
+
+
+def test_each_missing_half_of_an_encoder_and_a_missing_lora_file_are_named(tmp_path: Path) -> None:
+    for name in ("text_encoder", "image_encoder"):
+        (tmp_path / name).mkdir()
+    config = TrainConfig(
+        text=TextEncoderConfig(kind=TextEncoderKind.umt5, path=str(tmp_path)),
+        conditioning=ConditioningConfig(image_encoder=str(tmp_path)),
+        lora=LoRAConfig(rank=4, init_from=str(tmp_path / "none.safetensors")),
+    )
+    missing = "\n".join(config.missing_inputs())
+    for words in (
+        f"text.path={tmp_path} must be a folder with text_encoder/ and tokenizer/; tokenizer/ is missing",
+        f"conditioning.image_encoder={tmp_path} must be a folder with image_encoder/ and image_processor/; image_processor/",
+        f"lora.init_from={tmp_path / 'none.safetensors'} must be a LoRA file",
+    ):
+        assert words in missing
 
 
 def test_a_check_prints_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
