@@ -1,6 +1,7 @@
 """Files of named tensors, opened without reading them: tensors come one at a time, so models larger than memory can be moved."""
 
 import json
+import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -72,12 +73,6 @@ def open_weights(source: Path | str) -> Iterator[Tensors]:
         yield Tensors(shapes, lambda name: readers[name]())
 
 
-def iterate_tensors(source: Path | str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a weight file or a model folder in turn; raises as `open_weights` does."""
-    with open_weights(source) as tensors:
-        yield from tensors
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all; one of the same name is replaced, and the folder made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +122,23 @@ def check_shapes(found: Mapping[str, torch.Size], expected: Mapping[str, torch.S
     ]
     if misshapen:
         raise ValueError(f"{where}: tensors of another shape than the model's: {some(misshapen)}")
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """The files of a folder, byte for byte, to a new one, without hidden ones and without weights in pickles beside others.
+
+    Raises ValueError where a pickle has the only weights.
+    """
+    files = [path for path in sorted(source.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    kept = [path for path in files if path.suffix not in PICKLE_SUFFIXES]
+    if len(kept) < len(files) and not any(path.suffix == ".safetensors" for path in kept):
+        raise ValueError(
+            f"{source} has its weights in a pickle alone, which can run code and is not copied; it must have them in "
+            "safetensors (`muybridge import --text-encoder` makes those of a text encoder)"
+        )
+    target.mkdir(parents=True)
+    for path in kept:
+        shutil.copyfile(path, target / path.name)
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:

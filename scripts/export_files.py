@@ -17,10 +17,10 @@ from ..models.vae.config import (
 from ..models.vae.fold_statistics import fold_statistics
 from ..models.vae.folder import load_vae
 from ..models.wan_keys import Component, Layout, from_diffusers_keys, transformer_dtype
-from ..models.weight_files import Tensors, check_written, open_weights, write_tensors
+from ..models.weight_files import Tensors, check_written, copy_files, open_weights, write_tensors
 from ..models.weights import save_model
 from .export_loaders import has_wan_form
-from .export_pipeline import Advance, copy_files, counted, write_text_parts
+from .export_pipeline import Advance, counted, write_text_parts
 from .export_plan import ExportPlan
 from .export_readme import README_NAME, files_readme
 

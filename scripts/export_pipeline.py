@@ -1,6 +1,5 @@
 """A pipeline folder of a run: what diffusers, FastVideo and vLLM-Omni open, and what training and sampling here start from."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from ..models.pipeline_folder import write_model_index
 from ..models.text import TextEncoderKind
 from ..models.vae.folder import load_vae
 from ..models.wan_keys import transformer_dtype
-from ..models.weight_files import PICKLE_SUFFIXES, Tensors, check_written, write_json
+from ..models.weight_files import Tensors, check_written, copy_files, write_json
 from ..models.weights import save_model
 from ..train.config import TrainConfig
 from .export_plan import ExportPlan
@@ -61,22 +60,6 @@ def copy_image_parts(config: TrainConfig, folder: Path) -> None:
     if config.model.image_dim is not None and config.conditioning.image_encoder:
         for part in ("image_encoder", "image_processor"):
             copy_files(Path(config.conditioning.image_encoder) / part, folder / part)
-
-
-def copy_files(source: Path, target: Path) -> None:
-    """The files of a folder, byte for byte, without hidden ones and without weights in pickles.
-
-    Raises ValueError where there is nothing left: such an encoder has no other weights.
-    """
-    files = [path for path in sorted(source.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    kept = [path for path in files if path.suffix not in PICKLE_SUFFIXES]
-    if len(kept) < len(files) and not any(path.suffix == ".safetensors" for path in kept):
-        raise ValueError(
-            f"{source} has its weights in a pickle, which is not exported; `muybridge import` makes safetensors of it"
-        )
-    target.mkdir(parents=True)
-    for path in kept:
-        shutil.copyfile(path, target / path.name)
 
 
 def counted(tensors: Tensors, advance: Advance) -> Tensors:

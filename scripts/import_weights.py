@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,10 +27,12 @@ from ..models.weight_files import (
     WEIGHTS_STEM,
     Tensors,
     check_written,
+    copy_files,
     write_json,
 )
 from ..models.weights import save_model
 from .dataset_commands import console, say
+from .export_plan import EXPORTED_SETTINGS
 from .import_parts import OpenPart, open_part
 from .import_plan import ImportPlan, component_of, plan_import
 
@@ -77,7 +80,7 @@ def import_weights(plan: ImportPlan, out: Path, *, dtype: torch.dtype | None = N
     with ExitStack() as stack:
         parts = {part: open_part(component_of(part), path, stack) for part, path in plan.weights.items()}
         _check_together(parts)
-        _check_space(out, sum(_bytes(opened, dtype) for opened in parts.values()))
+        _check_space(out, _copied_bytes(plan) + sum(_bytes(opened, dtype) for opened in parts.values()))
         with _staged(out) as folder:
             table = Table("part", "parameters", "dtype", "from")
             with _progress(parts) as advance:
@@ -85,7 +88,7 @@ def import_weights(plan: ImportPlan, out: Path, *, dtype: torch.dtype | None = N
                     dtypes = _write(opened, folder / part, dtype, advance)
                     table.add_row(part, f"{opened.parameters / 1e6:,.1f} M", dtypes, Text(str(opened.source)))
             for part, path in plan.copies.items():
-                _copy_files(path, folder / part)
+                copy_files(path, folder / part)
                 table.add_row(part, "", "", Text(str(path)))
             shift = None if "scheduler" in plan.copies else _write_scheduler(folder / "scheduler", parts)
             boundary, expand_timesteps = _pipeline_settings(plan, parts)
@@ -110,7 +113,7 @@ def _write(part: OpenPart, folder: Path, dtype: torch.dtype | None, advance: Cal
 
     tensors = Tensors(part.tensors.shapes, read)
     stem = TRANSFORMERS_STEM if part.component is Component.text_encoder else WEIGHTS_STEM
-    save_model(folder, part.config, tensors, stem=stem)
+    save_model(folder, part.config, tensors, stem=stem, metadata=part.header)
     check_written(folder, tensors)
     return ", ".join(_DTYPE_NAMES[kind] for kind in sorted(seen, key=lambda kind: -seen[kind]))
 
@@ -144,6 +147,11 @@ def _bytes(part: OpenPart, dtype: torch.dtype | None) -> int:
     return sum(path.stat().st_size for path in files)
 
 
+def _copied_bytes(plan: ImportPlan) -> int:
+    files = [path for folder in plan.copies.values() for path in folder.iterdir() if path.is_file()]
+    return sum(path.stat().st_size for path in files if path.suffix not in PICKLE_SUFFIXES)
+
+
 def _check_space(out: Path, needed: int) -> None:
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
     if (free := shutil.disk_usage(parent).free) < needed:
@@ -161,28 +169,29 @@ def _pipeline_settings(plan: ImportPlan, parts: dict[str, OpenPart]) -> tuple[fl
     return plan.boundary_ratio or published, expand
 
 
-def _write_scheduler(folder: Path, parts: dict[str, OpenPart]) -> float:
-    """The published shift of a model of these sizes, which releases keep in their code; returns it."""
+def _write_scheduler(folder: Path, parts: dict[str, OpenPart]) -> float | None:
+    """With the shift of the run that an export is of, else the one published for these sizes, which releases keep in their code.
+
+    Returns the latter, None for the former.
+    """
+    folder.mkdir()
+    for part in ("transformer", "transformer_2"):
+        settings = json.loads(parts[part].header.get(EXPORTED_SETTINGS, "{}")) if part in parts else {}
+        if "sampler" in settings:
+            sampler = SamplerConfig(shift=settings["sampler"]["shift"])
+            write_json(folder / "scheduler_config.json", scheduler_config(sampler))
+            return None
     shift = 5.0
     if parts["transformer"].config["pos_embed_seq_len"] is not None:  # first and last frame to video
         shift = 16.0
     elif "transformer_2" in parts and not _takes_images(parts):
         shift = 12.0
-    folder.mkdir()
     write_json(folder / "scheduler_config.json", scheduler_config(SamplerConfig(shift=shift)))
     return shift
 
 
 def _takes_images(parts: dict[str, OpenPart]) -> bool:
     return parts["transformer"].config["in_channels"] != parts["transformer"].channels
-
-
-def _copy_files(source: Path, target: Path) -> None:
-    """The files of a folder, without hidden ones and without weights in pickles."""
-    target.mkdir()
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.suffix not in PICKLE_SUFFIXES:
-            shutil.copyfile(path, target / path.name)
 
 
 def _check_out(plan: ImportPlan, out: Path, *, overwrite: bool) -> None:
@@ -212,7 +221,11 @@ def _staged(out: Path) -> Iterator[Path]:
         if out.exists():
             former = staging.with_suffix(".former")
             out.rename(former)
-            staging.rename(out)
+            try:
+                staging.rename(out)
+            except BaseException:
+                former.rename(out)
+                raise
             shutil.rmtree(former)
         else:
             staging.rename(out)

@@ -16,7 +16,7 @@ from muybridge.models.weight_files import (
     TRANSFORMERS_STEM,
     Tensors,
     check_written,
-    iterate_tensors,
+    copy_files,
     open_weights,
     write_tensors,
 )
@@ -33,6 +33,11 @@ def draw_state() -> dict[str, Tensor]:
         "table": torch.tensor([float("nan"), 1.0]),
         "scale": torch.tensor(2.0),
     }
+
+
+def read_all(source: Path) -> dict[str, Tensor]:
+    with open_weights(source) as tensors:
+        return dict(tensors)
 
 
 def assert_same(found: dict[str, Tensor], state: dict[str, Tensor]) -> None:
@@ -53,7 +58,7 @@ def test_every_form_of_a_file_gives_the_same_tensors(tmp_path: Path) -> None:
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) == 2
     assert (tmp_path / "text" / "model.safetensors.index.json").is_file()
     for name in ("whole.safetensors", "saved.pth", "old.pth", "folder", "shards", "text"):
-        assert_same(dict(iterate_tensors(tmp_path / name)), state)
+        assert_same(read_all(tmp_path / name), state)
         check_written(tmp_path / name, Tensors.of(state))
 
 
@@ -80,7 +85,7 @@ def test_a_model_is_saved_from_an_iterator_holding_one_shard_at_a_time(tmp_path:
 
     save_model(tmp_path / "m", CONFIG, tensors(), max_shard_bytes=32, metadata={"made_by": "a test"})
     assert written == [0, 0, 0, 1], "the first shard must be on disk before the fourth tensor is made"
-    assert_same(dict(iterate_tensors(tmp_path / "m")), {f"layer{i}": torch.full((4,), float(i)) for i in range(4)})
+    assert_same(read_all(tmp_path / "m"), {f"layer{i}": torch.full((4,), float(i)) for i in range(4)})
     with safe_open(tmp_path / "m" / "diffusion_pytorch_model-00002-of-00002.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "made_by": "a test"}
 
@@ -119,12 +124,12 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
         state = {"weight": torch.zeros(2), "code": Malice(trap)}
         torch.save(state, tmp_path / "bad.pth", _use_new_zipfile_serialization=is_new)
         with pytest.raises(ValueError, match=r"bad\.pth: holds more than tensors, .* refused"):
-            dict(iterate_tensors(tmp_path / "bad.pth"))
+            read_all(tmp_path / "bad.pth")
         assert not trap.exists()
     with open(tmp_path / "bare.pt", "wb") as file:
         pickle.dump(Malice(trap), file)
     with pytest.raises(ValueError, match=r"bare\.pt: "):
-        dict(iterate_tensors(tmp_path / "bare.pt"))
+        read_all(tmp_path / "bare.pt")
     assert not trap.exists()
 
 
@@ -146,7 +151,7 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
         "absent.pth": "no such file",
     }.items():
         with pytest.raises(ValueError, match=f"{name}: {message}"):
-            dict(iterate_tensors(tmp_path / name))
+            read_all(tmp_path / name)
 
 
 def test_loading_from_a_file_is_strict_and_changes_nothing_when_it_fails(tmp_path: Path) -> None:
@@ -203,3 +208,18 @@ def test_a_changed_bit_is_found_after_writing(tmp_path: Path) -> None:
         check_written(tmp_path, Tensors.of(state | {"weight": state["weight"].double()}))
     with pytest.raises(ValueError, match="missing tensors: more"):
         check_written(tmp_path, Tensors.of(state | {"more": torch.zeros(1)}))
+
+
+def test_files_are_copied_without_pickles_unless_those_have_the_only_weights(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "new" / "target"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    (source / ".cache").write_text("hidden")
+    (source / "pytorch_model.bin").write_bytes(b"runs code when it is read")
+    with pytest.raises(ValueError, match="source has its weights in a pickle alone"):
+        copy_files(source, target)
+    assert not target.exists()
+    save_file(draw_state(), source / "model.safetensors")
+    copy_files(source, target)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
+    assert (target / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()

@@ -18,7 +18,7 @@ from muybridge.models.vae.config import WAN_2_1_LATENTS_MEAN, WAN_2_1_LATENTS_ST
 from muybridge.models.vae.folder import load_vae
 from muybridge.models.wan_keys import Component, Layout, to_diffusers_keys, transformer_dtype
 from muybridge.models.weights import save_model
-from muybridge.scripts import export, export_checks, export_files, export_pipeline
+from muybridge.scripts import export, export_checks, export_files, export_pipeline, import_weights
 from muybridge.scripts.export_loaders import lost_loaders
 from muybridge.train.checkpoint import committed_checkpoints, read_weights
 
@@ -112,6 +112,28 @@ def test_a_frozen_encoder_goes_along_without_pickles(
     assert not list(out.rglob("*.bin"))
     index = json.loads((out / "model_index.json").read_text())
     assert index["text_encoder"] == ["transformers", "UMT5EncoderModel"]
+
+
+def test_an_encoder_in_a_pickle_alone_is_imported_as_little_as_exported(
+    umt5_run: list[str], tiny_umt5: Path, save_random_run: SaveRun, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert export.main([f"run={save_random_run(tmp_path / 'run', umt5_run)}", f"out={out}"]) == 0
+    (out / "image_encoder").mkdir()
+    (out / "image_encoder" / "pytorch_model.bin").write_bytes(b"runs code when it is read")
+    index = json.loads((out / "model_index.json").read_text())
+    index["image_encoder"] = ["transformers", "CLIPVisionModel"]
+    (out / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="image_encoder has its weights in a pickle alone"):
+        import_weights.main([str(out), str(tmp_path / "imported")])
+    assert not (tmp_path / "imported").exists()
+
+    text = shutil.copytree(tiny_umt5, tmp_path / "text")
+    (text / "text_encoder" / "model.safetensors").rename(text / "text_encoder" / "pytorch_model.bin")
+    run_dir = save_random_run(tmp_path / "other", [*umt5_run, f"text.path={text}"])
+    with pytest.raises(ValueError, match="text_encoder has its weights in a pickle alone"):
+        export.main([f"run={run_dir}", f"out={tmp_path / 'exported'}"])
+    assert not (tmp_path / "exported").exists()
 
 
 def test_an_export_that_fails_leaves_nothing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
