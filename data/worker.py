@@ -149,7 +149,8 @@ def answer_to(operation: str, arguments: dict[str, Any]) -> tuple[dict[str, Any]
         if isinstance(error, DecodeError):
             # Decoders have many words for an allocation that failed, those for damage among them: see what there is to allocate.
             limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-            return {"unreadable": str(error), "is_short_of_memory": 2 * _private_bytes() > limit}, b""
+            is_short = limit != resource.RLIM_INFINITY and 2 * _private_bytes() > limit  # without a limit it says -1
+            return {"unreadable": str(error), "is_short_of_memory": is_short}, b""
         return {"error": f"{type(error).__name__}: {error}"}, b""
 
 

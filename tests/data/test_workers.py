@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -12,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from muybridge.data import workers
+from muybridge.data import worker, workers
 from muybridge.data.decode import DecodeError, Decoder, frame_times, has_decoder
 from muybridge.data.frame_ring import FrameRing, Spot
 from muybridge.data.mp4 import write_mp4
@@ -169,6 +171,17 @@ def test_a_lack_of_memory_that_looks_like_damage_is_none(pool: WorkerPool) -> No
     assert pool.counts()["decoder_crashes"] == 1
     with pytest.raises(DecodeError, match="invalid data"):  # in a fresh process, too
         pool.submit("hide_a_lack", size=2 * needed).result()
+
+
+def test_damage_is_no_lack_of_memory_where_there_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable() -> tuple[dict[str, Any], bytes]:
+        raise DecodeError("invalid data")
+
+    monkeypatch.setitem(worker.OPERATIONS, "unreadable", unreadable)
+    for limit, is_short in ((resource.RLIM_INFINITY, False), (2**60, False), (2**10, True)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, resource.RLIM_INFINITY))
+        answer, _ = worker.answer_to("unreadable", {})
+        assert answer == {"unreadable": "invalid data", "is_short_of_memory": is_short}
 
 
 def test_half_a_clip_of_a_process_that_another_clip_spoilt_is_written_again(program: Path) -> None:
