@@ -36,8 +36,8 @@ the LoRA is written, one file.
   dtype=bf16|fp32       of the transformer or LoRA (default bf16; a transformer's parts that need fp32 have it)
   low_run=RUN_DIR       the run of the low-noise expert, where run= is that of the high-noise expert; one of the two may be
                         the pipeline folder that the other started from
-  prompts=FILE          text file with one prompt a line, whose features are written beside the model: for text.kind=bytes,
-                        a text encoder that other tools do not have
+  prompts=FILE          text file with one prompt a line, whose features are written beside the model: for a text encoder
+                        that the tools do not have (text.kind=bytes; umt5_small in any format but diffusers)
   dry_run=true          check everything and stop
 
   muybridge export run=runs/quickstart out=exports/quickstart prompts=runs/quickstart/prompts.txt"""
@@ -116,7 +116,7 @@ def _faults(config: ExportConfig, plan: "ExportPlan") -> list[str]:
     """Settings that contradict the run, as messages that name the field, the value and the rule."""
     found = []
     assert config.format is not None
-    form, text = config.format.name, plan.config.text.kind
+    form, text = config.format.name, plan.config.text.kind.value
     if plan.is_lora and form == "original":
         found.append("format=original must be comfy, diffusers or kohya for a LoRA (or merge=true)")
     if plan.is_lora and Path(config.out).suffix != ".safetensors":
@@ -125,9 +125,13 @@ def _faults(config: ExportConfig, plan: "ExportPlan") -> list[str]:
         found.append("format=kohya must be diffusers, comfy or original for a whole model")
     if config.merge and not plan.config.lora.is_on:
         found.append(f"merge=true is for LoRA runs, and run={config.run} trained all weights")
-    if config.prompts and (plan.is_lora or text.name != "bytes"):
-        whose = "a LoRA has no text encoder" if plan.is_lora else f"text.kind={text} is exported itself"
-        found.append(f"prompts={config.prompts} is for runs with text.kind=bytes: {whose}")
+    if config.prompts and plan.is_lora:
+        found.append(f"prompts={config.prompts} is for whole models: a LoRA has no text encoder")
+    elif config.prompts and (text == "umt5" or (text == "umt5_small" and form == "diffusers")):
+        found.append(
+            f"prompts={config.prompts} is for text encoders that other tools do not have: with format={form}, "
+            f"text.kind={text} is one that they do"
+        )
     return found
 
 
@@ -149,13 +153,13 @@ def _export_model(config: ExportConfig, plan: "ExportPlan", prompts: list[str]) 
     from .export_checks import Comparison, compare_with_diffusers
     from .export_files import write_comfy, write_original
     from .export_pipeline import write_pipeline
-    from .export_report import print_report
+    from .export_report import parts_table, print_report
 
     assert config.format is not None
     write = {"diffusers": write_pipeline, "comfy": write_comfy, "original": write_original}[config.format.name]
     out = Path(config.out)
     comparisons: list[Comparison] = []
-    # Only a whole export gets the name that was asked for.
+    # Only a whole export that can be told of gets the name that was asked for: a folder of this name is refused by the next try.
     staging = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:12]}")
     staging.mkdir(parents=True)
     try:
@@ -163,11 +167,12 @@ def _export_model(config: ExportConfig, plan: "ExportPlan", prompts: list[str]) 
             write(staging, plan, dtype=getattr(torch, config.dtype.value), prompts=prompts, advance=advance)
         if config.format is ExportFormat.diffusers:
             comparisons = compare_with_diffusers(staging)
+        table = parts_table(staging, comparisons, title=str(out))
         staging.rename(out)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    print_report(out, plan, comparisons)
+    print_report(out, plan, comparisons, table)
 
 
 @contextmanager

@@ -7,22 +7,17 @@ import torch
 
 from ..models.dit import DiTConfig
 from ..models.text import TextEncoderKind
-from ..models.vae import VAEConfig
-from ..models.vae.config import (
-    WAN_2_1_LATENTS_MEAN,
-    WAN_2_1_LATENTS_STD,
-    WAN_2_2_LATENTS_MEAN,
-    WAN_2_2_LATENTS_STD,
-)
+from ..models.vae.config import wan_latent_statistics
 from ..models.vae.fold_statistics import fold_statistics
 from ..models.vae.folder import load_vae
 from ..models.wan_keys import Component, Layout, from_diffusers_keys, transformer_dtype
 from ..models.weight_files import Tensors, check_written, copy_files, open_weights, write_tensors
 from ..models.weights import save_model
 from .export_loaders import has_wan_form
-from .export_pipeline import Advance, counted, write_text_parts
+from .export_pipeline import Advance, counted
 from .export_plan import ExportPlan
 from .export_readme import README_NAME, files_readme
+from .export_weights import write_prompt_embeds
 
 TEXT_ENCODER_NAME = "models_t5_umt5-xxl-enc-bf16.safetensors"
 
@@ -42,7 +37,8 @@ def write_comfy(folder: Path, plan: ExportPlan, *, dtype: torch.dtype, prompts: 
     vae_path = folder / "vae" / f"{name}_vae.safetensors"
     _write_vae(vae_path, plan, advance)
     files[str(vae_path.relative_to(folder))] = "copy it to ComfyUI's `models/vae/`"
-    _write_prompts(folder, plan, prompts)
+    if prompts:
+        write_prompt_embeds(folder, plan.run, prompts)
     (folder / README_NAME).write_text(files_readme(plan.config, prompts, files), encoding="utf-8")
 
 
@@ -69,7 +65,8 @@ def write_original(folder: Path, plan: ExportPlan, *, dtype: torch.dtype, prompt
             _write_file(folder / TEXT_ENCODER_NAME, tensors.renamed(names), {})
         copy_files(source_folder / "tokenizer", folder / "google" / "umt5-xxl")
         files[TEXT_ENCODER_NAME] = "the text encoder, with its tokenizer in `google/umt5-xxl/`"
-    _write_prompts(folder, plan, prompts)
+    if prompts:
+        write_prompt_embeds(folder, plan.run, prompts)
     (folder / README_NAME).write_text(files_readme(config, prompts, files), encoding="utf-8")
 
 
@@ -113,21 +110,9 @@ def _write_vae(path: Path, plan: ExportPlan, advance: Advance) -> None:
     vae = load_vae(plan.config.vae.path or "")
     weights, config = vae.state_dict(), vae.config
     if has_wan_form(config):
-        weights, _ = fold_statistics(weights, config, *wan_statistics(config))
+        weights, _ = fold_statistics(weights, config, *wan_latent_statistics(config.z_dim))
     tensors = counted(Tensors.of(weights), advance)
     _write_file(path, tensors.renamed(from_diffusers_keys(weights, Component.vae, Layout.original)), {})
-
-
-def wan_statistics(vae: VAEConfig) -> tuple[list[float], list[float]]:
-    """Latent mean and deviation that other tools take for granted in an autoencoder of Wan's sizes."""
-    if vae.z_dim == len(WAN_2_2_LATENTS_MEAN):
-        return WAN_2_2_LATENTS_MEAN, WAN_2_2_LATENTS_STD
-    return WAN_2_1_LATENTS_MEAN, WAN_2_1_LATENTS_STD
-
-
-def _write_prompts(folder: Path, plan: ExportPlan, prompts: list[str]) -> None:
-    if prompts:
-        write_text_parts(folder, plan, prompts)
 
 
 def _write_file(path: Path, tensors: Tensors, header: dict[str, str]) -> None:

@@ -44,7 +44,7 @@ def lost_loaders(model: DiTConfig, vae: VAEConfig, text: TextEncoderConfig) -> l
     if text.kind is TextEncoderKind.umt5_small:
         lost.append(
             "text.kind=umt5_small is written with format=diffusers: lost are ComfyUI and Wan's own code, which have umT5-XXL "
-            "built in"
+            "built in and take ready prompt embeddings (prompts=FILE)"
         )
     return lost
 

@@ -40,26 +40,26 @@ video = pipeline(
     max_sequence_length={text.max_tokens},
 ).frames[0]
 """
+    known_prompts = prompt_list(prompts) if text.kind is TextEncoderKind.bytes else ""
     title = "An image-to-video model" if takes_image else "A text-to-video model"
-    return f"# {title}\n\nWritten by `muybridge export`.\n\n```python\n{code}```\n{prompt_list(config, prompts)}"
+    return f"# {title}\n\nWritten by `muybridge export`.\n\n```python\n{code}```\n{known_prompts}"
 
 
 def files_readme(config: TrainConfig, prompts: list[str], files: dict[str, str]) -> str:
     """Of files for ComfyUI or Wan's own code; `files` says for each what to do with it."""
     lines = "".join(f"- `{name}`: {words}\n" for name, words in files.items())
     sampler = config.sampler
+    known_prompts = prompt_list(prompts) if config.text.is_trained else ""
     settings = f"{sampler.steps} steps, shift {sampler.shift:g}, guidance {sampler.guidance_scale:g}"
     return (
         f"# A video model\n\nWritten by `muybridge export`.\n\n{lines}\nIt was made for {settings}, and clips of "
-        f"{config.data.frames} frames of {config.data.width} x {config.data.height}.\n{prompt_list(config, prompts)}"
+        f"{config.data.frames} frames of {config.data.width} x {config.data.height}.\n{known_prompts}"
     )
 
 
-def prompt_list(config: TrainConfig, prompts: list[str]) -> str:
-    """Which prompts have their features in the file; empty for a text encoder that other tools have."""
-    if config.text.kind is not TextEncoderKind.bytes:
-        return ""
-    known_here = "\nThe text encoder of this model is known to Muybridge only. "
+def prompt_list(prompts: list[str]) -> str:
+    """Which prompts have their features in the file, for a text encoder that such tools do not have."""
+    known_here = "\nTools that open this form do not have the text encoder of this model. "
     if not prompts:
         return known_here + f"With `prompts=FILE` an export has the features of prompts, in `{PROMPT_EMBEDS_NAME}`.\n"
     numbered = "".join(f"{number}. {prompt}\n" for number, prompt in enumerate(prompts))

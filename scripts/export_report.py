@@ -12,23 +12,28 @@ from .export_loaders import lost_loaders
 from .export_plan import ExportPlan
 
 
-def print_report(out: Path, plan: ExportPlan, comparisons: list[Comparison]) -> None:
-    """Print it for a whole model; without comparisons none were meant."""
-    config = plan.config
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table(title=str(out))
+def parts_table(folder: Path, comparisons: list[Comparison], *, title: str) -> Table:
+    """The parts of a written folder; without comparisons none were meant."""
+    table = Table(title=title)
     table.add_column("part", overflow="fold")
     table.add_column("files", justify="right")
     table.add_column("MB", justify="right")
     table.add_column("weights")
     table.add_column("off diffusers by", justify="right")
     compared = {comparison.part: comparison for comparison in comparisons}
-    for part in sorted(path for path in out.iterdir() if path.is_dir() or path.suffix == ".safetensors"):
+    for part in sorted(path for path in folder.iterdir() if path.is_dir() or path.suffix == ".safetensors"):
         files = sorted(path for path in part.rglob("*") if path.is_file()) if part.is_dir() else [part]
         size = sum(path.stat().st_size for path in files)
         table.add_row(
             part.name, str(len(files)), f"{size / 1e6:.1f}", _dtypes_of(files), _outcome(compared.get(part.name))
         )
+    return table
+
+
+def print_report(out: Path, plan: ExportPlan, comparisons: list[Comparison], table: Table) -> None:
+    """Print it for a whole model that lies in `out`."""
+    config = plan.config
+    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     for comparison in comparisons:
         if comparison.difference is None:

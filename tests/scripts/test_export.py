@@ -3,6 +3,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from muybridge.models.dit import DiT, DiTConfig
 from muybridge.models.pipeline_folder import PipelineFiles
 from muybridge.models.text import ByteTextEncoder, TextEncoderConfig, TextEncoderKind
+from muybridge.models.text_small import SmallUmt5, write_tokenizer
 from muybridge.models.token_layout import AttentionPattern, SelfAttentionConfig
 from muybridge.models.vae import VideoVAE
 from muybridge.models.vae.config import WAN_2_1_LATENTS_MEAN, WAN_2_1_LATENTS_STD, VAEConfig
 from muybridge.models.vae.folder import load_vae
 from muybridge.models.wan_keys import Component, Layout, to_diffusers_keys, transformer_dtype
 from muybridge.models.weights import save_model
-from muybridge.scripts import export, export_checks, export_files, export_pipeline, import_weights
+from muybridge.scripts import export, export_checks, export_files, export_pipeline, export_report, import_weights
 from muybridge.scripts.export_loaders import lost_loaders
 from muybridge.train.checkpoint import committed_checkpoints, read_weights
 
@@ -136,11 +138,16 @@ def test_an_encoder_in_a_pickle_alone_is_imported_as_little_as_exported(
     assert not (tmp_path / "exported").exists()
 
 
-def test_an_export_that_fails_leaves_nothing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "function"), [(export_pipeline, "write_model_index"), (export_report, "parts_table")]
+)
+def test_an_export_that_fails_leaves_nothing(
+    module: ModuleType, function: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(export_pipeline, "write_model_index", full)
+    monkeypatch.setattr(module, function, full)
     with pytest.raises(OSError, match="no space"):
         export.main([f"run={run_dir}", f"out={tmp_path / 'exports' / 'first'}"])
     assert list((tmp_path / "exports").iterdir()) == []
@@ -245,6 +252,38 @@ def test_the_layout_of_the_release_has_all_parts(
 def test_what_only_a_lora_can_have_is_named(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"format=kohya must be .*; merge=true is for LoRA runs"):
         export.main([f"run={run_dir}", f"out={tmp_path / 'out'}", "format=kohya", "merge=true"])
+
+
+@pytest.fixture
+def umt5_small_run(tiny_run: list[str], save_random_run: SaveRun, tmp_path: Path) -> Path:
+    """A run that trained a text encoder of umT5's form, in the folder where it made the tokenizer."""
+    pytest.importorskip("transformers", reason="the extra `text` is not installed")
+    text = TextEncoderConfig(dim=32, num_heads=2, max_tokens=12, vocabulary=300)
+    write_tokenizer(tmp_path / "small" / "tokenizer", PROMPTS, text)
+    return save_random_run(tmp_path / "small", [*tiny_run, "text.kind=umt5_small", "text.vocabulary=300"])
+
+
+@pytest.mark.parametrize("form", ["comfy", "original"])
+def test_files_for_tools_without_the_trained_encoder_have_its_prompt_features(
+    form: str, umt5_small_run: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert export.main([f"run={umt5_small_run}", f"out={out}", f"format={form}", f"prompts={prompts}"]) == 0
+    text = TextEncoderConfig(TextEncoderKind.umt5_small, dim=32, num_heads=2, max_tokens=12, vocabulary=300)
+    encoder, prefix = SmallUmt5(text, umt5_small_run / "tokenizer").eval(), "text_encoder."
+    weights = {k.removeprefix(prefix): v for k, v in trained(umt5_small_run).items() if k.startswith(prefix)}
+    encoder.load_state_dict(weights)
+    embeds = load_file(out / "prompt_embeds.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(embeds["prompt_embeds"], encoder(encoder.tokenize(PROMPTS)))
+    assert "1. a blue square" in (out / "README.md").read_text()
+
+
+def test_prompts_for_an_encoder_that_goes_along_are_refused(
+    umt5_small_run: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"with format=diffusers, text\.kind=umt5_small is one that they do"):
+        export.main([f"run={umt5_small_run}", f"out={tmp_path / 'out'}", f"prompts={prompts}"])
 
 
 @pytest.mark.parametrize("places", [None, 514])
