@@ -7,12 +7,7 @@ import torch
 
 from .dit import DiT, DiTConfig
 from .vae import VAEConfig, VideoVAE
-from .vae.config import (
-    WAN_2_1_LATENTS_MEAN,
-    WAN_2_1_LATENTS_STD,
-    WAN_2_2_LATENTS_MEAN,
-    WAN_2_2_LATENTS_STD,
-)
+from .vae.config import wan_latent_statistics
 from .vae_keys import vae_structure
 from .wan_keys import umt5_modules
 from .weight_files import check_keys
@@ -24,11 +19,6 @@ HEAD_DIM = 128
 _IMAGE_NORM = "condition_embedder.image_embedder.norm1.weight"
 _IMAGE_PLACES = "condition_embedder.image_embedder.pos_embed"
 _ATTENTION = "layer.0.SelfAttention"
-# By latent channels: the release's code holds the statistics, its weight files do not.
-_STATISTICS = {
-    16: (WAN_2_1_LATENTS_MEAN, WAN_2_1_LATENTS_STD),
-    48: (WAN_2_2_LATENTS_MEAN, WAN_2_2_LATENTS_STD),
-}
 
 
 def transformer_sizes(shapes: Shapes, *, num_heads: int | None = None) -> DiTConfig:
@@ -98,14 +88,9 @@ def vae_sizes(shapes: Shapes) -> VAEConfig:
     )
     base_dim, folded = shapes["encoder.conv_in.weight"][:2]
     z_dim = shapes["post_quant_conv.weight"][0]
-    if z_dim not in _STATISTICS:
-        raise ValueError(
-            f"an autoencoder of {z_dim} latent channels is neither Wan 2.1's (16) nor Wan 2.2's (48), so the latents' mean and "
-            f"std are not known: give its folder in diffusers' form, whose config.json has them"
-        )
+    mean, std = wan_latent_statistics(z_dim)
     dim_mult = [shapes[name][0] // base_dim for name in widths]
     decoder_base_dim = shapes["decoder.norm_out.gamma"][0] // dim_mult[0]
-    mean, std = _STATISTICS[z_dim]
     return VAEConfig(
         base_dim=base_dim,
         decoder_base_dim=None if decoder_base_dim == base_dim else decoder_base_dim,
@@ -118,8 +103,8 @@ def vae_sizes(shapes: Shapes) -> VAEConfig:
         is_residual=structure.is_residual,
         patch_size=2 if folded == 12 else 1,
         in_channels=3,
-        latents_mean=list(mean),
-        latents_std=list(std),
+        latents_mean=mean,
+        latents_std=std,
     )
 
 

@@ -154,6 +154,22 @@ class VAEConfig:
         return built
 
 
+def wan_latent_statistics(z_dim: int) -> tuple[list[float], list[float]]:
+    """Latent mean and std of Wan's released autoencoder of that many latent channels.
+
+    The release's code holds them and its weight files do not, so other tools take them for granted. Raises ValueError where Wan
+    has no autoencoder of so many channels.
+    """
+    if z_dim == len(WAN_2_1_LATENTS_MEAN):
+        return list(WAN_2_1_LATENTS_MEAN), list(WAN_2_1_LATENTS_STD)
+    if z_dim == len(WAN_2_2_LATENTS_MEAN):
+        return list(WAN_2_2_LATENTS_MEAN), list(WAN_2_2_LATENTS_STD)
+    raise ValueError(
+        f"an autoencoder of {z_dim} latent channels is neither Wan 2.1's (16) nor Wan 2.2's (48), so the latents' mean and "
+        f"std are not known: give its folder in diffusers' form, whose config.json has them"
+    )
+
+
 # Statistics of the released Wan 2.1 autoencoder, and what a config.json without them means.
 WAN_2_1_LATENTS_MEAN = [
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
