@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ..models.dit import DiTConfig
 from ..models.token_layout import SelfAttentionConfig
@@ -21,7 +20,8 @@ from ..models.wan_sizes import (
     vae_shapes,
     vae_sizes,
 )
-from ..models.weight_files import WEIGHTS_STEM, Tensors, check_shapes, open_weights, read_json
+from ..models.weight_files import Tensors, check_shapes, open_weights, read_header, read_json
+from .export_plan import EXPORTED_SETTINGS
 
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # config.json of Wan's release -> our field, where the weights tell the size as well.
@@ -46,9 +46,9 @@ class OpenPart:
     source: Path
     config: dict[str, Any]
     tensors: Tensors
-    channels: (
-        int  # the latent channels of a transformer's velocity or an autoencoder, the width of a text encoder's features
-    )
+    # Latent channels of a transformer's velocity or an autoencoder, the width of a text encoder's features.
+    channels: int
+    header: dict[str, str]  # what the files say of a transformer beside its tensors, and sampling reads
 
     @property
     def parameters(self) -> int:
@@ -64,11 +64,13 @@ def open_part(component: Component, source: Path, stack: ExitStack) -> OpenPart:
     stored = stack.enter_context(open_weights(source))
     config_file = source / "config.json"
     claims = read_json(config_file) if source.is_dir() else {}
+    header: dict[str, str] = {}
     try:
         layout = detect_layout(stored.shapes, component)
         tensors = stored.renamed(to_diffusers_keys(stored.shapes, component, layout))
         if component is Component.transformer:
-            transformer = _transformer_config(_header_claims(source) | claims, tensors)
+            header = _kept_header(source, claims)
+            transformer = _transformer_config(_header_claims(header) | claims, tensors)
             expected, config, channels = (
                 transformer_shapes(transformer),
                 transformer.to_diffusers(),
@@ -83,7 +85,7 @@ def open_part(component: Component, source: Path, stack: ExitStack) -> OpenPart:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     check_shapes(tensors.shapes, expected, where=str(source))
-    return OpenPart(component, source, config, _without_quantised(tensors, source), channels)
+    return OpenPart(component, source, config, _without_quantised(tensors, source), channels, header)
 
 
 def _transformer_config(claims: dict[str, Any], tensors: Tensors) -> DiTConfig:
@@ -107,14 +109,20 @@ def _check_claims(pairs: dict[str, tuple[Any, Any]]) -> None:
         raise ValueError(f"config.json contradicts the weights: {', '.join(wrong)}")
 
 
-def _header_claims(source: Path) -> dict[str, Any]:
+def _kept_header(source: Path, claims: dict[str, Any]) -> dict[str, str]:
+    """What `muybridge export` wrote into the header of a transformer; of a release, the rows of text that its config names."""
+    header = {name: value for name, value in read_header(source).items() if name.startswith("muybridge.")}
+    rows = claims.get("text_len")
+    if rows is None or EXPORTED_SETTINGS in header:
+        return header
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"config.json: text_len={rows} must be the rows of the text features, at least 1")
+    return header | {EXPORTED_SETTINGS: json.dumps({"text": {"max_tokens": rows}})}
+
+
+def _header_claims(header: dict[str, str]) -> dict[str, Any]:
     """What neither the shapes nor the release's config show of a transformer, from the header that `muybridge export` writes."""
-    files = sorted(source.glob(f"{WEIGHTS_STEM}*.safetensors")) if source.is_dir() else [source]
-    if not files or files[0].suffix != ".safetensors":
-        return {}
-    with safe_open(files[0], framework="pt") as file:
-        header = file.metadata() or {}
-    model = json.loads(header.get("muybridge.config", "{}")).get("model", {})
+    model = json.loads(header.get(EXPORTED_SETTINGS, "{}")).get("model", {})
     names = {"num_attention_heads": "num_heads", "eps": "eps", "self_attention": "self_attention"}
     return {ours: model[name] for name, ours in names.items() if name in model}
 

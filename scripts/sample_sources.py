@@ -274,10 +274,12 @@ def _text_rows(tokenizer: Path) -> int:
 
 
 def _training_settings(transformers: list[Path | None]) -> dict[str, Any]:
-    """What `muybridge export` or `import` wrote into the header of one of the experts' weights; {} for weights from elsewhere."""
+    """What `muybridge export` or `import` wrote into the headers of the experts' weights; {} for weights from elsewhere."""
     headers = [read_header(folder) for folder in transformers if folder is not None]
-    found: list[dict[str, Any]] = [json.loads(header.get(EXPORTED_SETTINGS, "{}")) for header in headers]
-    return next((settings for settings in found if settings), {})
+    settings: dict[str, Any] = {}
+    for header in headers:
+        settings = json.loads(header.get(EXPORTED_SETTINGS, "{}")) | settings  # those of the first expert that has them
+    return settings
 
 
 def _form(files: PipelineFiles, transformer: DiTConfig) -> ConditioningForm:
