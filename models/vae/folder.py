@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from ..weights import load_config, load_state_dict, load_weights
+from ..weights import load_config, load_weights_from
 from .autoencoder import VideoVAE
 from .config import VAEConfig
 
@@ -14,7 +14,7 @@ def load_vae(folder: Path | str) -> VideoVAE:
     Raises ValueError naming the file or the tensors where the folder does not hold one.
     """
     vae = VideoVAE(VAEConfig.from_diffusers(load_config(folder)))
-    load_weights(vae, load_state_dict(folder), where=str(folder))
+    load_weights_from(vae, folder)
     return vae
 
 
