@@ -26,21 +26,7 @@ class SmallUmt5(nn.Module):
             raise ValueError(f"{tokenizer_folder} must hold the tokenizer of this run (tokenizer.json)")
         self.config = config
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        # Without the model around it, which has the embedding a second time under another name.
-        self.encoder = transformers.UMT5EncoderModel(
-            transformers.UMT5Config(
-                vocab_size=len(self.tokenizer),
-                d_model=config.dim,
-                d_kv=config.dim // config.num_heads,
-                d_ff=2 * config.dim,
-                num_layers=config.num_layers,
-                num_heads=config.num_heads,
-                feed_forward_proj="gated-gelu",
-                dropout_rate=0.0,
-                pad_token_id=PADDING,
-                eos_token_id=1,
-            )
-        ).encoder
+        self.encoder = build_encoder(config, len(self.tokenizer))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -80,6 +66,26 @@ class SmallUmt5(nn.Module):
         model.encoder, model.shared = self.encoder, self.encoder.embed_tokens
         model.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def build_encoder(config: TextEncoderConfig, vocabulary: int) -> nn.Module:
+    """The layers of umT5 alone, with the weights that transformers draws. Raises ValueError where the extra `text` is missing."""
+    transformers = require_text_extra("text.kind=umt5_small")
+    # Without the model around it, which has the embedding a second time under another name.
+    return transformers.UMT5EncoderModel(
+        transformers.UMT5Config(
+            vocab_size=vocabulary,
+            d_model=config.dim,
+            d_kv=config.dim // config.num_heads,
+            d_ff=2 * config.dim,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            pad_token_id=PADDING,
+            eos_token_id=1,
+        )
+    ).encoder
 
 
 def write_tokenizer(folder: Path, captions: Iterable[str], config: TextEncoderConfig) -> None:

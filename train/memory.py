@@ -9,6 +9,7 @@ import torch
 from ..models.dit import DiT
 from ..models.lora import add_lora
 from ..models.text import ByteTextEncoder, TextEncoderKind
+from ..models.text_small import build_encoder
 from ..models.vae import VideoVAE
 from .config import TaskKind, TrainConfig
 from .engine import Precision
@@ -38,6 +39,9 @@ def parameter_counts(config: TrainConfig) -> ParameterCounts:
             modules = [dit]
             if config.text.kind is TextEncoderKind.bytes:
                 modules.append(ByteTextEncoder(config.text))
+            elif config.text.kind is TextEncoderKind.umt5_small:
+                # As large as its tokenizer may become, which has fewer pieces where the captions are few.
+                modules.append(build_encoder(config.text, config.text.vocabulary))
             if config.lora.is_on:
                 for module in modules:
                     module.requires_grad_(False)
@@ -71,20 +75,28 @@ def bytes_per_process(config: TrainConfig, world_size: int) -> dict[str, int]:
 
 
 def check_memory(config: TrainConfig) -> None:
-    """Raises OutOfMemoryError where the weights and the optimizer alone exceed what one process can have."""
+    """Raises OutOfMemoryError where the weights and the optimizer alone exceed what one process can have.
+
+    Every process builds the whole model in fp32 before DeepSpeed casts and shards it, which may be more than it holds later.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    parts = bytes_per_process(config, world_size)
+    counts, parts = parameter_counts(config), bytes_per_process(config, world_size)
     if torch.cuda.is_available():
         available, place = torch.cuda.mem_get_info()[0], "the GPU"
     else:
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         available, place = psutil.virtual_memory().available // processes_here, f"memory for each of {processes_here}"
-    needed = sum(parts.values())
-    if needed > available:
-        shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-        raise OutOfMemoryError(
-            f"this run needs {needed / GIB:.1f} GiB a process before activations ({shares}; "
-            f"{parameter_counts(config).all / 1e9:.2f} B parameters, deepspeed.zero={config.deepspeed.zero}, "
-            f"{world_size} processes) and {place} has {available / GIB:.1f} GiB: "
-            "use more processes, a higher deepspeed.zero, or a smaller model"
-        )
+    whole, held = 4 * counts.all, sum(parts.values())
+    if max(whole, held) <= available:
+        return
+    shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+    reason, cure = f"before activations ({shares}", "use more processes, a higher deepspeed.zero, or a smaller model"
+    if whole > held:
+        reason = f"to start (the whole model in fp32, before it is sharded to {held / GIB:.1f}"
+    if whole > available:  # which no sharding changes
+        cure = "use a smaller model, or a device with more memory"
+    raise OutOfMemoryError(
+        f"this run needs {max(whole, held) / GIB:.1f} GiB a process {reason}; "
+        f"{counts.all / 1e9:.2f} B parameters, deepspeed.zero={config.deepspeed.zero}, "
+        f"{world_size} processes) and {place} has {available / GIB:.1f} GiB: {cure}"
+    )
