@@ -49,7 +49,7 @@ class PipelineFiles:
     def find(cls, folder: Path | str) -> "PipelineFiles":
         """The parts that model_index.json names.
 
-        Raises ValueError where it is missing, of another kind of pipeline, or names a part that is not there.
+        Raises ValueError where it is missing or malformed, of another kind of pipeline, or names a part that is not there.
         """
         root = Path(folder)
         index = _read_json(root / MODEL_INDEX_NAME)
@@ -58,12 +58,15 @@ class PipelineFiles:
         if class_name not in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO):
             raise ValueError(f"{where}: _class_name={class_name} must be {TEXT_TO_VIDEO} or {IMAGE_TO_VIDEO}")
         # A part that a pipeline can do without is left out or [null, null].
-        named = [part for part in LIBRARIES if (index.get(part) or [None, None])[1] is not None]
+        entries = {part: index.get(part) or [None, None] for part in LIBRARIES}
+        if faulty := [part for part, entry in entries.items() if not isinstance(entry, list) or len(entry) != 2]:
+            raise ValueError(f"{where}: {', '.join(faulty)} must be a library and a class, or [null, null]")
+        named = [part for part, (_, class_of_part) in entries.items() if class_of_part is not None]
         if absent := [part for part in named if not (root / part).is_dir()]:
             raise ValueError(f"{where} names {', '.join(absent)}, which must be folders in {root}")
         two_experts = "transformer_2" in named
-        if two_experts and ("transformer" not in named or index.get("boundary_ratio") is None):
-            raise ValueError(f"{where}: transformer_2 must come with transformer and a boundary_ratio")
+        if two_experts and ("transformer" not in named or not isinstance(index.get("boundary_ratio"), int | float)):
+            raise ValueError(f"{where}: transformer_2 must come with transformer and a boundary_ratio, a number")
         return cls(
             root=root,
             class_name=class_name,

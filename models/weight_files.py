@@ -191,14 +191,17 @@ def _files_of_folder(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     for stem in (WEIGHTS_STEM, TRANSFORMERS_STEM):
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ValueError(f"{index}: weight_map must be an object that has the file of each tensor")
             names = sorted(set(weight_map.values()))
             if missing := [name for name in names if not (folder / name).is_file()]:
                 raise ValueError(f"{folder}: {some(missing)} missing, though {index.name} lists it")
             return [folder / name for name in names], weight_map
         if single.is_file():
             return [single], None
-    raise ValueError(f"{folder}: must hold {WEIGHTS_STEM}.safetensors or {WEIGHTS_STEM}.safetensors.index.json")
+    names = f"{WEIGHTS_STEM}.safetensors or {TRANSFORMERS_STEM}.safetensors"
+    raise ValueError(f"{folder}: must hold {names}, or one of these followed by .index.json and the shards it lists")
 
 
 def _open_file(path: Path, stack: ExitStack) -> list[tuple[str, torch.Size, Callable[[], Tensor]]]:

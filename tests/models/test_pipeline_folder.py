@@ -49,9 +49,13 @@ def test_two_experts_have_a_boundary(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, [*ONE_EXPERT, "transformer_2"])
     with pytest.raises(ValueError, match="boundary_ratio=None must be given with transformer_2"):
         write_model_index(folder)
-    write_model_index(folder, boundary_ratio=0.875)
+    index = write_model_index(folder, boundary_ratio=0.875)
     files = PipelineFiles.find(folder)
     assert (files.transformer_2, files.boundary_ratio) == (folder / "transformer_2", 0.875)
+    for value in (None, [0.875]):
+        (folder / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": value}))
+        with pytest.raises(ValueError, match=r"model_index\.json: transformer_2 must come with .* a boundary_ratio"):
+            PipelineFiles.find(folder)
 
 
 def test_a_boundary_without_a_second_expert_is_passed_over(tmp_path: Path) -> None:
@@ -80,6 +84,10 @@ def test_more_input_channels_make_an_image_pipeline(tmp_path: Path) -> None:
         ({"_class_name": "StableDiffusionPipeline"}, "_class_name=StableDiffusionPipeline must be WanPipeline"),
         ({"image_encoder": ["transformers", "CLIPVisionModel"]}, "names image_encoder, which must be folders"),
         ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "names transformer_2"),
+        (
+            {"vae": "AutoencoderKLWan", "scheduler": ["diffusers"]},
+            r"model_index\.json: vae, scheduler must be a library",
+        ),
     ],
 )
 def test_an_index_that_does_not_fit_its_folder_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -62,11 +62,19 @@ def test_a_config_without_a_class_name_is_refused(tmp_path: Path) -> None:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json: no such file"):
         load_config(tmp_path)
-    with pytest.raises(ValueError, match=r"must hold diffusion_pytorch_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"must hold diffusion_pytorch_model\.safetensors or model\.safetensors"):
         load_state_dict(tmp_path)
     save_model(tmp_path, CONFIG, draw_state(), max_shard_bytes=500)
     (tmp_path / "diffusion_pytorch_model-00002-of-00005.safetensors").unlink()
     with pytest.raises(ValueError, match=r"00002-of-00005\.safetensors missing"):
+        load_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["a.safetensors"]}, {"weight_map": {"layer0.weight": 1}}])
+def test_an_index_that_names_no_files_is_refused(tmp_path: Path, index: dict[str, object]) -> None:
+    path = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json: weight_map must be"):
         load_state_dict(tmp_path)
 
 
