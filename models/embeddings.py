@@ -159,7 +159,7 @@ class ConditionEmbedder(nn.Module):
             self.image_embedder = ImageEmbedder(image_dim, dim, image_positions)
 
     def forward(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Timestep [B, 1] or [B, L] -> head embedding [B, 1|L, D], block modulation [B, 1|L, 6, D], context [B, S, D]."""
+        """Timestep [B, R] as in `DiT.forward` -> head embedding [B, R, D], block modulation [B, R, 6, D], context [B, S, D]."""
         embedding = self.time_embedder(timestep)
         modulation = self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
         return embedding, modulation, self.text_embedder(text)

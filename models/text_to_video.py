@@ -17,17 +17,15 @@ class TextToVideoModel(nn.Module):
         """
         super().__init__()
         if text_encoder is not None and text_encoder.config.dim != dit.config.text_dim:
-            raise ValueError(
-                f"text_encoder.dim={text_encoder.config.dim} must equal the transformer's text_dim={dit.config.text_dim}"
-            )
+            raise ValueError(f"text.dim={text_encoder.config.dim} must equal model.text_dim={dit.config.text_dim}")
         self.transformer = dit
         self.text_encoder = text_encoder
 
     def forward(
         self, noisy_latents: Tensor, timestep: Tensor, text: Tensor, image_features: Tensor | None = None
     ) -> Tensor:
-        """Latents [B, C, T, H, W], timestep [B] or [B, L] in [0, 1000], text int64 [B, S, ...] or features [B, S, text_dim], and
-        features of an image [B, I, image_dim] for a DiT that takes them.
+        """Latents [B, C, T, H, W], timestep [B] or [B, R] in [0, 1000] as in `DiT.forward`, text int64 [B, S, ...] or features
+        [B, S, text_dim], and features of an image [B, I, image_dim] for a DiT that takes them.
         """
         if self.text_encoder is not None:
             text = self.text_encoder(text)

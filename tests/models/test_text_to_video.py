@@ -47,5 +47,5 @@ def test_image_features_reach_a_transformer_that_takes_them() -> None:
 
 
 def test_widths_that_do_not_meet_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"text_encoder\.dim=32 must equal the transformer's text_dim=16"):
+    with pytest.raises(ValueError, match=r"text\.dim=32 must equal model\.text_dim=16"):
         build(ByteTextEncoder(TextEncoderConfig(dim=32)))
