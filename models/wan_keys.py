@@ -10,6 +10,7 @@ from enum import StrEnum
 import torch
 
 from .vae_keys import vae_modules
+from .weight_files import some
 
 
 class Layout(StrEnum):
@@ -54,7 +55,7 @@ _LEAVES = ("weight", "bias", "gamma")
 # Modules and tables that Wan's own code and diffusers keep in float32, whatever the rest of the transformer is in.
 _FLOAT32_PARTS = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
 
-_BLOCK_LINEARS = {
+_BLOCK = {
     "self_attn.q": "attn1.to_q",
     "self_attn.k": "attn1.to_k",
     "self_attn.v": "attn1.to_v",
@@ -63,11 +64,10 @@ _BLOCK_LINEARS = {
     "cross_attn.k": "attn2.to_k",
     "cross_attn.v": "attn2.to_v",
     "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
-}
-_BLOCK_IMAGE_LINEARS = {"cross_attn.k_img": "attn2.add_k_proj", "cross_attn.v_img": "attn2.add_v_proj"}
-_BLOCK_OTHERS = {
     "self_attn.norm_q": "attn1.norm_q",
     "self_attn.norm_k": "attn1.norm_k",
     "cross_attn.norm_q": "attn2.norm_q",
@@ -114,7 +114,7 @@ def detect_layout(names: Iterable[str], component: Component) -> Layout:
     }
     layout = max(counts, key=lambda candidate: counts[candidate])
     if counts[layout] == 0:
-        raise ValueError(f"not a Wan {component}: it holds {_some(names) or 'no tensors'}")
+        raise ValueError(f"not a Wan {component}: it holds {some(names) or 'no tensors'}")
     if component is Component.text_encoder and layout is Layout.diffusers and EMBEDDED_TOKENIZER in names:
         return Layout.comfy
     return layout
@@ -152,13 +152,7 @@ def transformer_modules(num_layers: int) -> dict[str, str]:
 
     The image modules of Wan 2.1 I2V are among them, for they are named alike in every model that has them.
     """
-    block = _BLOCK_LINEARS | _BLOCK_IMAGE_LINEARS | _BLOCK_OTHERS
-    return _AROUND_BLOCKS | _blocks("blocks", "blocks", block, num_layers)
-
-
-def block_linears(num_layers: int, *, image: bool = False) -> dict[str, str]:
-    """Original -> diffusers name of the blocks' Linear layers, those that LoRA adapts; `image`: with those of 2.1 I2V."""
-    return _blocks("blocks", "blocks", _BLOCK_LINEARS | (_BLOCK_IMAGE_LINEARS if image else {}), num_layers)
+    return _AROUND_BLOCKS | _blocks("blocks", "blocks", _BLOCK, num_layers)
 
 
 def umt5_modules(num_layers: int) -> dict[str, str]:
@@ -209,10 +203,5 @@ def _renamed(names: list[str], table: dict[str, str]) -> list[str | None]:
 
 def _checked(names: list[str], renamed: list[str | None], unknown: list[str], what: str) -> dict[str, str]:
     if unknown:
-        raise ValueError(f"not tensors of {what}: {_some(unknown)}")
+        raise ValueError(f"not tensors of {what}: {some(unknown)}")
     return {name: new for name, new in zip(names, renamed, strict=True) if new}
-
-
-def _some(names: list[str], limit: int = 6) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -10,7 +10,6 @@ from muybridge.models.wan_keys import (
     COMFY_PREFIX,
     Component,
     Layout,
-    block_linears,
     detect_layout,
     from_diffusers_keys,
     to_diffusers_keys,
@@ -165,11 +164,3 @@ def test_unknown_names_are_refused_by_name() -> None:
             to_diffusers_keys(original, TRANSFORMER, Layout.comfy)
     with pytest.raises(ValueError, match=r"with diffusers names: head\.head\.weight"):
         from_diffusers_keys([*names, "head.head.weight"], TRANSFORMER, Layout.original)
-
-
-def test_block_linears_are_the_linear_layers_of_the_blocks() -> None:
-    for image in (False, True):
-        model = build_transformer(image=image)
-        modules = model.named_modules()
-        linears = [name for name, module in modules if isinstance(module, nn.Linear) and name.startswith("blocks.")]
-        assert sorted(block_linears(2, image=image).values()) == sorted(linears)
