@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .text import load_frozen, require_text_extra
+from .weight_files import read_json
 
 PROCESSOR_NAME = "preprocessor_config.json"
 _BICUBIC = 3  # in the numbering of Pillow, which the file uses
@@ -59,6 +60,15 @@ class ClipImageEncoder(nn.Module):
         parameter = next(self.model.parameters())
         pixels = self.preparation(images.to(parameter.device)).to(parameter.dtype)
         return self.model(pixels, output_hidden_states=True).hidden_states[-2]
+
+
+def image_feature_dim(folder: Path | str) -> int:
+    """Width of the features of a pipeline folder's image_encoder/, read from its config.json alone; ValueError where it has none."""
+    path = Path(folder) / "image_encoder" / "config.json"
+    width = read_json(path).get("hidden_size")
+    if not isinstance(width, int):
+        raise ValueError(f"{path}: hidden_size={width} must be the width of the image encoder's features")
+    return width
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..models.diffusion.samplers import SamplerConfig, SamplerKind
 from ..models.diffusion.scheduler_file import sampler_from_file
 from ..models.dit import DiT, DiTConfig
 from ..models.embeddings import Fp32Linear
-from ..models.image_encoder import ClipImageEncoder
+from ..models.image_encoder import ClipImageEncoder, image_feature_dim
 from ..models.lora import LoRAFactors
 from ..models.lora_files import read_lora
 from ..models.pipeline_folder import PipelineFiles
@@ -91,6 +91,13 @@ class Source(ABC):
         if size.fps <= 0:
             found.append(f"fps={size.fps} must be positive")
         return found
+
+    def tile_faults(self, tile: int | None) -> list[str]:
+        """What of the side of a tile, in pixels, the autoencoder cannot decode, in the same form."""
+        step = self.vae.spatial_stride
+        if tile is None or (tile >= 2 * step and tile % step == 0):
+            return []
+        return [f"tile={tile} must be a multiple of {step}, at least {2 * step} (neighbours share a part), or null"]
 
     def image_faults(self, image: str | None, last_image: str | None, frames: int) -> list[str]:
         """What of the files of a first and a last image does not suit the model or the number of frames, in the same form."""
@@ -240,6 +247,10 @@ class FolderSource(Source):
             found.append(
                 f"{self._transformer} takes text features of width {dit.text_dim}, and those of {self._text_encoder} have "
                 f"{self._text.dim}"
+            )
+        if dit.image_dim is not None and (width := image_feature_dim(files.root)) != dit.image_dim:
+            found.append(
+                f"{self._transformer} takes image features of width {dit.image_dim}, and {files.root}/image_encoder makes {width}"
             )
         if files.transformer_2 is not None:
             if DiTConfig.from_diffusers(load_config(files.transformer_2)) != dit:

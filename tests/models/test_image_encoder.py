@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from muybridge.data.pixels import to_frames
-from muybridge.models.image_encoder import PROCESSOR_NAME, ClipImageEncoder, ImagePreparation
+from muybridge.models.image_encoder import PROCESSOR_NAME, ClipImageEncoder, ImagePreparation, image_feature_dim
 
 transformers = pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
 Image = pytest.importorskip("PIL.Image")
@@ -171,6 +171,14 @@ def test_other_ways_to_prepare_an_image_are_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=rule):
         ClipImageEncoder(tmp_path)
+
+
+def test_the_width_of_the_features_is_known_before_the_weights_are_read(folder: Path, tmp_path: Path) -> None:
+    assert image_feature_dim(folder) == ClipImageEncoder(folder).feature_dim
+    (tmp_path / "image_encoder").mkdir()
+    (tmp_path / "image_encoder" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json: hidden_size=None must be"):
+        image_feature_dim(tmp_path)
 
 
 def test_other_shapes_are_refused(folder: Path) -> None:

@@ -75,12 +75,17 @@ REFUSALS: dict[str, tuple[str, Callable[[Path], None] | None, list[str], list[st
         "text", with_config("text_encoder", d_model=64), [],
         ["takes text features of width 32, and those of model/text_encoder have 64"],
     ),
+    "image features of another width": (
+        "clip", with_config("image_encoder", hidden_size=64), ["image=first.png"],
+        ["takes image features of width 48, and model/image_encoder makes 64"],
+    ),
     "a missing part": ("text", without("tokenizer"), [], ["model=model lacks tokenizer/"]),
     "no weights": ("text", without_weights, [], ["model/transformer: must hold diffusion_pytorch_model.safetensors"]),
     "a size": (
         "text", None, ["frames=10", "height=33", "width=0"],
         ["frames=10 must be 1 + a multiple of 4", "height=33 must be a multiple of 8", "width=0 must be a multiple"],
     ),
+    "a tile": ("text", None, ["tile=10"], ["tile=10 must be a multiple of 4, at least 8"]),
     "an image for text alone": (
         "text", None, ["image=first.png"], ["image=first.png must be left out: model makes videos of text alone"]
     ),
