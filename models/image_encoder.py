@@ -63,7 +63,7 @@ class ClipImageEncoder(nn.Module):
 
 
 def image_feature_dim(folder: Path | str) -> int:
-    """Width of the features of a pipeline folder's image_encoder/, read from its config.json alone; ValueError where it has none."""
+    """Width of the features of a pipeline folder's image_encoder/, by its config.json alone; ValueError where that says none."""
     path = Path(folder) / "image_encoder" / "config.json"
     width = read_json(path).get("hidden_size")
     if not isinstance(width, int):
