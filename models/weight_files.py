@@ -200,8 +200,8 @@ def _files_of_folder(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             return [folder / name for name in names], weight_map
         if single.is_file():
             return [single], None
-    names = f"{WEIGHTS_STEM}.safetensors or {TRANSFORMERS_STEM}.safetensors"
-    raise ValueError(f"{folder}: must hold {names}, or one of these followed by .index.json and the shards it lists")
+    either = f"{WEIGHTS_STEM}.safetensors or {TRANSFORMERS_STEM}.safetensors"
+    raise ValueError(f"{folder}: must hold {either}, or one of these followed by .index.json and the shards it lists")
 
 
 def _open_file(path: Path, stack: ExitStack) -> list[tuple[str, torch.Size, Callable[[], Tensor]]]:

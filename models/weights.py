@@ -99,12 +99,6 @@ def load_config(folder: Path | str) -> dict[str, Any]:
     return read_json(Path(folder) / CONFIG_NAME)
 
 
-def load_state_dict(folder: Path | str) -> dict[str, Tensor]:
-    """Read all weights of a model folder to the CPU. Raises ValueError naming the files or tensors that are missing."""
-    with open_weights(folder) as tensors:
-        return dict(tensors)
-
-
 def load_weights(module: nn.Module, state_dict: dict[str, Tensor], *, where: str) -> None:
     """Copy a state dict into a module; nothing missing, nothing left over, every shape equal, else ValueError naming them.
 

@@ -12,7 +12,7 @@ from muybridge.kernels.norm_rope import build_rope, rope_axis_pairs
 from muybridge.models.attention import Attention
 from muybridge.models.dit import DiT, DiTConfig
 from muybridge.models.embeddings import timestep_sinusoid
-from muybridge.models.weights import load_config, load_state_dict, load_weights, save_model
+from muybridge.models.weights import load_config, load_weights_from, save_model
 
 diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
 wan = pytest.importorskip("diffusers.models.transformers.transformer_wan")
@@ -215,7 +215,7 @@ def test_a_saved_folder_opens_in_diffusers_and_theirs_opens_here(
     read = DiTConfig.from_diffusers(load_config(tmp_path / "theirs"))
     assert read == config
     fresh = DiT(read)
-    load_weights(fresh, load_state_dict(tmp_path / "theirs"), where="theirs")
+    load_weights_from(fresh, tmp_path / "theirs")
     inputs, timestep = draw_inputs(config), torch.tensor([999.0, 123.4])
     with torch.no_grad():
         assert torch.equal(run_ours(fresh, timestep, inputs), run_ours(ours, timestep, inputs))

@@ -21,6 +21,7 @@ from muybridge.models.weight_files import (
     write_tensors,
 )
 from muybridge.models.weights import load_weights_from, save_model
+from muybridge.tests.stored_tensors import read_all
 
 CONFIG = {"_class_name": "Toy"}
 
@@ -33,11 +34,6 @@ def draw_state() -> dict[str, Tensor]:
         "table": torch.tensor([float("nan"), 1.0]),
         "scale": torch.tensor(2.0),
     }
-
-
-def read_all(source: Path) -> dict[str, Tensor]:
-    with open_weights(source) as tensors:
-        return dict(tensors)
 
 
 def assert_same(found: dict[str, Tensor], state: dict[str, Tensor]) -> None:

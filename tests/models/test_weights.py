@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muybridge.models.weights import load_config, load_state_dict, load_weights, save_model
+from muybridge.models.weights import load_config, load_weights, save_model
+from muybridge.tests.stored_tensors import read_all
 
 CONFIG = {"_class_name": "Toy", "width": 4}
 
@@ -23,7 +24,7 @@ def draw_state(count: int = 5) -> dict[str, Tensor]:
 def test_a_folder_round_trips_bit_for_bit(tmp_path: Path, max_shard_bytes: int) -> None:
     state = draw_state()
     save_model(tmp_path, CONFIG, state, max_shard_bytes=max_shard_bytes)
-    found = load_state_dict(tmp_path)
+    found = read_all(tmp_path)
     assert load_config(tmp_path) == CONFIG
     assert found.keys() == state.keys()
     for key, value in state.items():
@@ -63,11 +64,11 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json: no such file"):
         load_config(tmp_path)
     with pytest.raises(ValueError, match=r"must hold diffusion_pytorch_model\.safetensors or model\.safetensors"):
-        load_state_dict(tmp_path)
+        read_all(tmp_path)
     save_model(tmp_path, CONFIG, draw_state(), max_shard_bytes=500)
     (tmp_path / "diffusion_pytorch_model-00002-of-00005.safetensors").unlink()
     with pytest.raises(ValueError, match=r"00002-of-00005\.safetensors missing"):
-        load_state_dict(tmp_path)
+        read_all(tmp_path)
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": ["a.safetensors"]}, {"weight_map": {"layer0.weight": 1}}])
@@ -75,7 +76,7 @@ def test_an_index_that_names_no_files_is_refused(tmp_path: Path, index: dict[str
     path = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     path.write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"index\.json: weight_map must be"):
-        load_state_dict(tmp_path)
+        read_all(tmp_path)
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: not a readable"):
-        load_state_dict(tmp_path)
+        read_all(tmp_path)
 
 
 def test_weights_that_do_not_fit_the_module_are_named_and_change_nothing() -> None:

@@ -16,7 +16,7 @@ from muybridge.models.pipeline_folder import PipelineFiles
 from muybridge.models.vae.folder import load_vae
 from muybridge.models.wan_keys import Component, Layout
 from muybridge.models.weight_files import read_header
-from muybridge.models.weights import load_config, load_state_dict, load_weights_from
+from muybridge.models.weights import load_config, load_weights_from
 from muybridge.scripts import export
 from muybridge.scripts.import_weights import main
 from muybridge.scripts.sample import SampleConfig
@@ -33,6 +33,7 @@ from muybridge.tests.scripts.wan_releases import (
     write_expert,
     write_release,
 )
+from muybridge.tests.stored_tensors import read_all
 from muybridge.train.checkpoint import committed_checkpoints, read_weights
 from muybridge.train.config import read_config
 
@@ -99,7 +100,7 @@ def test_two_experts_become_one_folder(
     assert files.boundary_ratio == boundary
     for folder, model in ((files.transformer, high), (files.transformer_2, low)):
         assert folder is not None
-        assert_same(load_state_dict(folder), model.state_dict())
+        assert_same(read_all(folder), model.state_dict())
     pipeline_class = diffusers.WanPipeline if channels == 16 else diffusers.WanImageToVideoPipeline
     pipeline = pipeline_class.from_pretrained(tmp_path / "out")
     assert (pipeline.scheduler.config.flow_shift, pipeline.config.boundary_ratio) == (shift, boundary)
@@ -173,7 +174,7 @@ def test_two_single_files_are_two_experts(tmp_path: Path) -> None:
     high, low, out = tmp_path / "high.safetensors", tmp_path / "low.safetensors", tmp_path / "out"
     main([str(high), str(out), "--low-noise", str(low)])
     assert PipelineFiles.find(out).boundary_ratio == 0.875
-    assert_same(load_state_dict(out / "transformer_2"), build_transformer(1).state_dict())
+    assert_same(read_all(out / "transformer_2"), build_transformer(1).state_dict())
 
     small = build_transformer(num_layers=1)
     save_file(renamed(small, Component.transformer, Layout.original), low)
@@ -199,7 +200,7 @@ def test_a_folder_of_diffusers_is_copied_bit_for_bit(tmp_path: Path, tiny_umt5: 
     main([str(source), str(out)])
     assert PipelineFiles.find(out).boundary_ratio == 0.7
     for part in ("transformer", "transformer_2", "vae", "text_encoder"):
-        assert_same(load_state_dict(out / part), load_state_dict(source / part))
+        assert_same(read_all(out / part), read_all(source / part))
     reopened = diffusers.WanPipeline.from_pretrained(out)
     assert reopened.scheduler.config.flow_shift == 3.0
     assert reopened.vae.config.latents_std == [2.0] * 16
@@ -211,7 +212,7 @@ def test_a_folder_of_diffusers_is_copied_bit_for_bit(tmp_path: Path, tiny_umt5: 
 
 def test_bf16_keeps_what_is_computed_in_float32(release: Path, tmp_path: Path) -> None:
     main([str(release), str(tmp_path / "out"), "--dtype", "bf16"])
-    state = load_state_dict(tmp_path / "out" / "transformer")
+    state = read_all(tmp_path / "out" / "transformer")
     kept = {name for name, value in state.items() if value.dtype == torch.float32}
     assert kept == {
         name for name in state if any(part in name for part in ("time_embedder", "scale_shift_table", "norm2."))
@@ -219,8 +220,7 @@ def test_bf16_keeps_what_is_computed_in_float32(release: Path, tmp_path: Path) -
     for name, value in build_transformer().state_dict().items():
         assert torch.equal(state[name], value.to(state[name].dtype)), name
     dtypes = {
-        part: {value.dtype for value in load_state_dict(tmp_path / "out" / part).values()}
-        for part in ("vae", "text_encoder")
+        part: {value.dtype for value in read_all(tmp_path / "out" / part).values()} for part in ("vae", "text_encoder")
     }
     assert dtypes == {"vae": {torch.float32}, "text_encoder": {torch.bfloat16}}
 
@@ -268,9 +268,7 @@ def test_what_export_writes_comes_back(
     checkpoint = committed_checkpoints(run_dir / "checkpoints")[-1]
     prefix = "transformer."
     weights = {name: value for name, value in read_weights(checkpoint, "ema").items() if name.startswith(prefix)}
-    assert_same(
-        load_state_dict(out / "transformer"), {name.removeprefix(prefix): value for name, value in weights.items()}
-    )
+    assert_same(read_all(out / "transformer"), {name.removeprefix(prefix): value for name, value in weights.items()})
     assert DiTConfig.from_diffusers(load_config(out / "transformer")) == read_config(run_dir).model
     scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["flow_shift"] == 4.0

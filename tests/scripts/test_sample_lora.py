@@ -9,11 +9,11 @@ from torch import Tensor
 from muybridge.models.dit import DiT
 from muybridge.models.lora import LoRAFactors
 from muybridge.models.lora_files import LoRAForm, write_lora
-from muybridge.models.weights import load_state_dict
 from muybridge.scripts import cli
 from muybridge.scripts.sample import SampleConfig
 from muybridge.scripts.sample_sources import FolderSource, open_source
 from muybridge.tests.scripts.pipeline_folders import write_folder
+from muybridge.tests.stored_tensors import read_all
 
 LAYERS = {"blocks.0.attn1.to_q": (32, 32), "blocks.1.ffn.net.0.proj": (64, 32)}  # out, in
 SCALE = 0.7
@@ -57,7 +57,7 @@ def test_the_changes_of_several_files_are_summed_and_rounded_once(
         ("transformer_2", models.transformer_2, written[2:]),
     ):
         assert isinstance(model, DiT)
-        stored = load_state_dict(folder / part)
+        stored = read_all(folder / part)
         expected = changed(stored, mine, dtype)
         for name in (f"{layer}.weight" for layer in LAYERS):
             found = model.state_dict()[name]
