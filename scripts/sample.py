@@ -38,6 +38,7 @@ Generate one video for each line of FILE.
                         size of the videos (default: the run's, or what the public model was trained for)
   seed=N                seed of the noise (default 0)
   batch=N               videos sampled at once (default 8 of a run, 1 of a folder)
+  tile=N                decode frames in squares of N pixels a side, where whole ones do not fit into memory (default: whole)
   sampler=euler|unipc|unipc_wan|dpmpp steps=N shift=X guidance_scale=X guidance_scale_low=X
                         sampler settings (default: the run's, or the folder's scheduler with 50 steps and guidance 5);
                         guidance_scale_low is for the low-noise expert (default: as guidance_scale)"""
@@ -69,6 +70,7 @@ class SampleConfig:
     fps: float | None = None
     seed: int = 0
     batch: int | None = None
+    tile: int | None = None
     sampler: SamplerKind | None = None
     steps: int | None = None
     shift: float | None = None
@@ -122,7 +124,8 @@ def main(argv: list[str]) -> int:
     sampler = dataclasses.replace(source.sampler, **_given(config, source.sampler))
     if config.sampler is not None:
         sampler.kind = config.sampler
-    faults = source.size_faults(size) + source.image_faults(config.image, config.last_image, size.frames)
+    faults = source.size_faults(size) + source.tile_faults(config.tile)
+    faults += source.image_faults(config.image, config.last_image, size.frames)
     if faults := faults + sampler.faults("sampler"):
         raise ValueError("; ".join(faults))
     images = [
@@ -202,7 +205,8 @@ def generate_clips(
             image_features=None if features is None else features.expand(len(numbers), -1, -1),
             progress=partial(_report, progress, start, len(numbers)),
         )
-        yield decode_frames(models.vae, latents)
+        tile = None if config.tile is None else config.tile // source.vae.spatial_stride
+        yield decode_frames(models.vae, latents, tile=tile)
 
 
 def _report(progress: Callable[[int], None], start: int, count: int, done: int, steps: int) -> None:

@@ -1,7 +1,7 @@
 """From text features and noise to frames: sampling, decoding and writing mp4s, for validation and `muybridge sample`."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ..models.diffusion.guidance import VelocityFn, expert_velocity, guided_velo
 from ..models.diffusion.objective import keyed_noise
 from ..models.diffusion.samplers import SamplerConfig, sample
 from ..models.vae import VideoVAE
+from ..models.vae.tiled import decode_tiled
 
 # What guidance leads away from where nothing is asked for; captions that training drops are empty, too.
 NEGATIVE_PROMPT = ""
@@ -80,15 +81,19 @@ def generate_latents(
 
 
 @torch.no_grad()
-def decode_frames(vae: VideoVAE, latents: Tensor) -> np.ndarray:
+def decode_frames(vae: VideoVAE, latents: Tensor, *, tile: int | None = None) -> np.ndarray:
     """Frames uint8 [B, T, H, W, 3] of normalised latents [B, z, T', H', W'].
 
-    Clip after clip and chunk after chunk: at once, 81 frames of 480 x 832 would need tens of GB.
+    Clip after clip and chunk after chunk: at once, 81 frames of 480 x 832 would need tens of GB. With `tile`, also in squares of
+    that many latent positions a side, at least 2; neighbours share a quarter, and frames are close to those without, not equal.
     """
-    raw = vae.denormalise(latents)
-    return np.stack(
-        [np.concatenate([to_frames(chunk)[0] for chunk in vae.decode_chunked(clip)]) for clip in raw.split(1)]
-    )
+    clips = []
+    for clip in vae.denormalise(latents).split(1):
+        chunks: Iterable[Tensor] = vae.decode_chunked(clip)  # decoded when they are asked for
+        if tile is not None:
+            chunks = [decode_tiled(vae, clip, tile=tile, overlap=(tile + 2) // 4)]
+        clips.append(np.concatenate([to_frames(chunk)[0] for chunk in chunks]))
+    return np.stack(clips)
 
 
 def write_clips(folder: Path, frames: np.ndarray, prompts: list[str], numbers: list[int], *, fps: float) -> list[Path]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from muybridge.data.decode import read_frames
 from muybridge.scripts import cli, sample_sources
 from muybridge.tests.scripts.pipeline_folders import write_folder
 
@@ -43,6 +44,19 @@ def test_the_command_that_import_prints_makes_videos(
     assert [path.name for path in sorted(Path("samples").iterdir())] == [
         "0000-a-red-circle.mp4", "0001-blue-squares.mp4", "contact_sheet.png",
     ]  # fmt: skip
+
+
+def test_frames_are_decoded_in_tiles_on_request(workplace: Path) -> None:
+    write_folder(Path("model"), kind="text")
+    videos = {}
+    for tile in ("null", "64", "16"):
+        settings = [*SIZE, "width=64", f"out=tile-{tile}", f"tile={tile}"]
+        assert cli.main(["sample", "model=model", "prompts=prompts.txt", *settings]) == 0
+        data = Path(f"tile-{tile}", "0000-a-red-circle.mp4").read_bytes()
+        videos[tile] = read_frames(data, [number / 8 for number in range(9)]).astype(int)
+    assert abs(videos["64"] - videos["null"]).mean() < 0.5, "a tile as large as the frame is the frame"
+    # This autoencoder attends over whole frames, and so shows its tiles.
+    assert 0.5 < abs(videos["16"] - videos["null"]).mean() < 0.5 * videos["null"].std()
 
 
 def without(part: str) -> Callable[[Path], None]:
