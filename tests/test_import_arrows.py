@@ -34,7 +34,7 @@ HOMES = {
     "wandb": ["train/tracking.py"],
     "hydra": ["train/__main__.py", "train/compose.py", "train/config.py"],
     "omegaconf": ["train/__main__.py", "train/compose.py", "train/config.py"],
-    "diffusers": ["scripts/export_checks.py"],
+    "diffusers": ["scripts/export_checks.py", "scripts/evaluate_in_diffusers.py"],
 }
 # Not on every machine that runs this file's importer, or too slow to load for those who do not use it.
 ONLY_INSIDE_FUNCTIONS = {

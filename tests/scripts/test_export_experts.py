@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,9 @@ def trained(run_dir: Path) -> dict[str, torch.Tensor]:
     return read_weights(committed_checkpoints(run_dir / "checkpoints")[-1], "ema")
 
 
-def stored_settings(part: Path) -> dict[str, object]:
+def stored_settings(part: Path) -> dict[str, Any]:
     with safe_open(part / "diffusion_pytorch_model.safetensors", framework="pt") as file:
-        settings: dict[str, object] = json.loads(file.metadata()["muybridge.config"])
+        settings: dict[str, Any] = json.loads(file.metadata()["muybridge.config"])
     return settings
 
 
@@ -64,7 +65,7 @@ def test_the_expert_that_was_not_trained_is_that_of_the_folder(
     assert all(torch.equal(tensor, weights[f"transformer.{name}"]) for name, tensor in stored.items())
     # The settings of the run are in both files: the sampler reads those of `transformer`, here the folder's.
     assert stored_settings(out / "transformer") == stored_settings(out / "transformer_2")
-    assert stored_settings(out / "transformer")["sampler"]["steps"] == 7  # type: ignore[index]
+    assert stored_settings(out / "transformer")["sampler"]["steps"] == 7
 
 
 @pytest.mark.parametrize(
