@@ -6,6 +6,7 @@ A stage that ended well is not run again, so a stopped quickstart goes on where 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -32,6 +33,8 @@ class Stage:
     summary: str
     # Of `muybridge`, the verb first.
     arguments: list[str]
+    # Of a command that does not write over what is there.
+    output: Path | None = None
 
     def command(self, processes: int) -> tuple[list[str], str]:
         """The command for this machine, as a program's arguments and as a user types it."""
@@ -82,6 +85,8 @@ def main(argv: list[str]) -> int:
             continue
         command, shown = stage.command(processes)
         console.print(f"$ {shown}", style="cyan")
+        if stage.output is not None and stage.output.exists():
+            shutil.rmtree(stage.output)  # the stage was stopped before it was noted down
         began = time.monotonic()
         code = subprocess.run(command, check=False, env=environment).returncode
         if code != 0:
@@ -150,6 +155,7 @@ def build_stages(run_dir: Path, *, smoke: bool) -> list[Stage]:
             "export",
             "Write the model as a folder that other tools open",
             ["export", f"run={run_dir}", f"out={run_dir / 'pipeline'}"],
+            output=run_dir / "pipeline",
         ),
     ]
 

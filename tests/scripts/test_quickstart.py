@@ -105,6 +105,20 @@ def test_a_failing_stage_ends_it_with_its_code(tmp_path: Path, monkeypatch: pyte
     assert list(json.loads((tmp_path / "stages.json").read_text())) == ["prepare"]
 
 
+def test_an_export_that_was_not_noted_down_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = build_stages(tmp_path, smoke=True)
+    done = {stage.name: {"arguments": stage.arguments, "seconds": 1.0} for stage in stages if stage.name != "export"}
+    (tmp_path / "stages.json").write_text(json.dumps(done))
+    (tmp_path / "pipeline").mkdir()
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        assert command[3] == "export"
+        return subprocess.CompletedProcess(command, 64 if (tmp_path / "pipeline").exists() else 1)
+
+    monkeypatch.setattr(quickstart.subprocess, "run", run)
+    assert quickstart.main(["--smoke", "--run-dir", str(tmp_path)]) == 1
+
+
 def test_training_is_spread_over_processes_by_torchrun() -> None:
     stages = {stage.name: stage for stage in build_stages(Path("runs/quickstart"), smoke=False)}
     command, shown = stages["train"].command(2)
