@@ -8,13 +8,13 @@ import json
 import math
 import subprocess
 import time
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
-from omegaconf import OmegaConf
 
 from ..data.batch import VideoBatch
 from ..data.config import Access
@@ -328,8 +328,7 @@ def next_command(config: TrainConfig) -> str:
 def fixed_settings(config: TrainConfig) -> dict[str, str]:
     """What checkpoints keep of the settings that a resumed run must not change."""
     names = FIXED_ON_RESUME if config.expert is Expert.none else (*FIXED_ON_RESUME, "boundary")
-    settings = OmegaConf.create(plain(config))
-    return {name: str(OmegaConf.select(settings, name)) for name in names}
+    return {name: str(reduce(lambda section, key: section[key], name.split("."), plain(config))) for name in names}
 
 
 def changed_settings(config: TrainConfig, saved: dict[str, Any]) -> list[str]:

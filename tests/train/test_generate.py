@@ -1,5 +1,7 @@
 """Latents of models whose parts are combined: two experts under a condition."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from muybridge.train.generate import VideoModels, generate_latents
 def test_experts_are_chosen_by_the_sampler_s_timestep_under_clean_frames() -> None:
     called: list[tuple[str, float, float]] = []
 
-    def expert(name: str) -> object:
+    def expert(name: str) -> Callable[..., Tensor]:
         def velocity(latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
             called.append((name, float(timestep.min()), float(timestep.max())))
             return torch.ones_like(latents)
@@ -20,7 +22,7 @@ def test_experts_are_chosen_by_the_sampler_s_timestep_under_clean_frames() -> No
         return velocity
 
     vae = VideoVAE(VAEConfig(base_dim=4, z_dim=2, dim_mult=[1, 1], num_res_blocks=1, temporal_downsample=[True]))
-    models = VideoModels(expert("high"), vae, expert("low"), boundary=0.5)  # type: ignore[arg-type]
+    models = VideoModels(expert("high"), vae, expert("low"), boundary=0.5)
     known = torch.full((1, 2, 3, 4, 4), 7.0)
     unknown = torch.ones(1, 1, 3, 1, 1)
     unknown[:, :, 0] = 0
