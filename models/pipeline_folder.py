@@ -6,10 +6,11 @@ vae/  text_encoder/  tokenizer/  scheduler/
 image_encoder/  image_processor/    Wan 2.1 image to video only
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .weight_files import read_json, write_json
 
 MODEL_INDEX_NAME = "model_index.json"
 TEXT_TO_VIDEO, IMAGE_TO_VIDEO = "WanPipeline", "WanImageToVideoPipeline"
@@ -52,7 +53,7 @@ class PipelineFiles:
         Raises ValueError where it is missing or malformed, of another kind of pipeline, or names a part that is not there.
         """
         root = Path(folder)
-        index = _read_json(root / MODEL_INDEX_NAME)
+        index = read_json(root / MODEL_INDEX_NAME)
         where = root / MODEL_INDEX_NAME
         class_name = index.get("_class_name")
         if class_name not in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO):
@@ -95,7 +96,7 @@ def write_model_index(
         raise ValueError(f"{folder} must hold transformer/")
     if (boundary_ratio is None) == ("transformer_2" in parts):
         raise ValueError(f"{folder}: boundary_ratio={boundary_ratio} must be given with transformer_2/, and only then")
-    sizes = _read_json(folder / "transformer" / "config.json")
+    sizes = read_json(folder / "transformer" / "config.json")
     of_images = sizes.get("in_channels") != sizes.get("out_channels") or sizes.get("image_dim") is not None
     index: dict[str, Any] = {
         "_class_name": IMAGE_TO_VIDEO if of_images else TEXT_TO_VIDEO,
@@ -108,7 +109,7 @@ def write_model_index(
             index[part] = [library, part_class(folder / part)]
         elif of_images or part not in IMAGE_PARTS:
             index[part] = [None, None]
-    _write_json(folder / MODEL_INDEX_NAME, index)
+    write_json(folder / MODEL_INDEX_NAME, index)
     return index
 
 
@@ -123,24 +124,8 @@ def part_class(folder: Path) -> str:
         ("preprocessor_config.json", "image_processor_type"),
     )
     for name, field in places:
-        if (folder / name).is_file() and (found := _read_json(folder / name).get(field)):
+        if (folder / name).is_file() and (found := read_json(folder / name).get(field)):
             return str(found[0] if isinstance(found, list) else found)
     raise ValueError(
         f"{folder} does not name its class in any of {', '.join(f'{name} ({key})' for name, key in places)}"
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -99,7 +99,7 @@ def test_an_index_that_does_not_fit_its_folder_is_refused(change: dict[str, Any]
 
 
 def test_no_index_is_no_pipeline(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model_index\.json is missing"):
+    with pytest.raises(ValueError, match=r"model_index\.json: no such file"):
         PipelineFiles.find(tmp_path)
 
 
