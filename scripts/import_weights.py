@@ -36,6 +36,20 @@ from .export_plan import EXPORTED_SETTINGS
 from .import_parts import OpenPart, open_part
 from .import_plan import ImportPlan, component_of, plan_import
 
+# Of --help.
+STEPS = """\
+From a folder of Wan's release to a model of your own:
+
+  muybridge import Wan2.1-T2V-1.3B/ weights/wan_1_3b
+  muybridge sample model=weights/wan_1_3b prompts=prompts.txt
+  muybridge prepare my_videos/ datasets/train
+  muybridge train +experiment=wan_1_3b_lora dry_run=true           check every setting, start nothing
+  torchrun --nproc-per-node 8 -m muybridge.train +experiment=wan_1_3b_lora
+  muybridge sample run=runs/wan_1_3b_lora prompts=prompts.txt
+  muybridge export run=runs/wan_1_3b_lora out=my_lora.safetensors  for ComfyUI and diffusers
+
+Other experiments: wan_14b_full, wan2_2_5b_full, wan2_2_a14b_two_experts, wan_i2v. A folder of diffusers needs no import."""
+
 _DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.float64: "fp64"}
 # Timesteps from 1000 x this on belong to the expert of high noise.
@@ -280,7 +294,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="muybridge import", description=__doc__)
+    parser = _Parser(
+        prog="muybridge import",
+        description=__doc__,
+        epilog=STEPS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "src",
         metavar="SRC",

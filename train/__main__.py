@@ -22,6 +22,7 @@ Train a video autoencoder or a text-to-video diffusion transformer. Run it again
 
   muybridge train +experiment=quickstart                          the small model that trains on a CPU
   muybridge train +experiment=wan_1_3b_480p run_dir=runs/first    Wan 2.1 1.3B at 81 x 480 x 832
+  muybridge train +experiment=wan_1_3b_lora                       a LoRA on public weights (muybridge import --help)
   muybridge train +experiment=quickstart optimizer.lr=1e-3        any field can be set
   muybridge train +experiment=quickstart dry_run=true             check the settings, start nothing
   muybridge train +experiment=quickstart --cfg job                print every setting and its value
