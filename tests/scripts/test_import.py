@@ -1,6 +1,7 @@
 """`muybridge import`: releases, pipeline folders and single files become a folder that diffusers opens with the same tensors."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import muybridge
 from muybridge.models.dit import DiT, DiTConfig
 from muybridge.models.pipeline_folder import PipelineFiles
 from muybridge.models.vae.folder import load_vae
@@ -18,7 +20,7 @@ from muybridge.models.wan_keys import Component, Layout
 from muybridge.models.weight_files import read_header
 from muybridge.models.weights import load_config, load_weights_from
 from muybridge.scripts import export
-from muybridge.scripts.import_weights import main
+from muybridge.scripts.import_weights import STEPS, main
 from muybridge.scripts.sample import SampleConfig
 from muybridge.scripts.sample_sources import open_source
 from muybridge.tests.scripts.wan_releases import (
@@ -303,3 +305,14 @@ def test_sampling_takes_the_settings_that_an_import_finds(release: Path, tmp_pat
     source = open_source(SampleConfig(model=str(tmp_path / "both")))
     assert (source.size.frames, source.sampler.steps, source.sampler.shift) == (9, 7, 3.0)
     assert source.encode_text(["a red circle"]).shape == (1, 40, 32), "the expert of high noise goes before"
+
+
+def test_the_steps_of_the_help_name_experiments_and_folders_that_fit() -> None:
+    experiments = Path(muybridge.__file__).parent / "configs" / "experiment"
+    named = set(re.findall(r"\+experiment=(\w+)", STEPS)) | set(
+        re.findall(r"\bwan\w*(?=[,.])", STEPS.split("\n\n")[-1])
+    )
+    assert len(named) == 5
+    settings = {name: (experiments / f"{name}.yaml").read_text() for name in named}
+    assert "init_from: weights/wan_1_3b\n" in settings["wan_1_3b_lora"]
+    assert "run_dir: runs/wan_1_3b_lora\n" in settings["wan_1_3b_lora"]
