@@ -21,7 +21,7 @@ from ..models.embeddings import Fp32Linear
 from ..models.image_encoder import ClipImageEncoder, image_feature_dim
 from ..models.lora import LoRAFactors
 from ..models.lora_files import read_lora
-from ..models.pipeline_folder import PipelineFiles
+from ..models.pipeline_folder import PipelineFiles, is_pipeline_folder
 from ..models.prompt_cache import PromptCache, user_prompt_folder
 from ..models.text import TextEncoderConfig, TextEncoderKind, Umt5TextEncoder
 from ..models.vae import VAEConfig
@@ -171,6 +171,10 @@ class FolderSource(Source):
     def __init__(self, folder: str, loras: LoRAFiles) -> None:
         """Raises ValueError where parts are missing or do not fit each other."""
         super().__init__()
+        if not is_pipeline_folder(folder):
+            raise ValueError(
+                f"model={folder} must be a pipeline folder, with model_index.json (muybridge import makes one)"
+            )
         files = PipelineFiles.find(folder)
         self._files, self._loras, root = files, loras, files.root
         self._transformer, self._vae, self._text_encoder = root / "transformer", root / "vae", root / "text_encoder"

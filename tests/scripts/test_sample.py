@@ -115,3 +115,10 @@ def test_a_mistaken_setting_is_named(
 ) -> None:
     assert cli.main(["sample", f"run={run_dir}", f"prompts={prompts}", change]) == 64
     assert words in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_model_is_named_with_what_makes_one(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["sample", f"model={tmp_path}", f"prompts={prompts}"]) == 64
+    assert f"model={tmp_path} must be a pipeline folder, with model_index.json" in capsys.readouterr().err
