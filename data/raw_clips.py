@@ -40,6 +40,19 @@ def decode_arguments(
     }
 
 
+def decode_in(pool: WorkerPool, request: dict[str, Any]) -> tuple[dict[str, Any], bytearray]:
+    """`worker.decode_clip` in a process of the pool, once more by PyAV where the process did not survive it. Raises DecodeError.
+
+    decord crashes more easily, and what it holds in memory depends on how busy the machine is: its packets run ahead of its frames.
+    """
+    try:
+        return pool.call("decode_clip", **request)
+    except WorkerDied as error:
+        _log.warning("%s; trying once more", error)
+        safer = Decoder.pyav.value if has_decoder(Decoder.pyav) else request["decoder"]
+        return pool.call("decode_clip", **{**request, "decoder": safer})
+
+
 class RawClips:
     """Reads the clips of one dataset as frames uint8 [T, H, W, 3]."""
 
@@ -78,15 +91,7 @@ class RawClips:
         return np.frombuffer(payload, dtype=np.uint8).reshape(bucket.frames, bucket.height, bucket.width, 3)
 
     def _run(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes | bytearray]:
-        if self._pool is None:
-            return worker.decode_clip(**request)
-        try:
-            return self._pool.call("decode_clip", **request)
-        except WorkerDied as error:
-            # Once more in a fresh process, with the decoder that is less easily crashed.
-            _log.warning("%s; trying once more", error)
-            safer = Decoder.pyav if has_decoder(Decoder.pyav) else self._config.decoder
-            return self._pool.call("decode_clip", **{**request, "decoder": safer.value})
+        return worker.decode_clip(**request) if self._pool is None else decode_in(self._pool, request)
 
 
 def stack_frames(bucket: Bucket, clips: Sequence[np.ndarray | None]) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ from .frame_ring import FrameRing, Spot
 from .keyed import keyed_bits
 from .ledger import BadClip, DataBudgetError, Ledger
 from .plan import GHOST, SUBSTITUTES, ghost_share, split_places, state_without_streams
-from .raw_clips import decode_arguments
+from .raw_clips import decode_arguments, decode_in
 from .read_ahead import ReadAhead
 from .run_state import STATE_VERSION, changed_settings, setting_texts
 from .stream_agreement import Gather, agree, alone, common_bucket
@@ -280,7 +280,7 @@ class StreamLoader:
             last_start_seconds=clip.last_start_seconds,
             seekable=clip.seekable,
         )
-        _, payload = self._pool.call("decode_clip", data=clip.sample.data, out=spot, **arguments)
+        _, payload = decode_in(self._pool, {"data": clip.sample.data, "out": spot, **arguments})
         if spot is not None:
             return self._ring.view(spot)
         return np.frombuffer(payload, dtype=np.uint8).reshape(bucket.frames, bucket.height, bucket.width, 3)
