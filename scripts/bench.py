@@ -71,9 +71,9 @@ def main(argv: list[str]) -> int:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"muybridge: wrote {options.json}")
     if options.kind == "step":
-        from ..train.engine import EXIT_DONE, exit_process
+        from ..train.exit_codes import ExitCode, exit_process
 
-        exit_process(EXIT_DONE)  # a process group is up, and gloo can abort an ordinary exit
+        exit_process(ExitCode.done)  # a process group is up, and gloo can abort an ordinary exit
     return 0
 
 

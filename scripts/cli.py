@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass
 
 from .. import __version__
+from ..train.exit_codes import ExitCode
 
-EXIT_CONFIG = 64
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as error:
         # argparse leaves with 2 after it has printed what is wrong.
         if error.code == 2:
-            return EXIT_CONFIG
+            return ExitCode.config
         raise
     except KeyboardInterrupt:
         print("muybridge: interrupted", file=sys.stderr)
@@ -100,7 +100,7 @@ def complain(message: str) -> int:
     """Print the user's mistake to stderr and return the exit code for it."""
     if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks find the same mistake
         print(f"muybridge: {message}", file=sys.stderr)
-    return EXIT_CONFIG
+    return ExitCode.config
 
 
 if __name__ == "__main__":

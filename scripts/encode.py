@@ -33,6 +33,7 @@ from ..models.text import Umt5TextEncoder, text_fingerprint
 from ..models.vae import VideoVAE
 from ..models.vae.folder import load_vae, vae_fingerprint
 from ..train.config import TaskKind, TrainConfig, load_train_config
+from ..train.exit_codes import ExitCode
 from .dataset_commands import console, say
 
 USAGE = """\
@@ -47,7 +48,6 @@ Each of several processes (RANK of WORLD_SIZE, as torchrun sets them; they need 
 Run a stopped command again to go on: whole shards are kept. A folder with latents of other models, clips or settings is refused;
 --overwrite replaces them."""
 
-EXIT_CONFIG, EXIT_REQUEUE, EXIT_DATA_BUDGET, EXIT_OUT_OF_MEMORY = 64, 75, 76, 78
 # Of one forward: as many pixels as one clip of 81 x 480 x 832, and no more clips than fill a CPU or GPU.
 BATCH_PIXELS, BATCH_CLIPS = 33_000_000, 16
 CAPTIONS_AT_A_TIME = 16
@@ -80,13 +80,13 @@ def main(argv: list[str]) -> int:
         for folder, data in caches.items():
             has_finished |= encode_dataset(data, folder, encoder, rank=rank, world_size=world_size, overwrite=overwrite)
     except TransientReadError as error:
-        return _fail(f"{error}; the same command goes on from there", EXIT_REQUEUE)
+        return _fail(f"{error}; the same command goes on from there", ExitCode.requeue)
     except DatasetChangedError as error:  # on the rank that reads the clip
-        return _fail(str(error), EXIT_CONFIG)
+        return _fail(str(error), ExitCode.config)
     except DataBudgetError as error:
-        return _fail(str(error), EXIT_DATA_BUDGET)
+        return _fail(str(error), ExitCode.data_budget)
     except torch.OutOfMemoryError as error:
-        return _fail(f"out of memory ({error})", EXIT_OUT_OF_MEMORY)
+        return _fail(f"out of memory ({error})", ExitCode.out_of_memory)
     if (rank == 0 or has_finished) and all(
         (manifest := read_manifest(folder)) and manifest["complete"] for folder in caches
     ):

@@ -10,9 +10,7 @@ from omegaconf import DictConfig
 from .. import __version__
 from .compose import plain, register_schema
 from .config import SCHEMA_NAME, TrainConfig, load_train_config
-
-# As in engine.py, which is not imported here: DeepSpeed would make every help text wait for seconds.
-EXIT_CONFIG, EXIT_OUT_OF_MEMORY = 64, 78
+from .exit_codes import ExitCode
 
 USAGE = f"""\
 usage: muybridge train +experiment=NAME [KEY=VALUE ...]
@@ -53,7 +51,7 @@ def main(argv: list[str]) -> int:
         check_memory(config)
     except OutOfMemoryError as error:
         print(f"muybridge: {error}", file=sys.stderr)
-        return EXIT_OUT_OF_MEMORY
+        return ExitCode.out_of_memory
     from .run import train
 
     return train(config)
@@ -81,4 +79,4 @@ if __name__ == "__main__":  # torchrun starts this file, not the `muybridge` com
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":  # all ranks find the same mistake
             print(f"muybridge: {error}", file=sys.stderr)
-        sys.exit(EXIT_CONFIG)
+        sys.exit(ExitCode.config)

@@ -7,12 +7,11 @@ Everything that knows DeepSpeed's inner layout is here: the trainer, the EMA and
 import logging
 import os
 import socket
-import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,8 +33,6 @@ ZERO_SUPPORTED_OPTIMIZERS.append(ShardAdamW)
 # DeepSpeed reports its set-up at INFO and calls collectives that torch 2.13 has renamed: nothing a user could act on.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-EXIT_DONE, EXIT_CONFIG, EXIT_REQUEUE, EXIT_DATA_BUDGET, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 0, 64, 75, 76, 77, 78
 
 
 class Precision(Enum):
@@ -279,16 +276,3 @@ def initialise_distributed(config: EngineConfig) -> torch.device:
     )
     deepspeed.init_distributed(dist_init_required=False)
     return device
-
-
-def exit_process(code: int, *, alone: bool = False) -> NoReturn:
-    """Leave at once: gloo's worker threads can abort a process that finalises Python after its work is done.
-
-    Ranks wait for each other only where all of them come here together, done (0) or for an agreed stop (75), and not `alone`.
-    """
-    if dist.is_initialized() and code in (EXIT_DONE, EXIT_REQUEUE) and not alone:
-        dist.barrier()
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -33,7 +33,8 @@ from .checkpoint import (
 from .compose import plain
 from .config import TaskKind, TrainConfig
 from .ema import EMA
-from .engine import EXIT_DONE, EXIT_REQUEUE, Engine, StepResult
+from .engine import Engine, StepResult
+from .exit_codes import ExitCode
 from .experts import Expert
 from .loaders import build_loaders
 from .optimizer import build_optimizer, learning_rate
@@ -137,7 +138,7 @@ class Trainer:
         finally:  # the terminal gets its cursor back and W&B its last rows however a run ends
             if self.tracker is not None:
                 self.tracker.close()
-        return EXIT_DONE if done else EXIT_REQUEUE
+        return ExitCode.done if done else ExitCode.requeue
 
     def _train_steps(self) -> int:
         """The loop; returns the step that is reached and saved."""

@@ -22,7 +22,8 @@ from muybridge.data.batch import VideoBatch
 from muybridge.data.ledger import DataBudgetError
 from muybridge.train import tasks
 from muybridge.train.config import load_train_config
-from muybridge.train.engine import EngineConfig, exit_process, initialise_distributed
+from muybridge.train.engine import EngineConfig, initialise_distributed
+from muybridge.train.exit_codes import exit_process
 from muybridge.train.trainer import Trainer
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from muybridge.train.config import load_train_config
-from muybridge.train.engine import EngineConfig, exit_process, initialise_distributed
+from muybridge.train.engine import EngineConfig, initialise_distributed
+from muybridge.train.exit_codes import exit_process
 from muybridge.train.memory import bytes_per_process
 from muybridge.train.trainer import Diverged, Trainer
 
@@ -37,7 +38,7 @@ def held_bytes(trainer: Trainer) -> dict[str, int]:
                 total += storage.nbytes()
         return total
 
-    return {"weights": count(weights), "optimizer": count(optimizer), "EMA": count(trainer.ema.averages)}
+    return {"weights": count(weights), "optimizer": count(optimizer), "EMA": count(sum(trainer.ema.averages.values(), []))}
 
 
 def main(plan: Path, out: Path) -> None:

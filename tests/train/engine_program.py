@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from muybridge.train.checkpoint import find_checkpoint, load_checkpoint, read_weights, save_checkpoint
 from muybridge.train.ema import EMA, EMAConfig
-from muybridge.train.engine import Engine, EngineConfig, Precision, exit_process, initialise_distributed
+from muybridge.train.engine import Engine, EngineConfig, Precision, initialise_distributed
+from muybridge.train.exit_codes import exit_process
 from muybridge.train.optimizer import OptimizerConfig, build_optimizer
 
 STEPS, SAVED_AT = 6, 3

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from muybridge.kernels.dispatch import INTERPRETED, Backend, forced
 from muybridge.train.checkpoint import load_checkpoint, save_checkpoint
-from muybridge.train.ema import EMA, EMAConfig
-from muybridge.train.engine import Engine, EngineConfig, Precision, exit_process, initialise_distributed
+from muybridge.train.ema import EMA, EMAConfig, average_name
+from muybridge.train.engine import Engine, EngineConfig, Precision, initialise_distributed
+from muybridge.train.exit_codes import exit_process
 from muybridge.train.optimizer import PENDING_AVERAGE, OptimizerConfig, build_optimizer
 
 STEPS, SAVED_AT, POISONED = 6, 3, 4
-BATCH, CLIPPING, DECAY = 8, 0.1, 0.8
+BATCH, CLIPPING, DECAYS = 8, 0.1, [0.8, 0.5]
 EPS = 1e-4  # Adam's division by the root of a gradient near 0 would blow rounding up
 
 
@@ -28,7 +29,7 @@ def build(case: str, backend: Backend, *, clipping: float = CLIPPING) -> tuple[E
     precision, zero = case.split("-")
     config = EngineConfig(zero=int(zero), precision=Precision(precision))
     engine = Engine(net, optimizer, config=config, micro_batch=BATCH, gradient_clipping=clipping)
-    return engine, EMA(engine, EMAConfig(decay=DECAY))
+    return engine, EMA(engine, EMAConfig(DECAYS))
 
 
 def run(engine: Engine, ema: EMA, steps: range) -> list[float]:
@@ -63,7 +64,8 @@ def pieces(engine: Engine, tensors: list[Tensor]) -> list[Tensor]:
 
 def held(engine: Engine, ema: EMA) -> dict[str, list[Tensor]]:
     """What a checkpoint would hold."""
-    found = {"ema": pieces(engine, ema.averages), "master": pieces(engine, [shard.master for shard in engine.shards])}
+    found = {name: pieces(engine, tensors) for name, tensors in ema.averages.items()}
+    found["master"] = pieces(engine, [shard.master for shard in engine.shards])
     for name in ("exp_avg", "exp_avg_sq"):
         found[name] = pieces(engine, [shard.optimizer_state[name] for shard in engine.shards])
     return {**found, "step": [torch.tensor(engine.optimizer_step_count())]}
@@ -93,7 +95,7 @@ def compare(case: str, root: Path) -> dict[str, Any]:
         ends[backend] = held(engine, ema)
         with ema.swapped_in():
             swapped = pieces(engine, [shard.master for shard in engine.shards])
-        found[f"{backend.value}_swaps"] = all(map(torch.equal, swapped, ends[backend]["ema"]))
+        found[f"{backend.value}_swaps"] = all(map(torch.equal, swapped, ends[backend][average_name(DECAYS[0])]))
         found[f"{backend.value}_swaps_back"] = not any(distances(held(engine, ema), ends[backend]).values())
         engine.destroy()
     found["distances"] = distances(ends[Backend.own], ends[Backend.reference])
