@@ -119,6 +119,7 @@ def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
     from muybridge.train import checkpoint
     from muybridge.train.compose import plain
     from muybridge.train.config import load_train_config
+    from muybridge.train.ema import average_name
     from muybridge.train.engine import FlatShard, Fragment
     from muybridge.train.tasks import TextToVideoTask
     from muybridge.train.trained_weights import prepare_weights
@@ -146,7 +147,12 @@ def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
         )
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "dist", one_rank)
-            average = SimpleNamespace(averages=[0.5 * weight.flatten() for weight in weights.values()])
+            average = SimpleNamespace(
+                averages={
+                    average_name(decay): [0.5 * weight.flatten() for weight in weights.values()]
+                    for decay in config.ema.decays
+                }
+            )
             checkpoint.save_checkpoint(
                 run_dir / "checkpoints", step=4, engine=engine, ema=average, run_state={"lora": lora}
             )

@@ -1,9 +1,10 @@
 """Checkpoints as safetensors fragments: every rank writes what it owns, and a checkpoint exists only once it is complete.
 
     checkpoints/step-00000200/
-        shard-00000-of-00002.safetensors   fp32 pieces of rank 0: master/NAME, exp_avg/NAME, exp_avg_sq/NAME, ema/NAME
+        shard-00000-of-00002.safetensors   fp32 pieces of rank 0: master/NAME, exp_avg/NAME, exp_avg_sq/NAME, ema-0.9999/NAME
         shard-00000-of-00002.json          where each piece lies in its parameter
-        run.json                           step, shapes, optimizer step, state of the loader, W&B id, versions; settings of a LoRA
+        run.json                           step, shapes, names of the averages, optimizer step, state of the loader, versions;
+                                           settings of a LoRA
         bad_clips.jsonl                    clips that could not be read, see data/ledger.py
         MANIFEST.json                      size and CRC-32 of every file; written last
 
@@ -32,7 +33,7 @@ from torch import Tensor
 from .ema import EMA
 from .engine import Engine
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 LEDGER_NAME = "bad_clips.jsonl"
 COMMITTED = re.compile(r"^step-(\d{8})$")
@@ -85,6 +86,7 @@ def save_checkpoint(
                 "world_size": world,
                 "zero": engine.config.zero,
                 "shapes": shapes,
+                "averages": list(ema.averages),
                 **run_state,
             }
             _write_json(staging / "run.json", facts)
@@ -167,8 +169,14 @@ def load_checkpoint(folder: Path, *, engine: Engine, ema: EMA) -> dict[str, Any]
     """Fill this rank's shards from any world size's fragments; returns the contents of run.json. Collective."""
     facts = read_run_state(folder)
     _check_shapes(folder, facts["shapes"], {name: list(shape) for name, shape in engine.parameter_shapes.items()})
+    averages = ema.averages
+    if missing := [name for name in averages if name not in facts["averages"]]:
+        raise ValueError(
+            f"{folder} holds the averages {', '.join(facts['averages'])} and not {', '.join(missing)}: ema.decays must be among "
+            "those that the run began with"
+        )
     with FragmentReader(folder) as reader:
-        for shard, average in zip(engine.shards, ema.averages, strict=True):
+        for index, shard in enumerate(engine.shards):
             if facts["optimizer_step"] > 0:
                 # The optimizer fills its state lazily: padding between fragments stays zero, as it would there.
                 shard.optimizer_state["step"] = torch.tensor(facts["optimizer_step"], device=shard.parameter.device)
@@ -177,7 +185,8 @@ def load_checkpoint(folder: Path, *, engine: Engine, ema: EMA) -> dict[str, Any]
             for fragment in shard.fragments:
                 here = slice(fragment.offset, fragment.offset + fragment.numel)
                 shard.master[here] = reader.read("master", fragment.name, fragment.start, fragment.numel)
-                average[here] = reader.read("ema", fragment.name, fragment.start, fragment.numel)
+                for kind, tensors in averages.items():
+                    tensors[index][here] = reader.read(kind, fragment.name, fragment.start, fragment.numel)
                 if facts["optimizer_step"] > 0:
                     for kind in OPTIMIZER_STATES:
                         piece = reader.read(kind, fragment.name, fragment.start, fragment.numel)
@@ -195,12 +204,27 @@ def read_run_state(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
-    """Whole fp32 weights from a checkpoint, without an engine; `kind` is `ema` or `master`."""
-    shapes = read_run_state(folder)["shapes"]
+    """Whole fp32 weights from a checkpoint, without an engine; `kind` as for `weight_kind`."""
+    shapes, kind = read_run_state(folder)["shapes"], weight_kind(folder, kind)
     with FragmentReader(folder) as reader:
         return {
             name: reader.read(kind, name, 0, torch.Size(shape).numel()).view(shape) for name, shape in shapes.items()
         }
+
+
+def weight_kind(folder: Path, kind: str) -> str:
+    """The name under which a checkpoint holds weights: `master`, the full name of an average, or `ema` for the first of them.
+
+    Raises ValueError that lists what is there.
+    """
+    averages = read_run_state(folder)["averages"]
+    if kind == "ema":
+        return str(averages[0])
+    if kind not in ("master", *averages):
+        raise ValueError(
+            f"{folder} has no weights {kind!r}; it has ema (which is {averages[0]}), master, {', '.join(averages)}"
+        )
+    return kind
 
 
 class FragmentReader:
@@ -245,8 +269,9 @@ def remove_old_checkpoints(folder: Path, keep_last: int) -> None:
 def _write_shard(stem: Path, engine: Engine, ema: EMA) -> None:
     tensors: dict[str, Tensor] = {}
     table: dict[str, tuple[int, int]] = {}
-    for shard, average in zip(engine.shards, ema.averages, strict=True):
-        kinds = {"master": shard.master, "ema": average}
+    averages = ema.averages
+    for index, shard in enumerate(engine.shards):
+        kinds = {"master": shard.master} | {name: tensors[index] for name, tensors in averages.items()}
         kinds |= {kind: shard.optimizer_state[kind] for kind in OPTIMIZER_STATES if kind in shard.optimizer_state}
         for fragment in shard.fragments:
             table[fragment.name] = (fragment.start, fragment.numel)

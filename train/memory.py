@@ -54,7 +54,7 @@ def parameter_counts(config: TrainConfig) -> ParameterCounts:
 
 
 def bytes_per_process(config: TrainConfig, world_size: int) -> dict[str, int]:
-    """Bytes of one process for weights, gradients, optimizer and EMA, by ZeRO stage; activations come on top.
+    """Bytes of one process for weights, gradients, optimizer and averages, by ZeRO stage; activations come on top.
 
     The first three as in ZeRO (Rajbhandari et al., arXiv:1910.02054, section 3.1) with K = 12 under bf16; what is frozen has but
     its weights.
@@ -70,7 +70,7 @@ def bytes_per_process(config: TrainConfig, world_size: int) -> dict[str, int]:
         "weights": int(width * weights),
         "gradients": int(width * (sharded if stage >= 2 else trained)),
         "optimizer": int(optimizer),
-        "EMA": int(4 * (trained if stage == 0 else sharded)),
+        "EMA": int(4 * len(config.ema.decays) * (trained if stage == 0 else sharded)),
     }
 
 

@@ -25,7 +25,7 @@ def train(tiny_run: list[str], muybridge: Callable[..., CompletedProcess[str]]) 
     """Trains or continues a run up to a step; the losses of all its steps."""
 
     def train(run_dir: Path, steps: int) -> list[float]:
-        learning = ["optimizer.lr=1e-2", "ema.decay=0.5", f"steps={steps}"]
+        learning = ["optimizer.lr=1e-2", "ema.decays=[0.5]", f"steps={steps}"]
         done = muybridge("train", *tiny_run, *TEXT, *SAMPLER, *learning, f"run_dir={run_dir}")
         assert done.returncode == 0, done.stderr
         rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())

@@ -21,6 +21,7 @@ from muybridge.train.checkpoint import committed_checkpoints
 
 TIMEOUT_SECONDS = 120
 STORY_STEPS = 72
+AVERAGE = "ema-0.9999"
 
 
 def read_rows(run_dir: Path) -> list[dict[str, float]]:
@@ -215,7 +216,7 @@ def test_a_run_can_start_from_the_average_of_another(runs: tuple[Path, dict[str,
     weights = [name for name in got if name.startswith("master/")]
     assert weights
     for name in weights:
-        torch.testing.assert_close(got[name], expected[name.replace("master/", "ema/")], rtol=0, atol=1e-9)
+        torch.testing.assert_close(got[name], expected[name.replace("master/", f"{AVERAGE}/")], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -318,7 +319,7 @@ def test_a_killed_run_ends_with_the_same_weights_optimizer_and_average(
     assert expected.name == got.name == f"step-{STORY_STEPS:08d}"
     name = "shard-00000-of-00001.safetensors"
     tensors = load_file(expected / name)
-    assert {key.split("/")[0] for key in tensors} == {"master", "exp_avg", "exp_avg_sq", "ema"}
+    assert {key.split("/")[0] for key in tensors} == {"master", "exp_avg", "exp_avg_sq", AVERAGE}
     assert (expected / name).read_bytes() == (got / name).read_bytes()
     assert json.loads((expected / "run.json").read_text()) == json.loads((got / "run.json").read_text())
 

@@ -38,7 +38,8 @@ def held_bytes(trainer: Trainer) -> dict[str, int]:
                 total += storage.nbytes()
         return total
 
-    return {"weights": count(weights), "optimizer": count(optimizer), "EMA": count(sum(trainer.ema.averages.values(), []))}
+    averages = [tensor for tensors in trainer.ema.averages.values() for tensor in tensors]
+    return {"weights": count(weights), "optimizer": count(optimizer), "EMA": count(averages)}
 
 
 def main(plan: Path, out: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import resource
 import signal
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from muybridge.train.checkpoint import find_checkpoint, load_checkpoint, read_weights, save_checkpoint
-from muybridge.train.ema import EMA, EMAConfig
+from muybridge.train.ema import EMA, EMAConfig, average_name
 from muybridge.train.engine import Engine, EngineConfig, Precision, initialise_distributed
 from muybridge.train.exit_codes import exit_process
 from muybridge.train.optimizer import OptimizerConfig, build_optimizer
 
 STEPS, SAVED_AT = 6, 3
 GLOBAL_BATCH, MICRO_BATCH = 12, 2
-LR, CLIPPING, DECAY, WEIGHT_DECAY, TEXT_LR_SCALE = 1e-2, 0.1, 0.8, 0.3, 0.25
+LR, CLIPPING, DECAYS, WEIGHT_DECAY, TEXT_LR_SCALE = 1e-2, 0.1, [0.8, 0.3], 0.3, 0.25
 EPS = 1e-4  # Adam's division by the root of a gradient near 0 would blow rounding up
 
 
@@ -67,7 +68,7 @@ def build_engine(zero: int, precision: Precision) -> tuple[Engine, EMA]:
         micro_batch=MICRO_BATCH,
         gradient_clipping=CLIPPING,
     )
-    return engine, EMA(engine, EMAConfig(decay=DECAY))
+    return engine, EMA(engine, EMAConfig(DECAYS))
 
 
 def run(engine: Engine, ema: EMA, steps: range, *, poisoned: int | None = None) -> dict[str, list[Any]]:
@@ -111,7 +112,7 @@ def run_reference(path: Path) -> dict[str, list[float]]:
         lr=LR,
         eps=EPS,
     )
-    average = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    averages = {decay: {name: p.detach().clone() for name, p in net.named_parameters()} for decay in DECAYS}
     found: dict[str, list[float]] = {"losses": [], "norms": []}
     for step in range(STEPS):
         x, y = batch(step)
@@ -121,13 +122,16 @@ def run_reference(path: Path) -> dict[str, list[float]]:
         norm = nn.utils.clip_grad_norm_(net.parameters(), CLIPPING)
         optimizer.step()
         # The average's ramp: (1 + t) / (10 + t) after t steps, up to the decay.
-        decay = min(DECAY, (2 + step) / (11 + step))
-        for name, parameter in net.named_parameters():
-            average[name] = decay * average[name] + (1 - decay) * parameter.detach()
+        for decay, average in averages.items():
+            kept = min(decay, (2 + step) / (11 + step))
+            for name, parameter in net.named_parameters():
+                average[name] = kept * average[name] + (1 - kept) * parameter.detach()
         found["losses"].append(loss.item())
         found["norms"].append(norm.item())
     weights = {f"master/{name}": parameter.detach() for name, parameter in net.named_parameters()}
-    save_file(weights | {f"ema/{name}": value for name, value in average.items()}, path)
+    for decay, average in averages.items():
+        weights |= {f"{average_name(decay)}/{name}": value for name, value in average.items()}
+    save_file(weights, path)
     return found
 
 
@@ -142,7 +146,7 @@ def predict(model: Any) -> Tensor:
 
 def held(engine: Engine, ema: EMA) -> list[Tensor]:
     """Everything of a rank that a step reads: what the masters, the optimizer and the average hold, and what the model says."""
-    kept = [*ema.averages, *(shard.master for shard in engine.shards)]
+    kept = [*chain.from_iterable(ema.averages.values()), *(shard.master for shard in engine.shards)]
     kept += [value for shard in engine.shards for value in shard.optimizer_state.values()]
     return [*(tensor.clone() for tensor in kept), predict(engine)]
 
@@ -217,11 +221,12 @@ def run_faults(zero: int, root: Path) -> dict[str, Any]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         reports["full disk"] = failure()
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        kept = ema.averages[0][0].item()
+        average = ema.averages[average_name(DECAYS[1])][0]
+        kept = average[0].item()
         if rank == last:
-            ema.averages[0][0] = float("nan")
+            average[0] = float("nan")
         reports["NaN"] = failure()
-        ema.averages[0][0] = kept
+        average[0] = kept
     left = sorted(path.name for path in folder.iterdir()) if reports and rank == 0 else []
     reports["mended"] = failure()
     everyone: list[Any] = [None] * world

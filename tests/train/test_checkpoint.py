@@ -22,6 +22,8 @@ from muybridge.train.checkpoint import (
 )
 from muybridge.train.engine import FlatShard, Fragment
 
+AVERAGES = ("ema-0.9", "ema-0.5")
+
 
 class Killed(BaseException):
     """Stands for kill -9: nothing of the program runs after it."""
@@ -57,7 +59,7 @@ def make_parts(value: float, *, shape: tuple[int, int] = (3, 5)) -> tuple[Any, A
         optimizer_step_count=lambda: 7.0,
         refresh_weights=lambda: None,
     )
-    return engine, SimpleNamespace(averages=[torch.full((numel + 1,), -value)])
+    return engine, SimpleNamespace(averages={name: [torch.full((numel + 1,), -value)] for name in AVERAGES})
 
 
 def save(folder: Path, step: int) -> Path:
@@ -202,7 +204,8 @@ def test_everything_saved_comes_back(tmp_path: Path) -> None:
     assert facts["seed"] == 1
     # The first element is padding between parameters: it keeps its value, or the zero that the optimizer would give it.
     assert shard.master.tolist() == [0.0] + [4.0] * 15
-    assert ema.averages[0].tolist() == [0.0] + [-4.0] * 15
+    for name in AVERAGES:
+        assert ema.averages[name][0].tolist() == [0.0] + [-4.0] * 15
     assert shard.optimizer_state["exp_avg"].tolist() == [0.0] + [4.0] * 15
     assert shard.optimizer_state["step"] == 7
 
@@ -225,6 +228,28 @@ def test_a_checkpoint_of_another_model_is_refused_by_parameter(
         load_checkpoint(folder, engine=engine, ema=ema)
 
 
+def test_weights_are_found_by_the_names_that_a_checkpoint_lists(tmp_path: Path) -> None:
+    engine, ema = make_parts(2.0)
+    ema.averages["ema-0.5"][0] *= 10
+    folder = save_checkpoint(tmp_path, step=1, engine=engine, ema=ema, run_state={})
+    values = {kind: read_weights(folder, kind)["w"].unique().tolist() for kind in ("master", "ema", *AVERAGES)}
+    assert values == {"master": [2.0], "ema": [-2.0], "ema-0.9": [-2.0], "ema-0.5": [-20.0]}
+    words = r"has no weights 'ema-0.7'; it has ema \(which is ema-0.9\), master, ema-0.9, ema-0.5"
+    with pytest.raises(ValueError, match=words):
+        read_weights(folder, "ema-0.7")
+
+
+def test_an_average_that_the_checkpoint_lacks_is_refused_and_one_too_many_is_left_out(tmp_path: Path) -> None:
+    folder = save(tmp_path, 4)
+    engine, ema = make_parts(0.0)
+    del ema.averages["ema-0.9"]
+    load_checkpoint(folder, engine=engine, ema=ema)
+    assert ema.averages["ema-0.5"][0].tolist() == [0.0] + [-4.0] * 15
+    ema.averages["ema-0.7"] = ema.averages["ema-0.5"]
+    with pytest.raises(ValueError, match=r"holds the averages ema-0.9, ema-0.5 and not ema-0.7: ema.decays must be"):
+        load_checkpoint(folder, engine=engine, ema=ema)
+
+
 def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     facts = json.loads((folder / "run.json").read_text())
@@ -233,12 +258,12 @@ def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path) -> None:
         read_weights(folder)
 
 
-@pytest.mark.parametrize("kind", ["master", "ema", "exp_avg_sq"])
+@pytest.mark.parametrize("kind", ["master", "ema-0.9", "exp_avg_sq"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, kind: str, value: float) -> None:
     engine, ema = make_parts(1.0)
     (shard,) = engine.shards
-    {"master": shard.master, "ema": ema.averages[0], **shard.optimizer_state}[kind][3] = value
+    {"master": shard.master, "ema-0.9": ema.averages["ema-0.9"][0], **shard.optimizer_state}[kind][3] = value
     with pytest.raises(OSError, match=f"{kind}/w holds NaN or infinite"):
         save_checkpoint(tmp_path, step=1, engine=engine, ema=ema, run_state={})
     assert list(tmp_path.iterdir()) == []

@@ -47,7 +47,7 @@ MISTAKES = {
     "no such backend": (["kernels.attention=fast"], "kernels.attention=fast"),
     "cuDNN for norms": (["kernels.pointwise=cudnn"], "kernels.pointwise=cudnn must be auto, own or reference"),
     "no learning rate": (["optimizer.lr=0"], "optimizer.lr=0.0 must be positive"),
-    "average": (["ema.decay=1"], "ema.decay=1.0 must lie between 0 and 1"),
+    "average": (["ema.decays=[1]"], "ema.decays=1.0 must lie between 0 and 1"),
     "checkpoints": (["checkpoint.keep_last=1"], "checkpoint.keep_last=1 must be at least 2"),
     "threads": (["threads=-1"], "threads=-1 must be 0 (torch decides) or more"),
     "no autoencoder": (["vae.path=null"], "vae.path must name a trained autoencoder's folder"),
@@ -87,11 +87,11 @@ def test_one_mistake_is_one_fault(mistake: str) -> None:
 
 
 def test_all_mistakes_are_in_one_message() -> None:
-    wrong = ["optimizer.lrr=1", "steps=abc", "data.frames=50", "deepspeed.zero=9", "ema.decay=2", "global_batch=0"]
+    wrong = ["optimizer.lrr=1", "steps=abc", "data.frames=50", "deepspeed.zero=9", "ema.decays=[2]", "global_batch=0"]
     with pytest.raises(ValueError) as error:
         load_train_config([*QUICK, *wrong])
     message = str(error.value)
-    for words in ("optimizer.lrr", "steps=abc", "data.frames=50", "deepspeed.zero=9", "ema.decay=2.0"):
+    for words in ("optimizer.lrr", "steps=abc", "data.frames=50", "deepspeed.zero=9", "ema.decays=2.0"):
         assert message.count(words) == 1, words
     assert "global_batch=0" in message
 
