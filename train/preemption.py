@@ -1,4 +1,8 @@
-"""What ranks tell each other between steps. Stopping on request: a signal or a stop file sets a flag, and all agree on the step."""
+"""What ranks tell each other while a run goes on: a stop or a save that was asked for, bad clips, parts of a checkpoint on disk.
+
+A signal or a file sets a flag; what follows from it is agreed, so that all ranks do the same in the same step. Every loop that can
+take long asks: for data, over validation clips, over the steps of a sampler.
+"""
 
 import signal
 import time
@@ -10,9 +14,18 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# SIGUSR2 is what the Slurm template asks for: libraries have uses of their own for SIGUSR1.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # A terminal or a scheduler signals every process, and the launcher passes its own signal on: all that is one request.
 ONE_REQUEST_SECONDS = 2.0
+
+
+class StopAgreed(Exception):
+    """All ranks leave what they do here, to save and stop."""
+
+
+class StoppedInSetUp(BaseException):
+    """A signal came before there was anything to save."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +33,11 @@ class Agreement:
     """What all ranks know after a step."""
 
     stop: bool  # any of them was asked to stop
+    save: bool  # somebody asked for a checkpoint
     replaced_samples: int  # of the step, over all ranks
     is_unreadable: bool  # one of them has read nothing but bad clips for long
+    is_written: bool  # all have written their part of the checkpoint in flight
+    seconds: float  # since the start of the run, on the clock of rank 0
 
 
 def gather_over_gloo() -> Callable[[list[int]], list[list[int]]]:
@@ -39,29 +55,64 @@ def gather_over_gloo() -> Callable[[list[int]], list[list[int]]]:
     return gather
 
 
-class StopRequest:
-    """Remembers that somebody asked the run to stop; another one later ends the process at once."""
+def leave_on_signal() -> None:
+    """Until there is a `Requests`, a signal raises StoppedInSetUp."""
 
-    def __init__(self, stop_file: Path) -> None:
-        self._stop_file = stop_file
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise StoppedInSetUp(signal.Signals(number).name)
+
+    for number in SIGNALS:
+        signal.signal(number, leave)
+
+
+class Requests:
+    """Remembers what somebody asked the run for; a second request to stop, later, ends the process at once."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Collective. From here on, signals ask for a stop; so does a file STOP in the run directory, and SAVE for a checkpoint."""
+        self._stop_file, self._save_file = run_dir / "STOP", run_dir / "SAVE"
         self._asked_at: float | None = None
+        self._began = time.monotonic()
+        # One process's view of a shared folder is enough, and a stat of every rank at every step much for a file server.
+        self._looks_at_files = dist.get_rank() == 0
         # Over gloo: asking over NCCL would make every step wait for the GPU.
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
-    def agree(self, *, replaced_samples: int, is_unreadable: bool) -> Agreement:
-        """Puts together what each rank knows; the same answer on every rank. Collective."""
-        asked = self._asked_at is not None or self._stop_file.exists()
-        sums = torch.tensor([asked, replaced_samples, is_unreadable], dtype=torch.int64)
-        if self._group is not None:
-            dist.all_reduce(sums, group=self._group)
-        asking, replaced, unreadable = sums.tolist()
-        return Agreement(asking > 0, replaced, unreadable > 0)
+    def agree(self, *, replaced_samples: int, is_unreadable: bool, is_written: bool) -> Agreement:
+        """Puts together what each rank knows after a step; the same answer on every rank. Collective."""
+        wants_save = self._looks_at_files and self._save_file.exists()
+        seconds = time.monotonic() - self._began if self._looks_at_files else 0.0
+        numbers = [self._asks(), wants_save, replaced_samples, is_unreadable, not is_written, seconds]
+        asking, saving, replaced, unreadable, unwritten, seconds = self._sum(numbers)
+        if wants_save:
+            self._save_file.unlink(missing_ok=True)
+        return Agreement(asking > 0, saving > 0, int(replaced), unreadable > 0, unwritten == 0, seconds)
+
+    def all_ready(self, is_ready: bool) -> bool:
+        """Whether every rank is ready to go on. Raises StopAgreed on all of them where one was asked to stop first. Collective."""
+        asking, waiting = self._sum([self._asks(), not is_ready])
+        if asking and waiting:
+            raise StopAgreed
+        return not waiting
+
+    def check(self) -> None:
+        """Raises StopAgreed on every rank where one was asked to stop. Collective."""
+        self.all_ready(is_ready=False)
 
     def clear(self) -> None:
         """Remove the stop file once it was heeded, or the next attempt would stop at its first step."""
         self._stop_file.unlink(missing_ok=True)
+
+    def _asks(self) -> bool:
+        return self._asked_at is not None or (self._looks_at_files and self._stop_file.exists())
+
+    def _sum(self, numbers: list[float]) -> list[float]:
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        if self._group is not None:
+            dist.all_reduce(sums, group=self._group)
+        return sums.tolist()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -38,7 +38,7 @@ from .exit_codes import ExitCode
 from .experts import Expert
 from .loaders import build_loaders
 from .optimizer import build_optimizer, learning_rate
-from .preemption import StopRequest
+from .preemption import Requests, StopAgreed
 from .tasks import build_task
 from .throughput import MetricsWindow
 from .tokenizer import prepare_tokenizer
@@ -124,7 +124,7 @@ class Trainer:
                     f"micro_batch x processes: {self._uneven_buckets()}"
                 )
         # Last, so that Ctrl-C during set-up still ends at once.
-        self.stop_request = StopRequest(self.run_dir / "STOP")
+        self.requests = Requests(self.run_dir)
 
     def run(self) -> int:
         """Train to the last step, or to an agreed stop; returns the exit code."""
@@ -175,7 +175,10 @@ class Trainer:
                 step == self.config.steps and self.config.validation.every_steps
             ):
                 began = time.perf_counter()
-                self._validate(step)
+                try:
+                    self._validate(step)
+                except StopAgreed:  # what is missing is looked at when the run goes on
+                    stopped = True
                 window.leave_out(time.perf_counter() - began)
         if step > saved_step or not committed_checkpoints(self.checkpoints):
             self._save(step, saved_step, must_succeed=True)
@@ -194,7 +197,9 @@ class Trainer:
     def _agree(self, step: int) -> bool:
         """Whether all ranks stop here, after step - 1. Raises DataBudgetError on all of them."""
         ledger = self.loader.ledger
-        found = self.stop_request.agree(replaced_samples=ledger.take_replaced(), is_unreadable=ledger.has_long_run)
+        found = self.requests.agree(
+            replaced_samples=ledger.take_replaced(), is_unreadable=ledger.has_long_run, is_written=True
+        )
         is_over = self.budget.add(self.loader.samples_before(step), found.replaced_samples)
         if is_over or found.is_unreadable:
             cause = (
@@ -251,12 +256,16 @@ class Trainer:
             row: dict[str, float] = {}
             if self.validation_loader is not None:
                 row = validation_losses(
-                    self.engine, self.task, self.validation_loader, clips=self.config.validation.clips
+                    self.engine,
+                    self.task,
+                    self.validation_loader,
+                    clips=self.config.validation.clips,
+                    may_stop=self.requests.check,
                 )
             videos = []
             if self.config.task is TaskKind.text_to_video and self.config.validation.prompts:
                 folder = self.run_dir / "validation" / f"step-{step:08d}"
-                videos = sample_videos(self.engine, self.task, self.config, folder)
+                videos = sample_videos(self.engine, self.task, self.config, folder, may_stop=self.requests.check)
         if self.tracker is not None:
             if row:
                 self.tracker.log(step, row)
@@ -280,7 +289,7 @@ class Trainer:
             if self.config.task is TaskKind.text_to_video:
                 self.tracker.note(f"next: {next_command(self.config)}")
         else:
-            self.stop_request.clear()
+            self.requests.clear()
             self.tracker.note(f"muybridge: stopped on request at step {step}; the same command goes on from there")
 
     def _uneven_buckets(self) -> str:

@@ -1,5 +1,6 @@
 """Validation during training: the loss on held-out clips with fixed noise, and sample videos, both with the EMA weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,15 +40,18 @@ class ValidationConfig:
 
 
 @torch.no_grad()
-def validation_losses(engine: "Engine", task: "Task", loader: "VideoLoader", *, clips: int) -> dict[str, float]:
+def validation_losses(
+    engine: "Engine", task: "Task", loader: "VideoLoader", *, clips: int, may_stop: Callable[[], None]
+) -> dict[str, float]:
     """Mean loss and terms over `clips` of the validation set, each once, with the same noise each time. Collective.
 
-    Empty where not one of them can be read.
+    Empty where not one of them can be read. `may_stop` is called before each batch, and may raise.
     """
     sums: dict[str, torch.Tensor] = {}
     seen = torch.zeros((), device=task.device)
     engine.eval()
     for batch in loader.each_once(clips):
+        may_stop()
         batch = batch.to(task.device)
         losses = task.losses(engine, batch, purpose="validation/")
         for name, values in {"loss": losses.total, **losses.terms}.items():
@@ -62,8 +66,13 @@ def validation_losses(engine: "Engine", task: "Task", loader: "VideoLoader", *, 
     return {f"validation_{name}": (total / totals[-1]).item() for name, total in zip(names, totals, strict=False)}
 
 
-def sample_videos(engine: "Engine", task: "Task", config: "TrainConfig", folder: Path) -> list[tuple[Path, str]]:
-    """Sample `config.validation.prompts` into `folder`, spread over the ranks; rank 0 gets all paths. Collective."""
+def sample_videos(
+    engine: "Engine", task: "Task", config: "TrainConfig", folder: Path, *, may_stop: Callable[[], None]
+) -> list[tuple[Path, str]]:
+    """Sample `config.validation.prompts` into `folder`, spread over the ranks; rank 0 gets all paths. Collective.
+
+    `may_stop` is called after each step of the sampler, and may raise.
+    """
     from .generate import NEGATIVE_PROMPT, VideoModels, decode_frames, generate_latents, prompt_noise, write_clips
     from .tasks import TextToVideoTask
 
@@ -81,6 +90,7 @@ def sample_videos(engine: "Engine", task: "Task", config: "TrainConfig", folder:
         text[:-1],
         text[-1:].expand_as(text[:-1]),
         sampler=config.sampler,
+        progress=lambda done, steps: may_stop(),
     )
     engine.train()
     paths = write_clips(folder, decode_frames(task.vae, latents), mine, numbers, fps=config.data.fps)

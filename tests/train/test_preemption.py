@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from muybridge.train import preemption
-from muybridge.train.preemption import ONE_REQUEST_SECONDS, SIGNALS, StopRequest
+from muybridge.train.preemption import (
+    ONE_REQUEST_SECONDS,
+    SIGNALS,
+    Requests,
+    StopAgreed,
+    StoppedInSetUp,
+    leave_on_signal,
+)
 
 
 @pytest.fixture
@@ -15,19 +22,20 @@ def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Puts the process's own signal handlers back."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     monkeypatch.setattr(preemption.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(preemption.dist, "get_rank", lambda: 0)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def agreed(request: StopRequest) -> bool:
-    return request.agree(replaced_samples=0, is_unreadable=False).stop
+def agreed(request: Requests) -> bool:
+    return request.agree(replaced_samples=0, is_unreadable=False, is_written=True).stop
 
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_asks_for_a_stop(tmp_path: Path, number: signal.Signals) -> None:
-    request = StopRequest(tmp_path / "STOP")
+    request = Requests(tmp_path)
     assert not agreed(request)
     signal.raise_signal(number)
     assert agreed(request)
@@ -35,7 +43,7 @@ def test_a_signal_asks_for_a_stop(tmp_path: Path, number: signal.Signals) -> Non
 
 @pytest.mark.usefixtures("handlers")
 def test_a_stop_file_asks_until_it_is_cleared(tmp_path: Path) -> None:
-    request = StopRequest(tmp_path / "STOP")
+    request = Requests(tmp_path)
     (tmp_path / "STOP").touch()
     assert agreed(request)
     request.clear()
@@ -49,7 +57,7 @@ def test_copies_of_a_signal_are_one_request_and_a_later_one_ends_the_process(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(preemption, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    request = StopRequest(tmp_path / "STOP")
+    request = Requests(tmp_path)
     deadly: list[Any] = []
     fake: Callable[[int, Any], None] = lambda number, handler: deadly.append((number, handler))  # noqa: E731
     for seconds in (0.0, 0.1, ONE_REQUEST_SECONDS - 0.1):
@@ -66,3 +74,35 @@ def test_copies_of_a_signal_are_one_request_and_a_later_one_ends_the_process(
     now[0] = 100.0 + ONE_REQUEST_SECONDS + 0.1
     signal.raise_signal(signal.SIGTERM)
     assert deadly == [(signal.SIGTERM, signal.SIG_DFL), (signal.SIGTERM, "raised")]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_wait_ends_when_everything_is_there_or_a_stop_is_asked_for(tmp_path: Path) -> None:
+    requests = Requests(tmp_path)
+    assert not requests.all_ready(is_ready=False)
+    assert requests.all_ready(is_ready=True)
+    requests.check()
+    signal.raise_signal(signal.SIGUSR2)
+    assert requests.all_ready(is_ready=True)  # the step is done first: what was read for it is not lost
+    with pytest.raises(StopAgreed):
+        requests.all_ready(is_ready=False)
+    with pytest.raises(StopAgreed):
+        requests.check()
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_save_file_asks_for_one_checkpoint(tmp_path: Path) -> None:
+    requests = Requests(tmp_path)
+    (tmp_path / "SAVE").touch()
+    answers = [requests.agree(replaced_samples=0, is_unreadable=False, is_written=True) for _ in range(2)]
+    assert [answer.save for answer in answers] == [True, False]
+    assert not any(answer.stop for answer in answers)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_during_set_up_ends_it(tmp_path: Path) -> None:
+    leave_on_signal()
+    with pytest.raises(StoppedInSetUp, match="SIGTERM"):
+        signal.raise_signal(signal.SIGTERM)
+    Requests(tmp_path)
+    signal.raise_signal(signal.SIGTERM)  # from here on it asks
