@@ -98,7 +98,8 @@ class StreamLoader:
         self._pool = WorkerPool(config.workers, timeout_seconds=config.timeout_seconds, ring=self._ring)
         self._read_ahead = ReadAhead(self._frames_shape, pool=self._pool, ring=self._ring, prefetch=config.prefetch)
         self._reader: StreamReader | None = None
-        self._step = self._samples = self._bad_samples = 0  # the step that comes next, and the samples before it
+        self._bad_samples = 0
+        self._before = {0: 0}  # samples before the step that comes next, and before the last one
 
     @property
     def fingerprint(self) -> str:
@@ -132,13 +133,14 @@ class StreamLoader:
         """
         changed = changed_settings(state, self.settings(), accept_changes=self._config.accept_changes)
         assert state is not None
-        self._step, self._samples = state["plan"]["step"], state["plan"]["sample"]
+        self._before = {state["plan"]["step"]: state["plan"]["sample"]}
         return bool(changed)
 
     def samples_before(self, step: int) -> int:
-        """Samples of all steps before the one that comes next."""
-        assert step == self._step, f"of {step} nothing is known, the next step is {self._step}"
-        return self._samples
+        """Samples of all steps before the one that comes next, or the one before it, which another thread may just have made."""
+        before = self._before
+        assert step in before, f"of {step} nothing is known, the next step is {max(before)}"
+        return before[step]
 
     def ghost_share(self) -> float:
         """The share of all places that hold no sample, if all buckets came equally often; weighted by their pixels."""
@@ -291,7 +293,8 @@ class StreamLoader:
                 self._log_bad(bad)
             self.ledger.add(clip.bad)
         first = groups[0][0].place
-        self._step, self._samples = first.step + 1, self._samples + self.buckets[first.bucket].global_batch
+        samples = max(self._before.values())
+        self._before = {first.step: samples, first.step + 1: samples + self.buckets[first.bucket].global_batch}
         return [self._batch(group) for group in groups]
 
     def _finish_readable(self, groups: list[list[_ReadClip]]) -> list[VideoBatch]:
