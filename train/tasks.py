@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.batch import VideoBatch
 from ..kernels.dispatch import configure
+from ..models.diffusion.conditioning import ConditioningForm
 from ..models.diffusion.objective import keyed_noise, keyed_noise_levels, rectified_flow_loss
 from ..models.dit import DiT
 from ..models.lora import lora_factors
@@ -30,6 +31,7 @@ from ..models.vae.statistics import LatentStatistics
 from ..models.weights import save_model
 from .conditions import ClipConditions
 from .config import TaskKind, TrainConfig
+from .experts import Expert
 
 # Training clips over which the latent statistics of a new autoencoder are measured.
 STATISTICS_CLIPS = 512
@@ -199,3 +201,12 @@ class VideoVAETask(Task):
 def build_task(config: TrainConfig, device: torch.device) -> Task:
     """The task that `config.task` names."""
     return {TaskKind.text_to_video: TextToVideoTask, TaskKind.video_vae: VideoVAETask}[config.task](config, device)
+
+
+def next_command(config: TrainConfig) -> str:
+    """What makes videos of a finished run's model, or puts its two experts together; words in capitals are the user's to fill."""
+    if config.expert is not Expert.none:
+        high, low = (config.run_dir, "LOW_RUN") if config.expert is Expert.high else ("HIGH_RUN", config.run_dir)
+        return f"muybridge export run={high} low_run={low} out=FOLDER{' merge=true' if config.lora.is_on else ''}"
+    image = " image=FILE" if config.conditioning.form is ConditioningForm.channels else ""
+    return f"muybridge sample run={config.run_dir} prompts=prompts.txt{image}"

@@ -4,23 +4,18 @@ Progress is counted in optimizer steps. Data, noise and learning rate are functi
 weights, the optimizer and one number.
 """
 
-import json
 import math
-import subprocess
 import time
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from ..data.batch import VideoBatch
 from ..data.config import Access
 from ..data.ledger import BUDGET_SAMPLES, MAX_IN_A_ROW, BadClip, DataBudget, DataBudgetError, from_lines, to_lines
 from ..data.stream import NOT_EXACT
-from ..models.diffusion.conditioning import ConditioningForm
 from .checkpoint import (
     LEDGER_NAME,
     committed_checkpoints,
@@ -35,19 +30,18 @@ from .config import TaskKind, TrainConfig
 from .ema import EMA
 from .engine import Engine, StepResult
 from .exit_codes import ExitCode
-from .experts import Expert
+from .fixed_settings import changed_settings, fixed_settings
 from .loaders import build_loaders
 from .optimizer import build_optimizer, learning_rate
 from .preemption import Requests, StopAgreed
-from .tasks import build_task
+from .provenance import write_provenance
+from .tasks import build_task, next_command
 from .throughput import MetricsWindow
 from .tokenizer import prepare_tokenizer
 from .tracking import Tracker
 from .trained_weights import prepare_weights
 from .validate import sample_videos, validation_losses
 
-# Settings that decide what a step computes: a resumed run must not change them.
-FIXED_ON_RESUME = ("seed", "global_batch", "task", "expert", "conditioning.form")
 MAX_SKIPPED_IN_A_ROW = 20
 GHOST_SHARE_WORTH_A_NOTE = 0.03
 CURE_FOR_DIVERGENCE = (
@@ -102,7 +96,7 @@ class Trainer:
 
         self.tracker: Tracker | None = None
         if self.rank == 0:
-            self._write_provenance()
+            write_provenance(config, data_fingerprint=self.loader.fingerprint)
             self.tracker = Tracker(
                 self.run_dir,
                 config.tracking,
@@ -315,44 +309,6 @@ class Trainer:
             self.budget = DataBudget(self.config.data.max_bad_share, facts["data_budget"])
         return has_changed
 
-    def _write_provenance(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(plain(self.config), sort_keys=False))
-        facts = {"git_commit": _git_commit(), "data_fingerprint": self.loader.fingerprint, "torch": torch.__version__}
-        (self.run_dir / "provenance.json").write_text(json.dumps(facts, indent=1))
-
     @staticmethod
     def _is_due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
-
-
-def next_command(config: TrainConfig) -> str:
-    """What makes videos of a finished run's model, or puts its two experts together; words in capitals are the user's to fill."""
-    if config.expert is not Expert.none:
-        high, low = (config.run_dir, "LOW_RUN") if config.expert is Expert.high else ("HIGH_RUN", config.run_dir)
-        return f"muybridge export run={high} low_run={low} out=FOLDER{' merge=true' if config.lora.is_on else ''}"
-    image = " image=FILE" if config.conditioning.form is ConditioningForm.channels else ""
-    return f"muybridge sample run={config.run_dir} prompts=prompts.txt{image}"
-
-
-def fixed_settings(config: TrainConfig) -> dict[str, str]:
-    """What checkpoints keep of the settings that a resumed run must not change."""
-    names = FIXED_ON_RESUME if config.expert is Expert.none else (*FIXED_ON_RESUME, "boundary")
-    return {name: str(reduce(lambda section, key: section[key], name.split("."), plain(config))) for name in names}
-
-
-def changed_settings(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
-    """Those of them that differ from what a checkpoint has in its run.json; older ones do not have them all."""
-    return [
-        f"{name}: {saved[name]} saved, {value} now"
-        for name, value in fixed_settings(config).items()
-        if name in saved and saved[name] != value
-    ]
-
-
-def _git_commit() -> str | None:
-    """The commit of the code that runs, or None outside a git checkout."""
-    answer = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() or None

@@ -9,7 +9,8 @@ from muybridge.models.diffusion.known_places import ConditioningConfig
 from muybridge.models.lora import LoRAConfig
 from muybridge.train.config import TrainConfig
 from muybridge.train.experts import Expert
-from muybridge.train.trainer import changed_settings, fixed_settings, next_command
+from muybridge.train.fixed_settings import changed_settings, fixed_settings
+from muybridge.train.tasks import next_command
 
 HIGH = TrainConfig(run_dir="runs/a", expert=Expert.high)
 

@@ -1,0 +1,26 @@
+"""Settings that a resumed run must not change, as checkpoints keep them."""
+
+from functools import reduce
+from typing import Any
+
+from .compose import plain
+from .config import TrainConfig
+from .experts import Expert
+
+# They decide what a step computes. The loader sees to those of the data; sizes of the model show in its parameters.
+FIXED_ON_RESUME = ("seed", "global_batch", "task", "expert", "conditioning.form")
+
+
+def fixed_settings(config: TrainConfig) -> dict[str, str]:
+    """What checkpoints keep of the settings that a resumed run must not change."""
+    names = FIXED_ON_RESUME if config.expert is Expert.none else (*FIXED_ON_RESUME, "boundary")
+    return {name: str(reduce(lambda section, key: section[key], name.split("."), plain(config))) for name in names}
+
+
+def changed_settings(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
+    """Those of them that differ from what a checkpoint has in its run.json; older ones do not have them all."""
+    return [
+        f"{name}: {saved[name]} saved, {value} now"
+        for name, value in fixed_settings(config).items()
+        if name in saved and saved[name] != value
+    ]
