@@ -14,10 +14,8 @@ import torch.distributed as dist
 
 from ..data.batch import VideoBatch
 from ..data.config import Access
-from ..data.ledger import BUDGET_SAMPLES, MAX_IN_A_ROW, BadClip, DataBudget, DataBudgetError, from_lines, to_lines
 from ..data.stream import NOT_EXACT
 from .checkpoint import (
-    LEDGER_NAME,
     committed_checkpoints,
     find_checkpoint,
     load_checkpoint,
@@ -30,6 +28,7 @@ from .config import TaskKind, TrainConfig
 from .ema import EMA
 from .engine import Engine, StepResult
 from .exit_codes import ExitCode
+from .feed import Feed
 from .fixed_settings import changed_settings, fixed_settings
 from .loaders import build_loaders
 from .optimizer import build_optimizer, learning_rate
@@ -86,7 +85,7 @@ class Trainer:
         self.ema = EMA(self.engine, config.ema)
         self.start_step = 0
         self.window = MetricsWindow()
-        self.budget = DataBudget(config.data.max_bad_share)
+        self.feed = Feed(self.loader, max_bad_share=config.data.max_bad_share)
         data_changed = False
         if resume_from is not None:
             facts = load_checkpoint(resume_from, engine=self.engine, ema=self.ema)
@@ -127,7 +126,7 @@ class Trainer:
             done = step >= self.config.steps
             if done:
                 self._export()
-            self.loader.close()
+            self.feed.close()
             self._say_goodbye(step, done=done)
         finally:  # the terminal gets its cursor back and W&B its last rows however a run ends
             if self.tracker is not None:
@@ -139,11 +138,14 @@ class Trainer:
         step, saved_step, stopped, skipped_in_a_row = self.start_step, self.start_step, False, 0
         window = self.window
         window.begin()
-        batches = self.loader.steps(self.start_step)
+        self.feed.start(step)
         while step < self.config.steps and not stopped:
             lr = learning_rate(self.config.optimizer, step, self.config.steps)
             window.wait_for_data()
-            micro_batches = next(batches)
+            try:
+                micro_batches = self.feed.next(self.requests)
+            except StopAgreed:
+                break
             window.data_arrived()
             result = self._optimizer_step(micro_batches, lr)
             if result.applied:
@@ -159,10 +161,11 @@ class Trainer:
             if step % self.config.tracking.log_every_steps == 0 or step == self.config.steps:
                 row = window.close(result, lr)
                 if self.tracker is not None:
-                    self.tracker.log(step, {**row, "samples_seen": self.loader.samples_before(step)})
+                    self.tracker.log(step, {**row, "samples_seen": self.feed.samples_before(step)})
                 self._check_convergence(step, row)
             # Before the checkpoint: it must count this step's bad clips, and none may be of a step that was one too many.
-            stopped = self._agree(step)
+            agreed = self.feed.agree(self.requests, step, is_written=True)
+            stopped = agreed.stop
             if self._is_due(step, self.config.checkpoint.every_steps) and step < self.config.steps:
                 saved_step = self._save(step, saved_step)
             if self._is_due(step, self.config.validation.every_steps) or (
@@ -188,26 +191,6 @@ class Trainer:
             self.window.add(losses.total, losses.terms, batch.weights)
         return self.engine.step(lr)
 
-    def _agree(self, step: int) -> bool:
-        """Whether all ranks stop here, after step - 1. Raises DataBudgetError on all of them."""
-        ledger = self.loader.ledger
-        found = self.requests.agree(
-            replaced_samples=ledger.take_replaced(), is_unreadable=ledger.has_long_run, is_written=True
-        )
-        is_over = self.budget.add(self.loader.samples_before(step), found.replaced_samples)
-        if is_over or found.is_unreadable:
-            cause = (
-                f"{self.budget.replaced} of the last {BUDGET_SAMPLES} samples could not be read, more than "
-                f"data.max_bad_share={self.config.data.max_bad_share:g}"
-                if is_over
-                else f"a process could not read one of its last {MAX_IN_A_ROW} samples"
-            )
-            raise DataBudgetError(
-                f"{cause}; rank {self.rank} met {len(ledger)} bad clips: {ledger.summary() or 'none'}. Mend the dataset or raise "
-                "the share; the same command goes on from the last checkpoint"
-            )
-        return found.stop
-
     def _check_convergence(self, step: int, row: dict[str, float]) -> None:
         # Every rank holds the same reduced row, so all of them stop together.
         if not math.isfinite(row["loss"]):
@@ -217,15 +200,12 @@ class Trainer:
         """Save and return the step now safe on disk; a failed save is reported, and training goes on."""
         state = {
             **fixed_settings(self.config),
-            "data": self.loader.state(step),
-            "data_budget": self.budget.state(),
+            **self.feed.state(step),
             "metrics_window": self.window.state(),
             "versions": {"torch": torch.__version__},
             **({"lora": self.lora_facts} if self.lora_facts else {}),
         }
-        ledgers: list[list[BadClip]] = [[]] * self.world
-        dist.all_gather_object(ledgers, self.loader.ledger.clips())
-        self.loader.ledger.share(ledgers)
+        bad_clips = self.feed.shared_ledger()
         try:
             save_checkpoint(
                 self.checkpoints,
@@ -233,7 +213,7 @@ class Trainer:
                 engine=self.engine,
                 ema=self.ema,
                 run_state=state,
-                bad_clips=to_lines(self.loader.ledger.clips()),
+                bad_clips=bad_clips,
             )
         except OSError as error:
             if must_succeed:
@@ -299,15 +279,7 @@ class Trainer:
             raise ValueError(
                 f"{folder} cannot be continued, these changed: {'; '.join(changed)} (undo it, or choose another run_dir)"
             )
-        try:
-            has_changed = self.loader.resume(facts.get("data"))
-        except ValueError as error:
-            raise ValueError(f"{folder} cannot be continued: {error}") from error
-        # Of changed data a row may be another clip, or that clip mended: what is still bad is found and counted anew.
-        if not has_changed:
-            self.loader.ledger.share([from_lines(folder / LEDGER_NAME)])
-            self.budget = DataBudget(self.config.data.max_bad_share, facts["data_budget"])
-        return has_changed
+        return self.feed.resume(folder, facts)
 
     @staticmethod
     def _is_due(step: int, every: int) -> bool:
