@@ -1,0 +1,178 @@
+"""The tests' side of the fork server: starts it, hands it cases, and gives back how each process of a case ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Fault = dict[str, Any]
+
+# All that takes long to import in a run, also what DeepSpeed and torch import late; none starts a thread that a fork would lose.
+PRELOADED = [
+    *(
+        "torch",
+        "torch._dynamo",
+        "torch._inductor.compile_fx",
+        "deepspeed",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ),
+    *("muybridge.train.__main__", "muybridge.train.memory", "muybridge.train.run"),
+]
+
+
+@dataclass(frozen=True)
+class RankEnd:
+    """How one process ended."""
+
+    code: int | None
+    seconds: float
+    output: str
+    # Seconds between the first fault that struck anywhere in the case and this process's end; None where none did.
+    seconds_after_fault: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a case ended, over all its processes in the order they were asked for."""
+
+    ranks: list[RankEnd]
+    faults: list[dict[str, Any]]  # that struck
+    left_behind: list[str]  # command lines of processes that outlived their ranks
+    is_late: bool
+
+    @property
+    def codes(self) -> list[int | None]:
+        return [rank.code for rank in self.ranks]
+
+    @property
+    def output(self) -> str:
+        return "\n".join(f"--- process {number}\n{rank.output}" for number, rank in enumerate(self.ranks))
+
+
+@dataclass
+class Attempt:
+    """A start of a run: its settings, processes, and what goes wrong on which rank."""
+
+    arguments: list[str]
+    world: int = 2
+    faults: dict[int, list[Fault]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    # Ranks that are never started, as on a machine that did not come up.
+    missing: list[int] = field(default_factory=list)
+
+
+class ForkServer:
+    """The process of `zygote.py`, started at the first case and again after an interruption."""
+
+    def __init__(self, environment: dict[str, str], folder: Path, *, preloaded: list[str] = PRELOADED) -> None:
+        self._environment, self._folder, self._preloaded = environment, folder, preloaded
+        self._process: subprocess.Popen[str] | None = None
+        self._cases = 0
+
+    @property
+    def pid(self) -> int:
+        return self._start().pid
+
+    def run(self, *attempts: Attempt, deadline_seconds: float = 60.0, linger_seconds: float = 10.0) -> Outcome:
+        """Run attempts side by side until all their processes ended, or were killed at the deadline."""
+        process = self._start()
+        self._cases += 1
+        folder = self._folder / f"case-{self._cases:04d}"
+        folder.mkdir()
+        plans = [plan for number, attempt in enumerate(attempts) for plan in self._plans(attempt, folder, number)]
+        assert process.stdin is not None
+        assert process.stdout is not None
+        request = {"processes": plans, "deadline_seconds": deadline_seconds, "linger_seconds": linger_seconds}
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BaseException:  # a timeout or Ctrl-C: the case's processes must not go on
+            self.close()
+            raise
+        assert line, "the fork server died"
+        answer = json.loads(line)
+        events = folder / "events.jsonl"
+        faults = [json.loads(text) for text in events.read_text().splitlines()] if events.exists() else []
+        struck = min((fault["time"] for fault in faults), default=None)
+        ranks = [
+            RankEnd(
+                code=end["code"],
+                seconds=end["ended"] - end["began"],
+                output=Path(plan["output"]).read_text(errors="replace"),
+                seconds_after_fault=None if struck is None else end["ended"] - struck,
+            )
+            for end, plan in zip(answer["ranks"], plans, strict=True)
+        ]
+        return Outcome(ranks, faults, answer["left_behind"], answer["is_late"])
+
+    def close(self) -> None:
+        """End the server and all that it forked."""
+        if self._process is None:
+            return
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+        self._process.wait()
+        self._process = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "muybridge.tests.faults.zygote", *self._preloaded],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=self._environment,
+            )
+            assert self._process.stdout is not None
+            assert "ready" in self._process.stdout.readline(), "the fork server did not start"
+        return self._process
+
+    def _plans(self, attempt: Attempt, folder: Path, number: int) -> list[dict[str, Any]]:
+        port = free_port()
+        plans: list[dict[str, Any]] = []
+        for rank in range(attempt.world):
+            if rank in attempt.missing:
+                continue
+            place = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(attempt.world),
+                "LOCAL_WORLD_SIZE": str(attempt.world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            plans.append(
+                {
+                    "arguments": attempt.arguments,
+                    "environment": {**self._environment, **place, **attempt.environment},
+                    "folder": str(folder),
+                    "output": str(folder / f"attempt-{number}-rank-{rank}.txt"),
+                    "events": str(folder / "events.jsonl"),
+                    "faults": attempt.faults.get(rank, []),
+                }
+            )
+        return plans
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return os.readlink(f"/proc/{pid}/exe") != ""
+    except OSError:
+        return False
