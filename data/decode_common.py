@@ -17,6 +17,12 @@ MAX_FRAMES = 1_000_000  # 4.6 hours at 60 fps
 MAX_SECONDS = 6 * 3600.0
 MAX_FPS = 1000
 MAX_PIXEL_ASPECT = 4  # width to height of a pixel or the reverse; real ones stay below 2.2
+# FFmpeg's names of the demuxers that may read a file, and what these files begin with. By content it knows hundreds more,
+# playlists and session descriptions among them, which have it open other files, addresses and ports.
+DEMUXERS = ("mov", "matroska", "webm", "avi", "asf", "flv", "mpeg", "mpegvideo", "mpegts")
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"junk", b"uuid", b"udta")
+_STARTS = (b"\x1aE\xdf\xa3", b"0&\xb2u\x8ef\xcf\x11", b"FLV", b"\x00\x00\x01\xba", b"\x00\x00\x01\xb3")
+_TS_PACKETS = ((0, 188), (4, 192))  # offset and length of MPEG-TS packets, without and with a time code
 
 
 class DecodeError(Exception):
@@ -40,6 +46,18 @@ class VideoInfo:
     # HEVC), for frames hidden by an edit list or undecodable at the start, for several video streams and for pixels that are not
     # square: decord is beside the asked frame there, or in another stream, without an error.
     seekable: bool
+
+
+def check_container(data: bytes) -> None:
+    """Raises DecodeError for bytes that do not begin as the video files do that are read, before a library looks at them."""
+    if not data:
+        raise DecodeError("the file is empty")
+    is_transport_stream = any(data[at : at + 1] == data[at + size : at + size + 1] == b"G" for at, size in _TS_PACKETS)
+    is_avi = data[:4] == b"RIFF" and data[8:12] == b"AVI "
+    if not (data[4:8] in _MP4_BOXES or data.startswith(_STARTS) or is_avi or is_transport_stream):
+        raise DecodeError(
+            "not a readable video file: it does not begin as mp4, mov, mkv, webm, avi, wmv, flv or mpeg do"
+        )
 
 
 def display_size(width: int, height: int, *, pixel_aspect: Fraction | None, degrees: float) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from .decode_common import (
     TIME_TOLERANCE_SECONDS,
     DecodeError,
     VideoInfo,
+    check_container,
     check_count,
     check_duration,
     check_end,
@@ -74,8 +75,7 @@ def _open(data: bytes) -> tuple[Any, np.ndarray]:
     except ImportError as error:
         raise DecodeError("decord is not installed") from error
     decord.logging.set_level(decord.logging.QUIET)
-    if not data:
-        raise DecodeError("the file is empty")
+    check_container(data)
     with _opened(data) as file:
         try:
             reader = decord.VideoReader(file, num_threads=1)

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from .decode_common import (
+    DEMUXERS,
     TIME_TOLERANCE_SECONDS,
     DecodeError,
     VideoInfo,
+    check_container,
     check_count,
     check_duration,
     check_end,
@@ -23,6 +25,8 @@ from .decode_common import (
     with_size,
 )
 
+# For FFmpeg: what it may take a file for, and that there is no other file or address to open for it.
+RESTRICTIONS = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": ""}
 _WORTH_SEEKING_SECONDS = 1.0  # decoding up to here from the front costs about as much as a seek
 
 
@@ -42,10 +46,9 @@ def open_video(data: bytes) -> tuple[Any, Any]:
         import av
     except ImportError as error:
         raise DecodeError("PyAV is not installed") from error
-    if not data:
-        raise DecodeError("the file is empty")
+    check_container(data)
     try:
-        container = av.open(io.BytesIO(data))
+        container = av.open(io.BytesIO(data), container_options=RESTRICTIONS)
     except Exception as error:
         raise DecodeError(f"not a readable video file: {short_reason(error)}") from error
     stream: Any = container.streams.best("video")  # the stream FFmpeg would choose among several

@@ -12,6 +12,7 @@ import numpy as np
 from .decode_common import (
     TIME_TOLERANCE_SECONDS,
     DecodeError,
+    check_container,
     check_count,
     check_duration,
     check_end,
@@ -37,8 +38,7 @@ def read(data: bytes, times_seconds: Sequence[float]) -> np.ndarray:
     """See `decode.read_frames`; it goes by the time of each frame and so needs no `seekable`."""
     if fault := load_fault():
         raise DecodeError(f"torchcodec {fault}")
-    if not data:
-        raise DecodeError("the file is empty")
+    check_container(data)
     from torchcodec.decoders import VideoDecoder
 
     try:

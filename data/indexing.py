@@ -30,8 +30,8 @@ from .index import (
     write_manifest,
     write_sidecar,
 )
-from .storage import FileFacts, RangeReader, file_facts, find_shards, is_remote
-from .tar_members import TarError
+from .storage import FileFacts, RangeReader, file_facts, find_shards, is_remote, read_range
+from .tar_members import Member, TarError
 from .tar_samples import CaptionRules, Rejection, Sample, ShardContent, read_samples, reason_class
 from .workers import WorkerPool
 
@@ -241,15 +241,7 @@ def _index_shard(
             if stop.is_set():
                 return "interrupted"
             try:
-                found, _ = pool.call(
-                    "inspect_range",
-                    name=reader.name,
-                    offset=sample.media.offset,
-                    size=sample.media.size,
-                    containers=CONTAINERS,
-                    decode=settings.decode,
-                    quality=settings.quality,
-                )
+                found = _inspected(reader.name, sample.media, settings, pool)
                 clips.append(clip_of(sample, found))
             except DecodeError as error:
                 rejections.append(Rejection(name, sample.media.header_offset, sample.key, str(error)))
@@ -269,6 +261,14 @@ def _index_shard(
     write_sidecar(out, record, clips)
     progress.advance(facts.size - done)
     return ""
+
+
+def _inspected(name: str, media: Member, settings: IndexSettings, pool: WorkerPool) -> dict[str, Any]:
+    # What a decoding process finds. Remote bytes are read here: it has no keys of a storage in its environment.
+    rules: dict[str, Any] = {"containers": CONTAINERS, "decode": settings.decode, "quality": settings.quality}
+    if is_remote(name):
+        return pool.call("inspect_clip", data=read_range(name, media.offset, media.size), **rules)[0]
+    return pool.call("inspect_range", name=name, offset=media.offset, size=media.size, **rules)[0]
 
 
 def _check_against_earlier(

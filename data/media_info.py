@@ -83,17 +83,18 @@ def inspect_range(
     `containers` are those that are allowed, None allows all; `decode` as in `inspect_media`; `quality` measures that too. Raises
     DecodeError for media that cannot be used, and OSError or EOFError where the file cannot be read.
     """
-    data = read_range(name, offset, size)
+    return inspect_clip(read_range(name, offset, size), containers=containers, decode=decode, quality=quality)
+
+
+def inspect_clip(
+    data: bytes, *, containers: list[str] | None = None, decode: bool = True, quality: bool = False
+) -> tuple[dict[str, Any], bytes]:
+    """The operation of a decoding process: what `inspect_range` tells, of a clip that was read already."""
     info = _inspected(data, containers, decode=decode)
     found = {**index_fields(info), "checksum": crc32(data)}
     if quality:
         found |= asdict(measure_quality(_sampled_frames(data, info)))
     return found, b""
-
-
-def inspect_clip(data: bytes, *, containers: list[str] | None = None) -> tuple[dict[str, Any], bytes]:
-    """The operation of a decoding process: what `inspect_range` tells without `decode`, of a clip that was read already."""
-    return {**index_fields(_inspected(data, containers, decode=False)), "checksum": crc32(data)}, b""
 
 
 def _inspected(data: bytes, containers: list[str] | None, *, decode: bool) -> MediaInfo:

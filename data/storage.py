@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
+from .urls import EXTRAS, HTTP, check_url, url_fault
+
 if TYPE_CHECKING:
     from email.message import Message
+    from urllib.error import URLError
 
 T = TypeVar("T")
 
@@ -42,16 +45,6 @@ _BLOCK_BYTES = 16 * 1024
 _KEPT_BLOCKS = 4096
 _MAX_BRACE_NAMES = 1_000_000
 _SHOWN_NAMES = 20
-# What fsspec needs for a scheme, as pip names it.
-_EXTRAS = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "hf": "huggingface_hub",
-}
 
 
 class TransientReadError(OSError):
@@ -165,6 +158,8 @@ def find_shards(source: str, *, field: str = "SRC") -> list[str]:
     names = list(itertools.islice(expand_braces(source), _MAX_BRACE_NAMES + 1))
     if len(names) > _MAX_BRACE_NAMES:
         raise ValueError(f"{field}={source} stands for more than {_MAX_BRACE_NAMES} shards")
+    if fault := next((fault for name in names if is_remote(name) and (fault := url_fault(name))), ""):
+        raise ValueError(f"{field}: {fault}")
     matches = {name: _matches(name) for name in names}
     found = [shard for name in names for shard in matches[name]]
     if not found:
@@ -216,7 +211,7 @@ def _is_tar(name: str) -> bool:
 
 
 def _is_http(name: str) -> bool:
-    return name.lower().startswith(("http://", "https://"))
+    return name.partition("://")[0].lower() in HTTP
 
 
 def _retried(name: str, read: Callable[[], T]) -> T:
@@ -249,9 +244,12 @@ def _http_range(name: str, offset: int, size: int) -> tuple[bytes, Message]:
     import urllib.error
     import urllib.request
 
+    from .web import open_http
+
+    check_url(name)
     request = urllib.request.Request(name, headers={"Range": f"bytes={offset}-{offset + size - 1}"})
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
+        with open_http(request, timeout_seconds=_TIMEOUT_SECONDS) as answer:
             if answer.status != 206:
                 raise OSError(f"{name}: the server does not serve ranges of a file (status {answer.status}, not 206)")
             return answer.read(), answer.headers
@@ -261,21 +259,23 @@ def _http_range(name: str, offset: int, size: int) -> tuple[bytes, Message]:
                 return b"", error.headers  # an empty file has no range to serve
             raise _http_fault(name, error.code) from error
     except urllib.error.URLError as error:
-        raise TransientReadError(str(error.reason)) from error
+        raise _url_fault(error) from error
 
 
 def _http_stream(name: str) -> BinaryIO:
     import urllib.error
-    import urllib.request
 
+    from .web import open_http
+
+    check_url(name)
     try:
-        answer: BinaryIO = urllib.request.urlopen(name, timeout=_TIMEOUT_SECONDS)
+        answer: BinaryIO = open_http(name, timeout_seconds=_TIMEOUT_SECONDS)
         return answer
     except urllib.error.HTTPError as error:
         with error:
             raise _http_fault(name, error.code) from error
     except urllib.error.URLError as error:
-        raise TransientReadError(str(error.reason)) from error
+        raise _url_fault(error) from error
 
 
 def _http_fault(name: str, status: int) -> OSError:
@@ -286,6 +286,12 @@ def _http_fault(name: str, status: int) -> OSError:
     if status in (408, 429) or status >= 500:
         return TransientReadError(f"status {status}")
     return OSError(f"{name} cannot be read (status {status})")
+
+
+def _url_fault(error: URLError) -> OSError:
+    from .web import RefusedAddressError
+
+    return error.reason if isinstance(error.reason, RefusedAddressError) else TransientReadError(str(error.reason))
 
 
 def _http_facts(name: str) -> FileFacts:
@@ -316,13 +322,14 @@ def _fsspec_stream(name: str) -> BinaryIO:
 
 
 def _filesystem(name: str) -> tuple[Any, str]:
+    check_url(name)
     scheme = name.partition("://")[0].lower()
     try:
         import fsspec
 
         return fsspec.core.url_to_fs(name)
     except ImportError as error:
-        package = _EXTRAS.get(scheme, "the package that fsspec names")
+        package = EXTRAS.get(scheme, "the package that fsspec names")
         raise ValueError(
             f"{name}: reading {scheme}:// needs {package} ({error}); pip install fsspec {package}"
         ) from error

@@ -157,7 +157,7 @@ class StreamReader:
 
     def _inspect(self, sample: StreamSample) -> tuple[StreamClip, int] | str:
         # The clip and its bucket, or why it has none.
-        facts, _ = self._pool.call("inspect_clip", data=sample.data, containers=CONTAINERS)
+        facts, _ = self._pool.call("inspect_clip", data=sample.data, containers=CONTAINERS, decode=False)
         fit = assign_buckets(_OneClip(facts), self._buckets, self._rules, np.ones(1, dtype=bool))
         bucket = int(fit.buckets[0])
         if bucket == NO_BUCKET:

@@ -109,6 +109,9 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     _limit_memory()
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (0, 0)
+    )  # a crash is expected here, and its core would hold the user's clips
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     # Whatever a native library prints must not land between the answers, nor fill the log with a line for every damaged clip: what

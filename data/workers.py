@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from ..redaction import environment_without_secrets
 from .decode import DecodeError
 from .frame_ring import FrameRing, Spot
 from .worker import LENGTHS, packed_header
@@ -150,7 +151,8 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             bufsize=0,
             pass_fds=ring_file,  # and no other file of ours: a pipe that a neighbour holds open would never end
-            env={**os.environ, **_ENVIRONMENT},
+            # What a damaged or malicious file makes of a decoder must find no keys there.
+            env={**environment_without_secrets(), **_ENVIRONMENT},
         )
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)  # a process that does not read must not stop us

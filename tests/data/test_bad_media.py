@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "sound.mp4": (lambda: sound(), "no video stream"),
     "avi.mp4": (lambda: video(container="avi", codec="mpeg4"), "unsupported container"),
     "stream.mp4": (lambda: video(container="mpegts"), "unsupported container"),
-    "raw.mp4": (lambda: video(container="h264"), "a frame without timestamp"),
+    "raw.mp4": (lambda: video(container="h264"), "not a readable video file"),
     "interlaced.mp4": (lambda: video(options={"x264-params": "interlaced=1"}), "interlaced video"),
     "bomb.mp4": (lambda: video(1, size=(8192, 4400), options={"preset": "ultrafast"}), "frames too large"),
     "needle.mp4": (lambda: video(sample_aspect_ratio=Fraction(20, 1)), "pixel aspect ratio"),

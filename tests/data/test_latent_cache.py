@@ -24,6 +24,7 @@ from muybridge.data.loader import VideoLoader
 from muybridge.data.media_bytes import DatasetChangedError
 from muybridge.data.row_filter import select_rows
 from muybridge.data.shards import DatasetWriter
+from muybridge.data.urls import EXTRAS
 
 VIDEO = DataConfig(frames=9, fps=8.0, height=64, width=64)
 BUCKET = Bucket(9, 64, 64, global_batch=1, micro_batch=1)
@@ -249,8 +250,9 @@ def test_damaged_features_of_the_empty_caption_end_the_run(dataset: ClipIndex, t
         build(tmp_path / "latents", origin=WITH_TEXT)
 
 
-def test_remote_shards_are_read_by_range(dataset: ClipIndex, tmp_path: Path) -> None:
+def test_remote_shards_are_read_by_range(dataset: ClipIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec = pytest.importorskip("fsspec", reason="fsspec is what reads remote shards here")
+    monkeypatch.setitem(EXTRAS, "memory", "fsspec")
     index = write(tmp_path / "latents", dataset, has_text=True)
     path = tmp_path / "latents" / "manifest.json"
     manifest = json.loads(path.read_text())

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from muybridge.data import storage
+from muybridge.data import storage, urls
 from muybridge.data.config import DataConfig, build_buckets
 from muybridge.data.index import ClipIndex
 from muybridge.data.indexing import IndexSettings, build_index, is_up_to_date
@@ -250,8 +250,9 @@ def test_bad_remote_shards_are_all_named(server: FileServer, tmp_path: Path) -> 
         assert reason in str(caught.value)
 
 
-def test_other_schemes_go_through_fsspec() -> None:
+def test_other_schemes_go_through_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec = pytest.importorskip("fsspec", reason="fsspec reads other schemes")
+    monkeypatch.setitem(urls.EXTRAS, "memory", "fsspec")
     files = fsspec.filesystem("memory")
     files.pipe({"/bucket/b.tar": b"0123456789", "/bucket/a/c.tar": b"x", "/bucket/notes.txt": b"x"})
     try:
@@ -270,7 +271,10 @@ def test_other_schemes_go_through_fsspec() -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("gs://bucket/a.tar", r"reading gs:// needs gcsfs \(.*\); pip install fsspec gcsfs"), ("nope://a/b.tar", "nope")],
+    [
+        ("gs://bucket/a.tar", r"reading gs:// needs gcsfs \(.*\); pip install fsspec gcsfs"),
+        ("nope://a/b.tar", "nope:// is not read"),
+    ],
 )
 def test_a_missing_library_is_named(name: str, reason: str) -> None:
     try:

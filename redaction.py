@@ -1,0 +1,97 @@
+"""Secrets stay where they are: which environment variables hold one, what in a text looks like one, and output without them.
+
+Every part of the package may import this file, which imports none of them.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import quote
+
+# A part of a variable's name that ends in one of these says that its value is a secret: HF_TOKEN, PGPASSWORD, AWS_ACCESS_KEY_ID.
+_SECRET_NAME = re.compile(
+    r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS|CREDENTIAL|COOKIE|JWT|_PWD|(^|_)(AUTH|PAT)|CONNECTION_STRING)S?(_|$)",
+    re.IGNORECASE,
+)
+# Unless it says that the value is a place where one lies.
+_PLACE_NAME = re.compile(r"_(FILE|PATH|DIR|SOCK|URL|URI)$", re.IGNORECASE)
+# A shorter value ("false", "none", "2") is no secret, and to replace it everywhere would make nonsense of the output.
+MIN_SECRET_CHARACTERS = 8
+# How keys begin that say by themselves what they are.
+_KEYS = re.compile(
+    r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{20,}|(AKIA|ASIA)[A-Z0-9]{16}|gh[opsur]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+    r"|xox[abeoprs]-[\w-]{10,}|AIza[\w-]{30,}|wandb_v\d_\w{20,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
+)
+# In a URL: a user's name and password before the host, and a query that signs or logs in. The user's name may be a token; what
+# Azure's URLs have there is a container.
+_USER_IN_URL = re.compile(r"(\b(?!abfss?:|wasbs?:)[A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s'\"@]+@")
+_SIGNED_QUERY = re.compile(
+    r"([?&](sig|[a-z-]*signature|[a-z-]*credential|[a-z_-]*token|[a-z_-]*api_?key|password)=)[^&#\s'\"]{8,}",
+    re.IGNORECASE,
+)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable or setting of this name holds a secret."""
+    return _SECRET_NAME.search(name) is not None and _PLACE_NAME.search(name) is None
+
+
+def environment_without_secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment (that of this process) for a process that has no use for secrets."""
+    variables = os.environ if environment is None else environment
+    return {
+        name: value for name, value in variables.items() if not is_secret_name(name) and not _USER_IN_URL.search(value)
+    }
+
+
+def redacted(text: str) -> str:
+    """The text with [NAME] for the value of each environment variable that is a secret, and [hidden] for what looks like one."""
+    for name, value in _secrets():
+        for form in {value, quote(value, safe=""), json.dumps(value)[1:-1]}:
+            text = text.replace(form, f"[{name}]")
+    text = _KEYS.sub("[hidden]", text)
+    return _SIGNED_QUERY.sub(r"\1[hidden]", _USER_IN_URL.sub(r"\1[hidden]@", text))
+
+
+def secret_in(text: str) -> str:
+    """What kind of secret a text holds, in words that do not repeat it; "" for none."""
+    for name, value in _secrets():
+        if value in text:
+            return f"the value of the environment variable {name}"
+    if _KEYS.search(text):
+        return "a key"
+    if _USER_IN_URL.search(text):
+        return "a URL with a user's name or password"
+    return "a URL with a signature or a token" if _SIGNED_QUERY.search(text) else ""
+
+
+def redact_output() -> None:
+    """From here on, nothing that Python writes to stdout and stderr (prints, logs, tracebacks) holds a secret. May be called again.
+
+    The streams stay the objects that they are, so that whoever took hold of one before writes without secrets as well.
+    """
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    for stream in streams:
+        if not hasattr(stream, "writes_secrets"):
+            stream.writes_secrets, stream.write = False, _redacting(stream.write)
+
+
+def _redacting(write: Callable[[str], int]) -> Callable[[str], int]:
+    def write_redacted(text: str) -> int:
+        write(redacted(text))
+        return len(text)  # what the caller has got rid of
+
+    return write_redacted
+
+
+def _secrets() -> list[tuple[str, str]]:
+    # The longest first: one may be a part of another. Read each time, as libraries set variables when a user logs in.
+    found = [
+        (name, value.strip())
+        for name, value in os.environ.items()
+        if is_secret_name(name) and len(value.strip()) >= MIN_SECRET_CHARACTERS
+    ]
+    return sorted(found, key=lambda pair: -len(pair[1]))
