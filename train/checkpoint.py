@@ -9,341 +9,365 @@
         MANIFEST.json                      size and CRC-32 of every file; written last
 
 Only what is trained is in it: of a LoRA run the factors, with a fingerprint of the weights under them in run.json.
-All files go to a staging folder; its rename is the commit. No pickle is read or written. Because a piece carries its address, a
-checkpoint loads at any world size and ZeRO stage.
+All files go to a staging folder; its rename is the commit. No pickle is read or written. `checkpoint_folder.py` chooses the one to
+resume from, `fragments.py` reads it.
 """
 
 import json
-import os
-import re
+import logging
 import shutil
+import time
 import uuid
-import zlib
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from .checkpoint_folder import (
+    MANIFEST_NAME,
+    check_checkpoint,
+    choose_checkpoint,
+    commit_staging,
+    committed_checkpoints,
+    delete_leftover,
+    move_to_trash,
+    refuse_damaged,
+    retained,
+    space_fault,
+    step_of,
+    write_latest,
+)
+from .checkpoint_writer import WriterProcess
 from .ema import EMA
 from .engine import Engine
+from .fragments import (
+    FORMAT_VERSION,
+    OPTIMIZER_STATES,
+    FragmentReader,
+    load_checkpoint,
+    read_run_state,
+    read_weights,
+    weight_kind,
+)
+from .ranks import from_all_ranks, from_rank_0
+from .shard_file import ELEMENT_BYTES, Digest, write_shard, write_text
+from .snapshot import Part, SharedImage
 
-FORMAT_VERSION = 2
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
+__all__ = [
+    "LEDGER_NAME",
+    "CheckpointConfig",
+    "Checkpointer",
+    "FragmentReader",
+    "Saved",
+    "check_checkpoint",
+    "choose_checkpoint",
+    "committed_checkpoints",
+    "find_checkpoint",
+    "from_rank_0",
+    "load_checkpoint",
+    "read_run_state",
+    "read_weights",
+    "refuse_damaged",
+    "remove_old_checkpoints",
+    "save_checkpoint",
+    "weight_kind",
+]
+
 LEDGER_NAME = "bad_clips.jsonl"
-COMMITTED = re.compile(r"^step-(\d{8})$")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    # Steps between checkpoints; 0 writes only the last one.
-    every_steps: int = 500
+    # At most one of these three says how far checkpoints lie apart. All null: as far as the time they cost suggests.
+    # In steps; 0 writes only the last one.
+    every_steps: int | None = 500
+    # In samples.
+    every_samples: int | None = None
+    # In minutes.
+    every_minutes: float | None = None
     # Newest checkpoints kept; at least 2, so that a damaged newest one leaves another.
     keep_last: int = 2
+    # Those at multiples of so many steps stay, too; 0 is off.
+    keep_every: int = 0
+    # So many of the lowest validation loss stay, too; 0 is off.
+    keep_best: int = 0
+    # Write from a copy in memory while training goes on. Off: training waits for the disk, and the copy's memory is saved.
+    in_background: bool = True
 
     def faults(self, field: str) -> list[str]:
         found = []
-        if self.every_steps < 0:
-            found.append(f"{field}.every_steps={self.every_steps} must be 0 (only at the end) or more")
+        intervals = {name: getattr(self, name) for name in ("every_steps", "every_samples", "every_minutes")}
+        given = [f"{field}.{name}={value}" for name, value in intervals.items() if value is not None]
+        if len(given) > 1:
+            found.append(f"{' and '.join(given)} must not be given together: all but one must be null")
+        if self.every_steps is not None and self.every_steps < 0:
+            found.append(f"{field}.every_steps={self.every_steps} must be 0 (only at the end) or more, or null")
+        for name in ("every_samples", "every_minutes"):
+            if intervals[name] is not None and not intervals[name] > 0:
+                found.append(f"{field}.{name}={intervals[name]} must be positive, or null")
         if self.keep_last < 2:
             found.append(f"{field}.keep_last={self.keep_last} must be at least 2")
+        for name in ("keep_every", "keep_best"):
+            if getattr(self, name) < 0:
+                found.append(f"{field}.{name}={getattr(self, name)} must be 0 (off) or more")
         return found
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of a save, the same on every rank."""
+
+    step: int
+    # Where the checkpoint is; where it failed, would have been.
+    folder: Path
+    # Why there is no checkpoint; empty where there is one.
+    failure: str
+    # How long the slowest rank did nothing else.
+    blocking_seconds: float
+    # From its beginning to its commit.
+    total_seconds: float
+    # On the disk, of all ranks together.
+    nbytes: int
+
+
+@dataclass
+class _Flight:
+    """A save that was begun and is not committed."""
+
+    step: int
+    staging: Path
+    began: float
+    # Of run.json, the ledger, and the validation losses by step.
+    run_state: str
+    bad_clips: str
+    validation_loss: dict[int, float]
+    nbytes: int = 0
+    blocking_seconds: float = 0.0
+    failure: str = ""
+    # Digests of this rank's files by name; None while the writer process is at them.
+    files: dict[str, Digest] | None = None
+
+
+class Checkpointer:
+    """Saves a run's checkpoints, at most one at a time, and deletes old ones. One on every rank."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        engine: Engine,
+        ema: EMA,
+        *,
+        still_ours: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`still_ours` is asked on rank 0 right before a commit: whether the run belongs to this attempt still."""
+        self._folder = folder
+        self._config = config
+        self._engine = engine
+        self._ema = ema
+        self._still_ours = still_ours
+        # Stage 0 holds the same full weights on every rank: one copy is enough.
+        self._has_part = engine.config.zero > 0 or dist.get_rank() == 0
+        self._flight: _Flight | None = None
+        self._image: SharedImage | None = None
+        self._writer: WriterProcess | None = None
+        if config.in_background and self._has_part:
+            # Now, so that it is loaded when the first checkpoint is due.
+            self._image = SharedImage()
+            self._writer = WriterProcess(self._image.file)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save was begun and is not committed."""
+        return self._flight is not None
+
+    def expected_bytes(self) -> int:
+        """Bytes of a checkpoint of all ranks, before the first step, too. Collective."""
+        kinds = 1 + len(self._ema.averages) + len(OPTIMIZER_STATES)
+        numel = sum(fragment.numel for shard in self._engine.shards for fragment in shard.fragments)
+        return sum(from_all_ranks(ELEMENT_BYTES * kinds * numel if self._has_part else 0))
+
+    def begin(
+        self, step: int, run_state: dict[str, Any], bad_clips: str, validation_loss: dict[int, float]
+    ) -> Saved | None:
+        """Save what the engine holds after `step` steps; in the background, this returns once it is copied. Collective.
+
+        `run_state` goes into run.json, `bad_clips` is the ledger of all ranks, and `validation_loss` has the losses known so far by
+        their step. A save that was in flight is finished first, and what became of it returned. A failure is told by `commit`.
+        """
+        before = self.finish()
+        began = time.monotonic()
+        part = Part.of(self._engine, self._ema) if self._has_part else None
+        header = part.header() if part is not None else b""
+        nbytes = len(header) + part.data_bytes() if part is not None else 0
+        staging, failure = self._stage(step, sum(from_all_ranks(nbytes)))
+        flight = self._flight = _Flight(
+            step,
+            staging,
+            began,
+            run_state=self._run_state(step, run_state),
+            bad_clips=bad_clips,
+            validation_loss=dict(validation_loss),
+            nbytes=nbytes,
+            failure=failure if dist.get_rank() == 0 else "",
+        )
+        if failure or part is None:
+            flight.files = {}
+        else:
+            self._write(flight, part, header)
+        flight.blocking_seconds = time.monotonic() - began
+        return before
+
+    def is_written(self) -> bool:
+        """Whether this rank's part is on the disk or has failed; does not wait."""
+        assert self._flight is not None, "nothing is in flight"
+        return self._flight.files is not None or (self._writer is not None and self._writer.is_done())
+
+    def commit(self) -> Saved:
+        """Make what all ranks write a checkpoint, and delete those that need not stay. Collective; waits for the slowest."""
+        flight, began = self._flight, time.monotonic()
+        assert flight is not None, "nothing is in flight"
+        if flight.files is None:
+            assert self._writer is not None, "who else would write?"
+            answer = self._writer.answer()
+            flight.failure, flight.files = answer.get("failure", ""), answer.get("files", {})
+        failure = f"rank {dist.get_rank()}: {flight.failure}" if flight.failure else ""
+        parts = from_all_ranks((failure, flight.files, flight.blocking_seconds, flight.nbytes))
+        failures = sorted({failure for failure, *_ in parts if failure})
+        final = self._folder / flight.staging.name.partition(".")[0]
+        if dist.get_rank() == 0 and not failures:
+            try:
+                self._commit(flight, final, {name: digest for _, files, *_ in parts for name, digest in files.items()})
+            except OSError as error:
+                failures = [f"rank 0: {error}"]
+        now = time.monotonic()
+        saved = from_rank_0(
+            Saved(
+                flight.step,
+                final,
+                failure=f"checkpoint {final} was not written: {'; '.join(failures)}" if failures else "",
+                blocking_seconds=max(seconds for _, _, seconds, _ in parts) + now - began,
+                total_seconds=now - flight.began,
+                nbytes=sum(nbytes for *_, nbytes in parts),
+            )
+        )
+        self._flight = None
+        if dist.get_rank() == 0:
+            self._tidy_up(flight, saved)
+        return saved
+
+    def finish(self) -> Saved | None:
+        """Wait for the save in flight and commit it; None where there is none. Collective."""
+        return self.commit() if self._flight is not None else None
+
+    def close(self) -> None:
+        """End the writer process and give its memory back; a save in flight is lost."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._image is not None:
+            self._image.close()
+        self._writer = self._image = self._flight = None
+
+    def _stage(self, step: int, nbytes: int) -> tuple[Path, str]:
+        # The staging folder that rank 0 made, and why it could not.
+        staging, failure = self._folder / f"step-{step:08d}.tmp-{uuid.uuid4().hex[:12]}", ""
+        if dist.get_rank() == 0:
+            try:
+                if not (failure := space_fault(self._folder, nbytes)):
+                    staging.mkdir(parents=True)
+            except OSError as error:
+                failure = str(error)
+        name, failure = from_rank_0((staging.name, failure))
+        return self._folder / name, failure
+
+    def _write(self, flight: _Flight, part: Part, header: bytes) -> None:
+        stem = flight.staging / f"shard-{dist.get_rank():05d}-of-{dist.get_world_size():05d}"
+        table = json.dumps(part.addresses, indent=1)
+        if self._image is not None and (fault := self._image.fault(flight.nbytes)):
+            logger.warning("muybridge: checkpoints are not written in the background: %s", fault)
+            self._give_up_background()
+        try:
+            if self._image is not None and self._writer is not None:
+                nbytes = self._image.take(part, header)
+                self._writer.submit(stem=str(stem), header_bytes=len(header), image_bytes=nbytes, table=table)
+            else:
+                flight.files = write_shard(stem, header, part.blocks(), table)
+        except OSError as error:
+            flight.failure, flight.files = str(error), {}
+
+    def _give_up_background(self) -> None:
+        if self._writer is not None and self._image is not None:
+            self._writer.close()
+            self._image.close()
+        self._writer = self._image = None
+
+    def _run_state(self, step: int, run_state: dict[str, Any]) -> str:
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "optimizer_step": self._engine.optimizer_step_count(),
+            "world_size": dist.get_world_size(),
+            "zero": self._engine.config.zero,
+            "shapes": {name: list(shape) for name, shape in self._engine.parameter_shapes.items()},
+            "averages": list(self._ema.averages),
+            **run_state,
+        }
+        return json.dumps(facts, indent=1)
+
+    def _commit(self, flight: _Flight, final: Path, files: dict[str, Digest]) -> None:
+        files["run.json"] = write_text(flight.staging / "run.json", flight.run_state)
+        files[LEDGER_NAME] = write_text(flight.staging / LEDGER_NAME, flight.bad_clips)
+        write_text(flight.staging / MANIFEST_NAME, json.dumps(dict(sorted(files.items())), indent=1))
+        if not self._still_ours():
+            raise OSError("another attempt at this run has taken over")
+        commit_staging(flight.staging, final)
+
+    def _tidy_up(self, flight: _Flight, saved: Saved) -> None:
+        # Nothing here undoes a commit: what fails is reported.
+        if saved.failure:
+            shutil.rmtree(flight.staging, ignore_errors=True)
+            return
+        try:
+            write_latest(self._folder, saved.folder.name)
+            checkpoints = {step_of(path): path for path in committed_checkpoints(self._folder)}
+            kept = retained(
+                list(checkpoints),
+                keep_last=self._config.keep_last,
+                keep_every=self._config.keep_every,
+                keep_best=self._config.keep_best,
+                validation_loss=flight.validation_loss,
+            )
+            for step, old in checkpoints.items():
+                if step not in kept:
+                    delete_leftover(move_to_trash(old))
+        except OSError as error:
+            logger.warning("muybridge: %s is written, but not what comes after it: %s", saved.folder, error)
 
 
 def save_checkpoint(
     folder: Path, *, step: int, engine: Engine, ema: EMA, run_state: dict[str, Any], bad_clips: str = ""
 ) -> Path:
-    """Write `folder/step-XXXXXXXX` in two phases, with the ledger `bad_clips` of all ranks; collective.
-
-    Raises OSError on every rank, with the staging folder removed, if any rank could not write its part.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    final = folder / f"step-{step:08d}"
-    staging = Path(from_rank_0(str(folder / f"{final.name}.tmp-{uuid.uuid4().hex[:12]}")))
-    failure = ""
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        # Stage 0 holds the same full weights on every rank: one copy is enough.
-        if engine.config.zero > 0 or rank == 0:
-            _write_shard(staging / f"shard-{rank:05d}-of-{world:05d}", engine, ema)
-    except OSError as error:
-        failure = f"rank {rank}: {error}"
-    failures = [text for text in _from_all_ranks(failure) if text]
-    if not failures and rank == 0:
-        try:
-            shapes = {name: list(shape) for name, shape in engine.parameter_shapes.items()}
-            facts = {
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                "optimizer_step": engine.optimizer_step_count(),
-                "world_size": world,
-                "zero": engine.config.zero,
-                "shapes": shapes,
-                "averages": list(ema.averages),
-                **run_state,
-            }
-            _write_json(staging / "run.json", facts)
-            _write_text(staging / LEDGER_NAME, bad_clips)
-            _write_json(staging / "MANIFEST.json", {path.name: _digest(path) for path in sorted(staging.iterdir())})
-            _sync_folder(staging)
-            if final.exists():  # the same step saved again after a resume: the older one is just as complete
-                _discard(final)
-            staging.rename(final)
-            _sync_folder(folder)
-        except OSError as error:
-            failure = f"rank 0: {error}"
-    failures = failures or [text for text in _from_all_ranks(failure) if text]
-    if failures:
-        if rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise OSError(f"checkpoint {final} was not written: {'; '.join(failures)}")
-    return final
+    """Write a checkpoint while everything waits, and keep all others; collective. Raises OSError where it could not be written."""
+    checkpointer = Checkpointer(folder, CheckpointConfig(keep_last=10**9, in_background=False), engine, ema)
+    checkpointer.begin(step, run_state, bad_clips, {})
+    saved = checkpointer.commit()
+    if saved.failure:
+        raise OSError(saved.failure)
+    return saved.folder
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all complete and unchanged; rank 0 decides for all. None for a fresh run.
-
-    Raises ValueError if there are checkpoints but none is valid: starting over silently would lose a run.
-    """
-    answer = ""
-    if dist.get_rank() == 0:
-        candidates = committed_checkpoints(folder)
-        reasons = []
-        for candidate in reversed(candidates):
-            fault = check_checkpoint(candidate)
-            if not fault:
-                answer = str(candidate)
-                break
-            reasons.append(fault)
-            print(f"muybridge: {fault}; trying an older checkpoint", flush=True)
-        if candidates and not answer:
-            answer = "!" + f"no checkpoint under {folder} is valid: " + "; ".join(reasons)
-        for leftover in [*folder.glob("step-*.tmp-*"), *folder.glob(".trash-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
-    answer = from_rank_0(answer)
-    if answer.startswith("!"):
-        raise ValueError(answer[1:])
-    return Path(answer) if answer else None
-
-
-def committed_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoint folders, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if COMMITTED.match(path.name))
-
-
-def check_checkpoint(folder: Path) -> str:
-    """What is wrong with a committed checkpoint, or an empty string."""
-    try:
-        manifest = json.loads((folder / "MANIFEST.json").read_text())
-    except (OSError, ValueError) as error:
-        return f"{folder}/MANIFEST.json cannot be read ({error})"
-    if not isinstance(manifest, dict) or "run.json" not in manifest:
-        return f"{folder}/MANIFEST.json does not list the files of a checkpoint"
-    for name, expected in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if _digest(path) != expected:
-            return f"{path} does not match its size and checksum in MANIFEST.json"
-    return ""
-
-
-def refuse_damaged(folder: Path) -> None:
-    """Raise ValueError on every rank where rank 0 finds a committed checkpoint damaged; collective where there are ranks."""
-    if not dist.is_initialized():
-        fault = check_checkpoint(folder)
-    else:
-        fault = from_rank_0(check_checkpoint(folder) if dist.get_rank() == 0 else "")
-    if fault:
-        raise ValueError(fault)
-
-
-def load_checkpoint(folder: Path, *, engine: Engine, ema: EMA) -> dict[str, Any]:
-    """Fill this rank's shards from any world size's fragments; returns the contents of run.json. Collective."""
-    facts = read_run_state(folder)
-    _check_shapes(folder, facts["shapes"], {name: list(shape) for name, shape in engine.parameter_shapes.items()})
-    averages = ema.averages
-    if missing := [name for name in averages if name not in facts["averages"]]:
-        raise ValueError(
-            f"{folder} holds the averages {', '.join(facts['averages'])} and not {', '.join(missing)}: ema.decays must be among "
-            "those that the run began with"
-        )
-    with FragmentReader(folder) as reader:
-        for index, shard in enumerate(engine.shards):
-            if facts["optimizer_step"] > 0:
-                # The optimizer fills its state lazily: padding between fragments stays zero, as it would there.
-                shard.optimizer_state["step"] = torch.tensor(facts["optimizer_step"], device=shard.parameter.device)
-                for kind in OPTIMIZER_STATES:
-                    shard.optimizer_state[kind] = torch.zeros_like(shard.parameter)
-            for fragment in shard.fragments:
-                here = slice(fragment.offset, fragment.offset + fragment.numel)
-                shard.master[here] = reader.read("master", fragment.name, fragment.start, fragment.numel)
-                for kind, tensors in averages.items():
-                    tensors[index][here] = reader.read(kind, fragment.name, fragment.start, fragment.numel)
-                if facts["optimizer_step"] > 0:
-                    for kind in OPTIMIZER_STATES:
-                        piece = reader.read(kind, fragment.name, fragment.start, fragment.numel)
-                        shard.optimizer_state[kind].view(-1)[here] = piece
-    engine.refresh_weights()
-    return facts
-
-
-def read_run_state(folder: Path) -> dict[str, Any]:
-    """The contents of a checkpoint's run.json."""
-    facts = json.loads((folder / "run.json").read_text())
-    if facts["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{folder}/run.json format_version={facts['format_version']} must be {FORMAT_VERSION}")
-    return facts
-
-
-def read_weights(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
-    """Whole fp32 weights from a checkpoint, without an engine; `kind` as for `weight_kind`."""
-    shapes, kind = read_run_state(folder)["shapes"], weight_kind(folder, kind)
-    with FragmentReader(folder) as reader:
-        return {
-            name: reader.read(kind, name, 0, torch.Size(shape).numel()).view(shape) for name, shape in shapes.items()
-        }
-
-
-def weight_kind(folder: Path, kind: str) -> str:
-    """The name under which a checkpoint holds weights: `master`, the full name of an average, or `ema` for the first of them.
-
-    Raises ValueError that lists what is there.
-    """
-    averages = read_run_state(folder)["averages"]
-    if kind == "ema":
-        return str(averages[0])
-    if kind not in ("master", *averages):
-        raise ValueError(
-            f"{folder} has no weights {kind!r}; it has ema (which is {averages[0]}), master, {', '.join(averages)}"
-        )
-    return kind
-
-
-class FragmentReader:
-    """Reads any range of any tensor of a checkpoint from whichever files hold its pieces."""
-
-    def __init__(self, folder: Path) -> None:
-        self._files: list[Any] = []
-        self._pieces: dict[str, list[tuple[int, int, Any]]] = {}
-        for table in sorted(folder.glob("shard-*.json")):
-            file = safe_open(table.with_suffix(".safetensors"), framework="pt")
-            self._files.append(file)
-            for name, (start, numel) in json.loads(table.read_text()).items():
-                self._pieces.setdefault(name, []).append((start, numel, file))
-
-    def __enter__(self) -> "FragmentReader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.__exit__(None, None, None)
-
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor `kind/name`, fp32."""
-        out, found = torch.empty(numel), 0
-        for piece_start, piece_numel, file in self._pieces.get(name, []):
-            begin, end = max(start, piece_start), min(start + numel, piece_start + piece_numel)
-            if begin < end:
-                piece = file.get_slice(f"{kind}/{name}")[begin - piece_start : end - piece_start]
-                out[begin - start : end - start] = piece
-                found += end - begin
-        if found != numel:
-            raise ValueError(f"the checkpoint holds {found} of {numel} elements of {kind}/{name}")
-        return out
+    """`choose_checkpoint` for resume=auto."""
+    return choose_checkpoint(folder)
 
 
 def remove_old_checkpoints(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest; a name that no reader accepts comes first, so that no half-deleted one looks whole."""
+    """Delete all but the newest."""
     for old in committed_checkpoints(folder)[:-keep_last]:
-        _discard(old)
-
-
-def _write_shard(stem: Path, engine: Engine, ema: EMA) -> None:
-    tensors: dict[str, Tensor] = {}
-    table: dict[str, tuple[int, int]] = {}
-    averages = ema.averages
-    for index, shard in enumerate(engine.shards):
-        kinds = {"master": shard.master} | {name: tensors[index] for name, tensors in averages.items()}
-        kinds |= {kind: shard.optimizer_state[kind] for kind in OPTIMIZER_STATES if kind in shard.optimizer_state}
-        for fragment in shard.fragments:
-            table[fragment.name] = (fragment.start, fragment.numel)
-            for kind, flat in kinds.items():
-                piece = flat.view(-1)[fragment.offset : fragment.offset + fragment.numel]
-                # A copy, since safetensors refuses views of one storage.
-                tensors[f"{kind}/{fragment.name}"] = piece.detach().to("cpu", copy=True)
-    _check_finite(tensors)
-    path = stem.with_suffix(".safetensors")
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # how safetensors says that the disk is full
-        raise OSError(f"{path}: {error}") from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    _write_json(stem.with_suffix(".json"), table)
-
-
-def _check_finite(tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise OSError(f"{name} holds NaN or infinite values; the checkpoint is refused")
-
-
-def _check_shapes(folder: Path, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
-    differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-    if differing:
-        shown = ", ".join(f"{name}: {saved.get(name)} saved, {wanted.get(name)} configured" for name in differing[:5])
-        raise ValueError(f"{folder} does not fit the configured model: {len(differing)} parameters differ ({shown})")
-
-
-def _digest(path: Path) -> dict[str, int]:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return {"bytes": path.stat().st_size, "crc32": checksum}
-
-
-def _write_json(path: Path, content: object) -> None:
-    _write_text(path, json.dumps(content, indent=1))
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(folder: Path) -> None:
-    trash = folder.with_name(f".trash-{folder.name}-{uuid.uuid4().hex[:8]}")
-    folder.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-def from_rank_0(text: str) -> str:
-    """What rank 0 says; collective."""
-    box = [text]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _from_all_ranks(text: str) -> Iterable[str]:
-    box: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(box, text)
-    return box
+        delete_leftover(move_to_trash(old))

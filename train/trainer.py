@@ -166,7 +166,7 @@ class Trainer:
             # Before the checkpoint: it must count this step's bad clips, and none may be of a step that was one too many.
             agreed = self.feed.agree(self.requests, step, is_written=True)
             stopped = agreed.stop
-            if self._is_due(step, self.config.checkpoint.every_steps) and step < self.config.steps:
+            if self._is_due(step, self.config.checkpoint.every_steps or 0) and step < self.config.steps:
                 saved_step = self._save(step, saved_step)
             if self._is_due(step, self.config.validation.every_steps) or (
                 step == self.config.steps and self.config.validation.every_steps

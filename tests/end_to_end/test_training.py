@@ -340,8 +340,8 @@ def test_a_stop_file_is_heeded_once(story: dict[str, Any]) -> None:
 
 def test_nothing_of_an_interruption_is_left(story: dict[str, Any]) -> None:
     names = sorted(path.name for path in (story["run_dir"] / "checkpoints").iterdir())
-    assert names == ["step-00000070", f"step-{STORY_STEPS:08d}"]
-    suffixes = {path.suffix for path in (story["run_dir"] / "checkpoints").rglob("*") if path.is_file()}
+    assert names == ["LATEST", "step-00000070", f"step-{STORY_STEPS:08d}"]
+    suffixes = {path.suffix for path in (story["run_dir"] / "checkpoints").rglob("step-*/*")}
     assert suffixes == {".safetensors", ".json", ".jsonl"}
 
 

@@ -1,107 +1,69 @@
-"""Checkpoints under faults: what a kill at any point leaves, what a damaged file does, and what is kept."""
+"""Saving checkpoints: what a kill or a failing disk at any point leaves, and that all of the state comes back."""
 
 import json
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from muybridge.train import checkpoint
-from muybridge.train.checkpoint import (
-    CheckpointConfig,
-    check_checkpoint,
-    committed_checkpoints,
-    find_checkpoint,
-    load_checkpoint,
-    read_weights,
-    remove_old_checkpoints,
-    save_checkpoint,
+from muybridge.tests.train.checkpoint_parts import (
+    AVERAGE,
+    Killed,
+    fake_one_rank,
+    kill,
+    make_checkpointer,
+    make_parts,
+    names,
+    save,
+    try_to_save,
 )
-from muybridge.train.engine import FlatShard, Fragment
-
-AVERAGES = ("ema-0.9", "ema-0.5")
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing of the program runs after it."""
+from muybridge.train import checkpoint, checkpoint_folder, shard_file
+from muybridge.train.checkpoint import CheckpointConfig, Checkpointer
+from muybridge.train.checkpoint_folder import check_checkpoint, choose_checkpoint
+from muybridge.train.fragments import load_checkpoint, read_weights, weight_kind
 
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process group of one, without the threads of a real one."""
-
-    def gather(box: list[Any], value: Any) -> None:
-        box[0] = value
-
-    fake = SimpleNamespace(
-        get_rank=lambda: 0,
-        get_world_size=lambda: 1,
-        broadcast_object_list=lambda box, src: None,
-        all_gather_object=gather,
-    )
-    monkeypatch.setattr(checkpoint, "dist", fake)
-
-
-def make_parts(value: float, *, shape: tuple[int, int] = (3, 5)) -> tuple[Any, Any]:
-    """An engine and an average with one parameter `w` full of a value, as far as checkpoints look."""
-    numel = shape[0] * shape[1]
-    state = {name: torch.full((numel + 1,), value) for name in checkpoint.OPTIMIZER_STATES}
-    shard = FlatShard(
-        torch.full((numel + 1,), value), [Fragment("w", 0, numel, offset=1)], {**state, "step": torch.tensor(7.0)}
-    )
-    engine = SimpleNamespace(
-        config=SimpleNamespace(zero=1),
-        parameter_shapes={"w": torch.Size(shape)},
-        shards=[shard],
-        optimizer_step_count=lambda: 7.0,
-        refresh_weights=lambda: None,
-    )
-    return engine, SimpleNamespace(averages={name: [torch.full((numel + 1,), -value)] for name in AVERAGES})
-
-
-def save(folder: Path, step: int) -> Path:
-    """A checkpoint whose weights are the step's number."""
-    engine, ema = make_parts(float(step))
-    return save_checkpoint(folder, step=step, engine=engine, ema=ema, run_state={"seed": 1})
-
-
-def kill(*_: Any, **__: Any) -> None:
-    raise Killed
+    fake_one_rank(monkeypatch)
 
 
 def kill_in_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_half(tensors: dict[str, Any], path: Path) -> None:
+    def write_half(path: Path, *_: Any) -> None:
         path.write_bytes(b"\0" * 100)
         raise Killed
 
-    monkeypatch.setattr(checkpoint, "save_file", save_half)
+    monkeypatch.setattr(shard_file, "_write_blocks", write_half)
 
 
-def kill_before_json(name: str) -> Callable[[pytest.MonkeyPatch], None]:
+def kill_in_text(module: Any, name: str) -> Callable[[pytest.MonkeyPatch], None]:
     def arm(monkeypatch: pytest.MonkeyPatch) -> None:
-        write = checkpoint._write_json
+        write = module.write_text
 
-        def write_or_die(path: Path, content: object) -> None:
+        def write_or_die(path: Path, text: str) -> Any:
             if path.name.startswith(name):
                 path.write_text('{"half')
                 raise Killed
-            write(path, content)
+            return write(path, text)
 
-        monkeypatch.setattr(checkpoint, "_write_json", write_or_die)
+        monkeypatch.setattr(module, "write_text", write_or_die)
 
     return arm
 
 
 KILL_POINTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "before staging": lambda patch: patch.setattr(checkpoint.Path, "mkdir", kill),
+    "before staging": lambda patch: patch.setattr(Path, "mkdir", kill),
     "in a shard": kill_in_shard,
-    "in a shard's table": kill_before_json("shard"),
-    "in run.json": kill_before_json("run"),
-    "in the manifest": kill_before_json("MANIFEST"),
-    "before the rename": lambda patch: patch.setattr(checkpoint.Path, "rename", kill),
+    "in a shard's table": kill_in_text(shard_file, "shard"),
+    "in run.json": kill_in_text(checkpoint, "run"),
+    "in the ledger": kill_in_text(checkpoint, "bad_clips"),
+    "in the manifest": kill_in_text(checkpoint, "MANIFEST"),
+    "before the rename": lambda patch: patch.setattr(Path, "rename", kill),
 }
 
 
@@ -114,84 +76,138 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(
         KILL_POINTS[point](patch)
         with pytest.raises(Killed):
             save(tmp_path, 2)
-    assert find_checkpoint(tmp_path) == previous
-    assert [path.name for path in tmp_path.iterdir()] == [previous.name]
+    assert choose_checkpoint(tmp_path) == previous
+    assert names(tmp_path) == [previous.name]
     # The same step can be saved by the next attempt.
-    assert find_checkpoint(tmp_path) != save(tmp_path, 2) == find_checkpoint(tmp_path)
+    assert choose_checkpoint(tmp_path) != save(tmp_path, 2) == choose_checkpoint(tmp_path)
 
 
-def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_half_valid(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved = [save(tmp_path, step) for step in (1, 2, 3)]
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", kill)
-        with pytest.raises(Killed):
-            remove_old_checkpoints(tmp_path, keep_last=2)
-    assert committed_checkpoints(tmp_path) == saved[1:]
-    assert find_checkpoint(tmp_path) == saved[2]
-    assert sorted(tmp_path.iterdir()) == saved[1:]
-
-
-def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
-    saved = [save(tmp_path, step) for step in (2, 10, 9, 100)]
-    remove_old_checkpoints(tmp_path, keep_last=2)
-    assert committed_checkpoints(tmp_path) == [saved[1], saved[3]]
-
-
-def test_a_step_saved_twice_is_the_later_one(tmp_path: Path) -> None:
-    save(tmp_path, 3)
-    engine, ema = make_parts(8.0)
-    folder = save_checkpoint(tmp_path, step=3, engine=engine, ema=ema, run_state={})
-    assert read_weights(folder, "master")["w"].unique().tolist() == [8.0]
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "a flipped bit": flip_a_bit,
-    "a cut end": lambda path: path.write_bytes(path.read_bytes()[:-7]),
-    "an empty file": lambda path: path.write_bytes(b""),
-    "a missing file": lambda path: path.unlink(),
+AFTER_THE_COMMIT: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "before LATEST": lambda patch: patch.setattr(checkpoint, "write_latest", kill),
+    "in LATEST": kill_in_text(checkpoint_folder, "LATEST"),
+    "before an old one is moved": lambda patch: patch.setattr(checkpoint, "move_to_trash", kill),
+    "while an old one is deleted": lambda patch: patch.setattr(shutil, "rmtree", kill),
 }
 
 
-@pytest.mark.parametrize("name", ["shard-00000-of-00001.safetensors", "shard-00000-of-00001.json", "run.json"])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_older_one_used(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, name: str
+@pytest.mark.parametrize("point", AFTER_THE_COMMIT)
+def test_a_kill_after_the_commit_leaves_the_new_checkpoint_and_nothing_half_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    older, newer = save(tmp_path, 1), save(tmp_path, 2)
-    DAMAGES[damage](newer / name)
-    assert find_checkpoint(tmp_path) == older
-    assert str(newer / name) in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"run.json": 3}'])
-def test_a_damaged_manifest_is_named_and_the_older_checkpoint_used(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
-) -> None:
-    older, newer = save(tmp_path, 1), save(tmp_path, 2)
-    (newer / "MANIFEST.json").write_text(content)
-    assert find_checkpoint(tmp_path) == older
-    assert str(newer) in capsys.readouterr().out
-
-
-def test_no_valid_checkpoint_is_an_error_and_no_fresh_start(tmp_path: Path) -> None:
     for step in (1, 2):
-        flip_a_bit(save(tmp_path, step) / "run.json")
-    with pytest.raises(ValueError, match=r"no checkpoint under .* is valid.*step-00000002/run.json.*step-00000001/run"):
-        find_checkpoint(tmp_path)
+        save(tmp_path, step)
+    with monkeypatch.context() as patch:
+        AFTER_THE_COMMIT[point](patch)
+        with pytest.raises(Killed):
+            save(tmp_path, 3, keep_last=2)
+    newest = choose_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.name == "step-00000003"
+    # The oldest may still be there, whole.
+    assert set(names(tmp_path)) - {"step-00000001"} == {"step-00000002", "step-00000003"}
+    assert all(check_checkpoint(tmp_path / name) == "" for name in names(tmp_path))
 
 
-def test_an_empty_folder_is_a_fresh_start(tmp_path: Path) -> None:
-    assert find_checkpoint(tmp_path / "nowhere") is None
-    assert find_checkpoint(tmp_path) is None
+@pytest.mark.parametrize("content", ["", "step-000", "step-00000009\n"])
+def test_the_hint_decides_nothing(tmp_path: Path, content: str) -> None:
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    assert (tmp_path / "LATEST").read_text() == "step-00000002\n"
+    (tmp_path / "LATEST").write_text(content)
+    assert choose_checkpoint(tmp_path) == newest
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(28, "No space left on device"), OSError(5, "Input/output error")], ids=["full", "broken"]
+)
+@pytest.mark.parametrize("name", ["shard", "run", "bad_clips", "MANIFEST"])
+def test_a_failing_disk_fails_the_save_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fault: OSError
+) -> None:
+    previous = save(tmp_path, 1)
+    module = shard_file if name == "shard" else checkpoint
+    write = module.write_text
+
+    def write_or_fail(path: Path, text: str) -> Any:
+        if path.name.startswith(name):
+            raise fault
+        return write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_text", write_or_fail)
+        saved = try_to_save(tmp_path, 2)
+    assert f"step-00000002 was not written: rank 0: {fault}" in saved.failure
+    assert names(tmp_path) == [previous.name]
+    assert (tmp_path / "LATEST").read_text() == "step-00000001\n"
+
+
+def test_what_fails_after_the_commit_is_reported_and_undoes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("stale handle")
+
+    monkeypatch.setattr(checkpoint, "write_latest", fail)
+    with caplog.at_level(logging.WARNING):
+        folder = save(tmp_path, 1)
+    assert choose_checkpoint(tmp_path) == folder
+    assert "stale handle" in caplog.text
+
+
+def test_an_attempt_that_lost_the_run_commits_nothing(tmp_path: Path) -> None:
+    engine, ema = make_parts(1.0)
+    config = CheckpointConfig(in_background=False)
+    checkpointer = Checkpointer(tmp_path, config, engine, ema, still_ours=lambda: False)
+    checkpointer.begin(1, {}, "", {})
+    assert "another attempt" in checkpointer.commit().failure
+    assert names(tmp_path) == []
+
+
+def test_too_little_room_fails_the_save_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbytes = try_to_save(tmp_path, 1).nbytes
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(1.1 * nbytes))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shard_file, "_write_blocks", kill)
+    saved = try_to_save(tmp_path, 2)
+    assert f"{tmp_path} has {usage.free / 1e9:.3g} GB free" in saved.failure
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_a_step_saved_twice_is_the_later_one_and_the_other_is_kept(tmp_path: Path) -> None:
+    first = save(tmp_path, 3)
+    checkpointer = make_checkpointer(tmp_path, 8.0)
+    checkpointer.begin(3, {}, "", {})
+    folder = checkpointer.commit().folder
+    assert folder == first
+    assert read_weights(folder, "master")["w"].unique().tolist() == [8.0]
+    (kept,) = (tmp_path / "set_aside").iterdir()
+    assert read_weights(kept, "master")["w"].unique().tolist() == [3.0]
+
+
+def test_a_second_save_finishes_the_first(tmp_path: Path) -> None:
+    checkpointer = make_checkpointer(tmp_path)
+    assert checkpointer.begin(1, {}, "", {}) is None
+    before = checkpointer.begin(2, {}, "", {})
+    assert before is not None
+    assert (before.step, before.failure) == (1, "")
+    assert checkpointer.in_flight
+    after = checkpointer.finish()
+    assert after is not None
+    assert after.step == 2
+    assert not checkpointer.in_flight
+    assert checkpointer.finish() is None
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_what_a_save_took_is_told(tmp_path: Path) -> None:
+    saved = try_to_save(tmp_path, 1)
+    assert 0 < saved.blocking_seconds <= saved.total_seconds
+    assert saved.nbytes == (saved.folder / "shard-00000-of-00001.safetensors").stat().st_size
+    # Before the first step there is no optimizer state yet, which will be there at the first save.
+    checkpointer = make_checkpointer(tmp_path)
+    assert checkpointer.expected_bytes() == 4 * 4 * 15
 
 
 def test_everything_saved_comes_back(tmp_path: Path) -> None:
@@ -199,15 +215,32 @@ def test_everything_saved_comes_back(tmp_path: Path) -> None:
     assert check_checkpoint(folder) == ""
     engine, ema = make_parts(0.0)
     engine.shards[0].optimizer_state.clear()
+    for tensor in (engine.shards[0].master, ema.averages[AVERAGE][0]):
+        tensor[0] = 9.0
     facts = load_checkpoint(folder, engine=engine, ema=ema)
     (shard,) = engine.shards
     assert facts["seed"] == 1
     # The first element is padding between parameters: it keeps its value, or the zero that the optimizer would give it.
-    assert shard.master.tolist() == [0.0] + [4.0] * 15
-    for name in AVERAGES:
-        assert ema.averages[name][0].tolist() == [0.0] + [-4.0] * 15
+    assert shard.master.tolist() == [9.0] + [4.0] * 15
+    assert ema.averages[AVERAGE][0].tolist() == [9.0] + [-4.0] * 15
     assert shard.optimizer_state["exp_avg"].tolist() == [0.0] + [4.0] * 15
     assert shard.optimizer_state["step"] == 7
+
+
+def test_the_state_of_the_run_is_that_of_the_beginning(tmp_path: Path) -> None:
+    checkpointer = make_checkpointer(tmp_path)
+    state = {"data": [1, 2]}
+    checkpointer.begin(1, state, "a clip\n", {})
+    state["data"].append(3)
+    folder = checkpointer.commit().folder
+    assert json.loads((folder / "run.json").read_text())["data"] == [1, 2]
+    assert (folder / "bad_clips.jsonl").read_text() == "a clip\n"
+
+
+def test_a_shard_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
+    (shard,) = save(tmp_path, 2).glob("*.safetensors")
+    found = {name: tensor.unique().tolist() for name, tensor in load_file(shard).items()}
+    assert found == {"master/w": [2.0], f"{AVERAGE}/w": [-2.0], "exp_avg/w": [2.0], "exp_avg_sq/w": [2.0]}
 
 
 @pytest.mark.parametrize(
@@ -228,48 +261,62 @@ def test_a_checkpoint_of_another_model_is_refused_by_parameter(
         load_checkpoint(folder, engine=engine, ema=ema)
 
 
-def test_weights_are_found_by_the_names_that_a_checkpoint_lists(tmp_path: Path) -> None:
-    engine, ema = make_parts(2.0)
-    ema.averages["ema-0.5"][0] *= 10
-    folder = save_checkpoint(tmp_path, step=1, engine=engine, ema=ema, run_state={})
-    values = {kind: read_weights(folder, kind)["w"].unique().tolist() for kind in ("master", "ema", *AVERAGES)}
-    assert values == {"master": [2.0], "ema": [-2.0], "ema-0.9": [-2.0], "ema-0.5": [-20.0]}
-    words = r"has no weights 'ema-0.7'; it has ema \(which is ema-0.9\), master, ema-0.9, ema-0.5"
-    with pytest.raises(ValueError, match=words):
-        read_weights(folder, "ema-0.7")
-
-
-def test_an_average_that_the_checkpoint_lacks_is_refused_and_one_too_many_is_left_out(tmp_path: Path) -> None:
-    folder = save(tmp_path, 4)
-    engine, ema = make_parts(0.0)
-    del ema.averages["ema-0.9"]
-    load_checkpoint(folder, engine=engine, ema=ema)
-    assert ema.averages["ema-0.5"][0].tolist() == [0.0] + [-4.0] * 15
-    ema.averages["ema-0.7"] = ema.averages["ema-0.5"]
-    with pytest.raises(ValueError, match=r"holds the averages ema-0.9, ema-0.5 and not ema-0.7: ema.decays must be"):
-        load_checkpoint(folder, engine=engine, ema=ema)
-
-
-def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, version: int) -> None:
     folder = save(tmp_path, 1)
     facts = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**facts, "format_version": 99}))
-    with pytest.raises(ValueError, match="format_version=99"):
+    (folder / "run.json").write_text(json.dumps({**facts, "format_version": version}))
+    with pytest.raises(ValueError, match=f"format_version={version}"):
         read_weights(folder)
 
 
-@pytest.mark.parametrize("kind", ["master", "ema-0.9", "exp_avg_sq"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, kind: str, value: float) -> None:
+def test_weights_go_by_the_names_that_a_checkpoint_has(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    assert weight_kind(folder, "ema") == AVERAGE
+    assert weight_kind(folder, AVERAGE) == AVERAGE
+    assert weight_kind(folder, "raw") == weight_kind(folder, "master") == "master"
+    with pytest.raises(ValueError, match=r"weights=ema-0.5 must be raw, ema \(ema-0.9999\) or one of ema-0.9999"):
+        read_weights(folder, "ema-0.5")
+
+
+def test_an_average_that_the_run_did_not_keep_cannot_be_resumed(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    engine, ema = make_parts(0.0)
+    ema.averages["ema-0.9"] = ema.averages[AVERAGE]
+    with pytest.raises(ValueError, match=r"holds the averages ema-0.9999 and not ema-0.9"):
+        load_checkpoint(folder, engine=engine, ema=ema)
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_background"), [("master", False), (AVERAGE, False), ("exp_avg_sq", False), ("master", True)]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_not_saved(
+    tmp_path: Path, kind: str, value: float, in_background: bool
+) -> None:
     engine, ema = make_parts(1.0)
     (shard,) = engine.shards
-    {"master": shard.master, "ema-0.9": ema.averages["ema-0.9"][0], **shard.optimizer_state}[kind][3] = value
-    with pytest.raises(OSError, match=f"{kind}/w holds NaN or infinite"):
-        save_checkpoint(tmp_path, step=1, engine=engine, ema=ema, run_state={})
-    assert list(tmp_path.iterdir()) == []
+    {"master": shard.master, AVERAGE: ema.averages[AVERAGE][0], **shard.optimizer_state}[kind][3] = value
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(in_background=in_background), engine, ema)
+    checkpointer.begin(1, {}, "", {})
+    assert f"{kind}/w holds NaN or infinite" in checkpointer.commit().failure
+    assert names(tmp_path) == []
+    checkpointer.close()
 
 
-def test_keeping_a_single_checkpoint_is_refused() -> None:
+def test_large_weights_are_finite_though_their_sum_is_not(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    engine, ema = make_parts(3e38)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(in_background=False), engine, ema)
+    checkpointer.begin(2, {}, "", {})
+    assert checkpointer.commit().failure == ""
+
+
+def test_faults_of_settings_name_field_value_and_rule() -> None:
     assert CheckpointConfig().faults("checkpoint") == []
-    faults = CheckpointConfig(every_steps=-1, keep_last=1).faults("checkpoint")
-    assert [fault.split()[0] for fault in faults] == ["checkpoint.every_steps=-1", "checkpoint.keep_last=1"]
+    given = CheckpointConfig(every_steps=-1, every_minutes=0.0, keep_last=1, keep_every=-2, keep_best=-3)
+    assert [fault.split()[0] for fault in given.faults("checkpoint")] == [
+        *("checkpoint.every_steps=-1", "checkpoint.every_steps=-1", "checkpoint.every_minutes=0.0"),
+        *("checkpoint.keep_last=1", "checkpoint.keep_every=-2", "checkpoint.keep_best=-3"),
+    ]
+    assert CheckpointConfig(every_steps=None, every_minutes=0.5).faults("checkpoint") == []

@@ -126,7 +126,7 @@ def test_the_average_is_what_a_validation_sees_and_nothing_of_it_stays(
 
 
 def test_checkpoints_hold_safetensors_and_json_only(root: Path, found: dict[int, dict[str, Any]]) -> None:
-    suffixes = {path.suffix for path in root.rglob("*") if path.is_file()}
+    suffixes = {path.suffix for path in root.rglob("*") if path.is_file() and path.name != "LATEST"}
     assert suffixes == {".safetensors", ".json", ".jsonl"}
 
 
