@@ -1,0 +1,148 @@
+"""A run of which a rank hangs, dies or leaves ends on all ranks, and says which one it was; runs watchdog_program.py."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muybridge.train.verdict import Standing, behind
+from muybridge.train.watchdog import Phase, WatchdogConfig
+
+Facts = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, command_env: dict[str, str]) -> Path:
+    root = tmp_path_factory.mktemp("watchdog")
+    program = [sys.executable, str(Path(__file__).with_name("watchdog_program.py")), str(root)]
+    answer = subprocess.run(program, capture_output=True, text=True, check=False, env=command_env)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(root: Path) -> dict[str, Facts]:
+    """Of each case the ranks' exit codes, when they ended, and what they said."""
+    return json.loads((root / "found.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("case", "setting", "phase"),
+    [
+        ("hangs_in_data", "data_seconds", "the wait for data, step 57"),
+        ("hangs_in_a_step", "step_seconds", "the step, step 3"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_all_ask_to_be_started_again(
+    found: dict[str, Facts], root: Path, case: str, setting: str, phase: str
+) -> None:
+    assert found[case]["codes"] == [75, 75]
+    said, silence = found[case]["said"]
+    assert f"behind is rank 1 ({socket.gethostname()}), in {phase}" in said
+    assert f"for more than the 1 s of watchdog.{setting} (raise" in said
+    assert f"({case})" in said.split("others wait")[0], "where it hangs"
+    assert "such as rank 0 in" in said
+    assert "(meet), which called distributed_c10d.py" in said, "where the other waits"
+    assert silence == ""
+    stacks = [(root / case / "stacks" / f"rank-0000{rank}.txt").read_text() for rank in range(2)]
+    assert all(f"in {case}" in stack and "is MainThread" in stack for stack in stacks)
+    assert "all_reduce" in stacks[0]
+    assert "all_reduce" not in stacks[1]
+
+
+def test_whoever_ends_hears_why(found: dict[str, Facts], root: Path) -> None:
+    said = found["hangs_in_data"]["said"][0].strip().removeprefix("muybridge: ")
+    assert [(root / "hangs_in_data" / f"end-{rank}").read_text() for rank in range(2)] == [f"75 {said}"] * 2
+
+
+@pytest.mark.parametrize("case", ["is_killed", "is_killed_while_others_compute"])
+def test_the_death_of_a_rank_is_noticed_by_the_others(found: dict[str, Facts], case: str) -> None:
+    assert found[case]["codes"] == [75, -9]
+    assert "rank 1 (" in found[case]["said"][0]
+    assert "is gone: its process was killed" in found[case]["said"][0]
+    assert "Traceback" not in found[case]["said"][0], "what the failed collective says must not hide the cause"
+    assert found[case]["seconds"][0] - found[case]["seconds"][1] < 5
+
+
+def test_the_death_of_rank_0_is_noticed_by_each_of_the_others(found: dict[str, Facts]) -> None:
+    assert found["rank_0_is_killed"]["codes"] == [-9, 75]
+    assert "rank 0 (" in found["rank_0_is_killed"]["said"][1]
+
+
+@pytest.mark.parametrize(("case", "stopped"), [("is_stopped", 1), ("rank_0_is_stopped", 0)])
+def test_a_rank_that_does_not_answer_is_named(found: dict[str, Facts], case: str, stopped: int) -> None:
+    assert found[case]["codes"][1 - stopped] == 75
+    assert f"no answer from rank {stopped} (" in found[case]["said"][1 - stopped]
+
+
+def test_a_rank_that_ends_for_a_reason_of_its_own_gives_the_others_its_exit_code(found: dict[str, Facts]) -> None:
+    assert found["leaves"]["codes"] == [78, 78]
+    assert "ended: out of memory" in found["leaves"]["said"][0]
+    assert "same command goes on" not in found["leaves"]["said"][0]
+    assert found["fails_on_its_own"]["codes"] == [1, 1]
+    assert "ended: a mistake" in found["fails_on_its_own"]["said"][0]
+
+
+def test_ranks_that_end_alike_end_by_themselves(found: dict[str, Facts]) -> None:
+    assert found["leaves_for_the_same_reason"] == {
+        **found["leaves_for_the_same_reason"],
+        "codes": [64, 64],
+        "said": [""] * 2,
+    }
+
+
+def test_nobody_watches_a_run_that_has_ended(found: dict[str, Facts]) -> None:
+    assert found["ends_well"] == {**found["ends_well"], "codes": [0, 0], "said": [""] * 2}
+
+
+def test_the_first_time_may_take_as_long_as_the_set_up(found: dict[str, Facts]) -> None:
+    assert found["compiles_in_the_first_step"]["codes"] == [75, 75]
+    said = found["compiles_in_the_first_step"]["said"][0]
+    assert said.startswith("first step done\n")
+    assert "none of the ranks is alone behind, all are in the step, step 1" in said
+
+
+def test_time_in_which_all_were_suspended_does_not_count(found: dict[str, Facts]) -> None:
+    assert found["is_suspended"] == {**found["is_suspended"], "codes": [0, 0], "said": [""] * 2}
+
+
+def test_a_single_process_is_watched_too(found: dict[str, Facts]) -> None:
+    assert found["is_alone"]["codes"] == [75]
+    assert "rank 0 is in the validation, step 9" in found["is_alone"]["said"][0]
+
+
+def test_a_held_interpreter_ends_with_its_stack(found: dict[str, Facts]) -> None:
+    assert found["holds_the_interpreter"]["codes"] == [1]
+    assert "in holds_the_interpreter" in found["holds_the_interpreter"]["said"][0]
+
+
+def standing(rank: int, step: int, phase: Phase, *, waits: bool = False) -> Standing:
+    return Standing(rank, "node", step, phase.order, phase.value, 1.0, "somewhere", waits)
+
+
+@pytest.mark.parametrize(
+    ("standings", "late"),
+    [
+        ([standing(0, 5, Phase.data), standing(1, 4, Phase.save), standing(2, 5, Phase.data)], [1]),
+        ([standing(0, 5, Phase.step), standing(1, 5, Phase.data), standing(2, 5, Phase.save)], [1]),
+        ([standing(0, 5, Phase.step, waits=True), standing(1, 5, Phase.step), standing(2, 6, Phase.data)], [1]),
+        ([standing(0, 5, Phase.data, waits=True), standing(1, 6, Phase.data)], [0]),
+        ([standing(0, 5, Phase.step), standing(1, 5, Phase.step)], []),
+        ([standing(0, 5, Phase.step, waits=True), standing(1, 5, Phase.step, waits=True)], []),
+    ],
+)
+def test_behind_are_those_who_are_first_in_the_order_of_a_step_and_wait_for_nobody(
+    standings: list[Standing], late: list[int]
+) -> None:
+    assert [found.rank for found in behind(standings)] == late
+
+
+def test_a_negative_limit_is_a_fault() -> None:
+    assert WatchdogConfig().faults("watchdog") == []
+    assert WatchdogConfig(step_seconds=-1, setup_seconds=0).faults("watchdog") == [
+        "watchdog.step_seconds=-1 must be 0 (no limit) or more seconds"
+    ]
