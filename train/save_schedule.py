@@ -1,4 +1,4 @@
-"""When checkpoints are due: every so many steps, samples or minutes, or as often as their cost and the machines' failures suggest."""
+"""When checkpoints are due: every so many steps, samples or minutes, or as often as their cost and failures of machines suggest."""
 
 import math
 
