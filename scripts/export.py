@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..train.compose import compose_config
-from .sample import WeightKind, read_prompts
+from .sample import read_prompts
 
 if TYPE_CHECKING:
     from .export_plan import ExportPlan
@@ -21,7 +21,7 @@ USAGE = """\
 usage: muybridge export run=RUN_DIR out=FOLDER [KEY=VALUE ...]
        muybridge export run=LORA_RUN out=FILE.safetensors [KEY=VALUE ...]
 
-Write the EMA weights of a run's newest checkpoint, with the autoencoder, text encoder and sampler that belong to them, in the
+Write the averaged weights of a run's newest checkpoint, with the autoencoder, text encoder and sampler that belong to them, in the
 form of other tools. What was written is read again and, where diffusers is installed, computed there as well. Of a LoRA run
 the LoRA is written, one file.
 
@@ -32,7 +32,8 @@ the LoRA is written, one file.
   format=comfy|diffusers|kohya
                         of a LoRA: the form that most tools read (default), or that of diffusers or musubi-tuner
   merge=true            of a LoRA run: write the whole model, with the LoRA added to the weights under it
-  weights=ema|master    average or last weights (default ema)
+  weights=ema|raw|ema-0.999
+                        the run's first average (default), its last weights, or another of its ema.decays
   dtype=bf16|fp32       of the transformer or LoRA (default bf16; a transformer's parts that need fp32 have it)
   low_run=RUN_DIR       the run of the low-noise expert, where run= is that of the high-noise expert; one of the two may be
                         the pipeline folder that the other started from
@@ -73,7 +74,8 @@ class ExportConfig:
     format: ExportFormat | None = None
     # Of a LoRA run: the whole model instead of the LoRA.
     merge: bool = False
-    weights: WeightKind = WeightKind.ema
+    # ema (the run's first average), raw, or an average's name; of both runs where there are two.
+    weights: str = "ema"
     # Of the transformer; time embedding, modulation tables and LayerNorms stay in float32.
     dtype: ExportDtype = ExportDtype.bf16
     # Text file with one prompt a line, for a text encoder that other tools do not have; null: none.
@@ -98,7 +100,7 @@ def main(argv: list[str]) -> int:
 
     from .export_plan import plan_export  # torch takes seconds to import: a mistake above is reported before that
 
-    plan = plan_export(config.run, config.low_run, config.weights.value, lora=not config.merge)
+    plan = plan_export(config.run, config.low_run, config.weights, lora=not config.merge)
     config.format = config.format or (ExportFormat.comfy if plan.is_lora else ExportFormat.diffusers)
     if faults := _faults(config, plan):
         raise ValueError("; ".join(faults))

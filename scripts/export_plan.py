@@ -16,7 +16,7 @@ from ..models.text import text_fingerprint
 from ..models.vae import VAEConfig, VideoVAE
 from ..models.weight_files import Tensors, open_weights
 from ..models.weights import load_config
-from ..train.checkpoint import check_checkpoint, committed_checkpoints, read_run_state
+from ..train.checkpoint import check_checkpoint, committed_checkpoints, read_run_state, weight_kind
 from ..train.compose import plain
 from ..train.config import TaskKind, TrainConfig, read_config
 from ..train.experts import Expert
@@ -33,7 +33,7 @@ class RunWeights:
     run_dir: Path
     config: TrainConfig
     checkpoint: Path
-    kind: str  # ema or master
+    kind: str  # as the checkpoint names them, master or ema-DECAY
 
     @property
     def model(self) -> DiTConfig:
@@ -162,7 +162,7 @@ def find_run(run_dir: Path, kind: str, *, field: str) -> RunWeights:
         raise ValueError(fault)
     if missing := config.missing_inputs():
         raise ValueError(f"{field}={run_dir}: {'; '.join(missing)}")
-    return RunWeights(run_dir, config, checkpoints[-1], kind)
+    return RunWeights(run_dir, config, checkpoints[-1], weight_kind(checkpoints[-1], kind))
 
 
 def _expert_of_folder(folder: Path, part: str, field: str) -> FolderWeights:

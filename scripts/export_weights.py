@@ -16,7 +16,7 @@ from ..models.text import ByteTextEncoder, TextEncoderKind
 from ..models.text_small import SmallUmt5
 from ..models.weight_files import Tensors
 from ..models.weights import load_weights
-from ..train.checkpoint import FragmentReader, read_run_state, read_weights, weight_kind
+from ..train.checkpoint import FragmentReader, read_run_state, read_weights
 from ..train.config import TrainConfig
 from ..train.generate import NEGATIVE_PROMPT
 from ..train.tasks import TextToVideoTask
@@ -46,7 +46,6 @@ def trained_part(config: TrainConfig, checkpoint: Path, kind: str, part: str) ->
         for name, shape in read_run_state(checkpoint)["shapes"].items()
         if name.startswith(prefix)
     }
-    kind = weight_kind(checkpoint, kind)
     with FragmentReader(checkpoint) as reader:
 
         def read(name: str) -> Tensor:

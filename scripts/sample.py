@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,8 @@ Generate one video for each line of FILE.
   image=FILE            first frame of every video, for models that continue images
   last_image=FILE       last frame of every video, for models that take images as channels
   out=FOLDER            where the mp4s and contact_sheet.png go (default RUN_DIR/samples, or ./samples)
-  weights=ema|master    average or last weights of a run (default ema)
+  weights=ema|raw|ema-0.999
+                        of a run: its first average (default), its last weights, or another of its ema.decays
   lora=[FILE,...] lora_low=[FILE,...] lora_scale=X
                         LoRA files for the transformer of a folder, and for its low-noise expert
   frames=N height=N width=N fps=X
@@ -42,11 +42,6 @@ Generate one video for each line of FILE.
   sampler=euler|unipc|unipc_wan|dpmpp steps=N shift=X guidance_scale=X guidance_scale_low=X
                         sampler settings (default: the run's, or the folder's scheduler with 50 steps and guidance 5);
                         guidance_scale_low is for the low-noise expert (default: as guidance_scale)"""
-
-
-class WeightKind(Enum):
-    ema = "ema"
-    master = "master"
 
 
 @dataclass
@@ -60,7 +55,8 @@ class SampleConfig:
     image: str | None = None
     last_image: str | None = None
     out: str | None = None
-    weights: WeightKind = WeightKind.ema
+    # Of a run: ema (its first average), raw, or an average's name.
+    weights: str = "ema"
     lora: list[str] = field(default_factory=list)
     lora_low: list[str] = field(default_factory=list)
     lora_scale: float = 1.0
@@ -88,6 +84,8 @@ class SampleConfig:
             )
         if not self.model and (self.lora or self.lora_low):
             found.append(f"lora={self.lora or self.lora_low} needs model=FOLDER: a run has its own weights")
+        if self.model and self.weights != "ema":
+            found.append(f"weights={self.weights} needs run=RUN_DIR: a folder has one set of weights")
         if self.batch is not None and self.batch < 1:
             found.append(f"batch={self.batch} must be at least 1")
         return found

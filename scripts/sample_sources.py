@@ -28,7 +28,7 @@ from ..models.vae import VAEConfig
 from ..models.vae.folder import load_vae
 from ..models.weight_files import read_header, read_json
 from ..models.weights import load_config, load_weights_from
-from ..train.checkpoint import check_checkpoint, committed_checkpoints
+from ..train.checkpoint import check_checkpoint, committed_checkpoints, weight_kind
 from ..train.config import TaskKind, read_config
 from ..train.engine import Precision
 from ..train.experts import Expert
@@ -36,7 +36,7 @@ from ..train.generate import VideoModels
 from ..train.tasks import TextToVideoTask
 from ..train.trained_weights import load_trained
 from .export_plan import EXPORTED_SETTINGS
-from .sample import ClipSize, SampleConfig, WeightKind
+from .sample import ClipSize, SampleConfig
 
 SCHEDULER_NAME = "scheduler_config.json"
 UMT5_TOKENS = 512  # rows of text features that every public Wan model was trained with
@@ -123,8 +123,8 @@ class Source(ABC):
 class RunSource(Source):
     """The newest checkpoint of a text-to-video run."""
 
-    def __init__(self, run_dir: str, kind: WeightKind) -> None:
-        """Raises ValueError where there is no such run, or no checkpoint that is whole."""
+    def __init__(self, run_dir: str, kind: str) -> None:
+        """Raises ValueError where there is no such run, no checkpoint that is whole, or none of these weights in it."""
         super().__init__()
         run = read_config(Path(run_dir))
         if run.task is not TaskKind.text_to_video:
@@ -139,7 +139,7 @@ class RunSource(Source):
             raise ValueError(f"run={run_dir} has no checkpoint yet")
         if fault := check_checkpoint(checkpoints[-1]):
             raise ValueError(fault)
-        self._run, self._checkpoint, self._kind = run, checkpoints[-1], kind
+        self._run, self._checkpoint, self._kind = run, checkpoints[-1], weight_kind(checkpoints[-1], kind)
         self.description = str(checkpoints[-1])
         self.size = ClipSize(run.data.frames, run.data.height, run.data.width, run.data.fps)
         self.sampler, self.transformer, self.vae = run.sampler, run.model, run.vae.resolved()
@@ -158,7 +158,7 @@ class RunSource(Source):
 
     def models(self) -> VideoModels:
         model = self._task.build_model()
-        load_trained(model, self._run, self._checkpoint, self._kind.value)
+        load_trained(model, self._run, self._checkpoint, self._kind)
         model.eval().requires_grad_(False)
         if self._run.deepspeed.precision is Precision.bf16:
             model.bfloat16()  # as in training

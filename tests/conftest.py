@@ -115,7 +115,9 @@ def tiny_run(toy_folder: Path) -> list[str]:
 
 @pytest.fixture
 def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
-    """Makes a run directory of settings and one checkpoint: random weights, none zero, and an average of half their size."""
+    """Makes a run directory of settings and one checkpoint: random weights, none zero, and averages, the first of half their size,
+    the next of a quarter, and so on."""
+    from muybridge.tests.train.checkpoint_parts import fake_one_rank
     from muybridge.train import checkpoint
     from muybridge.train.compose import plain
     from muybridge.train.config import load_train_config
@@ -139,18 +141,12 @@ def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
             shards=[FlatShard(weight, [Fragment(name, 0, weight.numel(), 0)], {}) for name, weight in weights.items()],
             optimizer_step_count=lambda: 0.0,
         )
-        one_rank = SimpleNamespace(
-            get_rank=lambda: 0,
-            get_world_size=lambda: 1,
-            broadcast_object_list=lambda box, src: None,
-            all_gather_object=lambda box, value: box.__setitem__(0, value),
-        )
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "dist", one_rank)
+            fake_one_rank(patch)
             average = SimpleNamespace(
                 averages={
-                    average_name(decay): [0.5 * weight.flatten() for weight in weights.values()]
-                    for decay in config.ema.decays
+                    average_name(decay): [0.5**number * weight.flatten() for weight in weights.values()]
+                    for number, decay in enumerate(config.ema.decays, start=1)
                 }
             )
             checkpoint.save_checkpoint(

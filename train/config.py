@@ -29,7 +29,7 @@ from .compose import ConfigFaults, compose_config, fault_message
 from .ema import EMAConfig
 from .engine import EngineConfig
 from .experts import Expert, expert_faults, expert_schedule
-from .initial_weights import initial_faults
+from .initial_weights import initial_faults, initial_kind_fault
 from .optimizer import OptimizerConfig
 from .tracking import TrackingConfig
 from .validate import ValidationConfig
@@ -80,9 +80,11 @@ class TrainConfig:
     micro_batch: int = 0
     # CPU threads of one rank's matrix work; 0 leaves it to torch.
     threads: int = 0
-    # What a fresh run starts from: a pipeline folder, of which the transformer, or a run directory, of which the EMA weights;
-    # null starts from random weights.
+    # What a fresh run starts from: a pipeline folder, of which the transformer, or a run directory; null starts from random
+    # weights.
     init_from: str | None = None
+    # Of a run directory: ema (its first average), raw (its last weights), or an average's name such as ema-0.999.
+    init_weights: str = "ema"
     # The expert that is trained, on its part of the noise levels: high from `boundary` on, low below; none trains on all levels.
     expert: Expert = Expert.none
     # The noise level at which two experts change over, 0.875 in Wan 2.2 T2V and 0.9 in I2V.
@@ -289,6 +291,8 @@ class TrainConfig:
             found.append(f"init_from must name the weights under the LoRA with lora.rank={self.lora.rank}")
         if self.init_from:
             found += initial_faults(self.init_from, model, self.text, expert=self.expert, boundary=self.boundary)
+        if fault := initial_kind_fault(self.init_from, self.init_weights):
+            found.append(fault)
         return found
 
     def _channel_faults(self, vae: VAEConfig) -> list[str]:
@@ -347,5 +351,9 @@ def read_config(run_dir: Path) -> TrainConfig:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run_dir} must be the directory of a training run (it has no config.yaml)")
+    if "${" in path.read_text(
+        encoding="utf-8"
+    ):  # what a run wrote is data, nothing that this machine's variables go into
+        raise ValueError(f"{path} must hold plain values, and no interpolation ${{...}}")
     merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path), {"run_dir": str(run_dir)})
     return OmegaConf.to_object(merged)  # type: ignore[return-value]

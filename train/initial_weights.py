@@ -1,4 +1,4 @@
-"""What a fresh run starts from instead of random weights: the average of an earlier run, or a part of a pipeline folder."""
+"""What a fresh run starts from instead of random weights: those of an earlier run, or a part of a pipeline folder."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ from ..models.pipeline_folder import PipelineFiles, is_pipeline_folder
 from ..models.text import TextEncoderConfig, TextEncoderKind
 from ..models.text_to_video import TextToVideoModel
 from ..models.weights import load_config, load_weights, load_weights_from
-from .checkpoint import committed_checkpoints, read_run_state, read_weights
+from .checkpoint import committed_checkpoints, read_run_state, read_weights, weight_kind
 from .experts import Expert
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def load_initial_weights(model: nn.Module, config: "TrainConfig") -> None:
         from .config import read_config
         from .trained_weights import load_trained
 
-        load_trained(model, read_config(source), checkpoint)
+        load_trained(model, read_config(source), checkpoint, config.init_weights)
         merge_lora(model)
         model.requires_grad_(True)  # what was frozen under the LoRA
         return
-    load_weights(model, read_weights(checkpoint), where=f"init_from={source}")
+    load_weights(model, read_weights(checkpoint, config.init_weights), where=f"init_from={source}")
 
 
 def source_checkpoint(source: Path) -> Path | None:
@@ -107,6 +107,18 @@ def initial_faults(
         elif boundary != files.boundary_ratio:
             found.append(f"boundary={boundary} must be {files.boundary_ratio}, as init_from={source} has it")
     return found
+
+
+def initial_kind_fault(init_from: str | None, kind: str) -> str:
+    """What is wrong with `init_weights`, or an empty string; a folder without a checkpoint is not this function's to name."""
+    found = committed_checkpoints(Path(init_from) / "checkpoints") if init_from else []
+    if not found:
+        return "" if kind == "ema" else f"init_weights={kind} must be ema where init_from={init_from} is not a run"
+    try:
+        weight_kind(found[-1], kind, field="init_weights")
+    except (OSError, ValueError) as error:  # also a damaged checkpoint
+        return str(error)
+    return ""
 
 
 def _run_faults(source: Path, model: DiTConfig, text: TextEncoderConfig) -> list[str]:

@@ -48,7 +48,7 @@ def prepare_weights(model: nn.Module, config: "TrainConfig", resume_from: Path |
 
 
 def load_trained(model: nn.Module, config: "TrainConfig", checkpoint: Path, kind: str = "ema") -> None:
-    """Give a fresh model of a run's task the weights of its checkpoint, `ema` or `master`.
+    """Give a fresh model of a run's task the weights of its checkpoint, of a kind as for `weight_kind`.
 
     Of a LoRA run it gets the layers that were trained; `merge_lora` makes it plain. Raises ValueError as `prepare_weights` does.
     """
@@ -96,7 +96,8 @@ def _base_fingerprint(model: nn.Module, config: "TrainConfig") -> str:
     lora = read_run_state(source).get("lora") if source is not None else None
     if source is None or not lora:
         return weights_fingerprint(model.state_dict())
-    parts = [lora["base"], json.dumps(lora["settings"], sort_keys=True), weights_fingerprint(read_weights(source))]
+    trained = weights_fingerprint(read_weights(source, config.init_weights))
+    parts = [lora["base"], json.dumps(lora["settings"], sort_keys=True), trained]
     return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
 
 

@@ -101,15 +101,15 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 
 def test_sample_settings_compose() -> None:
     config = compose_config(
-        ["run=runs/first", "prompts=p.txt", "weights=master", "shift=2"],
+        ["run=runs/first", "prompts=p.txt", "weights=ema-0.999", "shift=2"],
         config_class=SampleConfig,
         config_name="sample",
         schema_name="sample_schema",
     )
-    assert (config.run, config.prompts, config.weights.name, config.shift, config.steps) == (
+    assert (config.run, config.prompts, config.weights, config.shift, config.steps) == (
         "runs/first",
         "p.txt",
-        "master",
+        "ema-0.999",
         2.0,
         None,
     )

@@ -12,7 +12,6 @@ import torch
 from muybridge.models.lora import LoRALinear, lora_factors, merge_lora
 from muybridge.models.lora_files import read_lora
 from muybridge.models.text_to_video import TextToVideoModel
-from muybridge.scripts.sample import WeightKind
 from muybridge.scripts.sample_sources import RunSource
 from muybridge.train.checkpoint import committed_checkpoints, read_run_state, read_weights
 from muybridge.train.config import read_config
@@ -175,7 +174,7 @@ def test_a_fresh_model_gets_the_base_and_the_trained_factors(runs: Runs, kind: s
 
 def test_sampling_has_the_model_of_the_checkpoint(runs: Runs) -> None:
     root, _ = runs
-    model = RunSource(str(root / "zero1-w2"), WeightKind.ema).models().transformer
+    model = RunSource(str(root / "zero1-w2"), "ema").models().transformer
     assert isinstance(model, TextToVideoModel)
     expected = build(root / "zero1-w2").state_dict()
     assert model.state_dict().keys() == expected.keys()

@@ -95,11 +95,27 @@ def test_prompt_features_are_those_of_the_trained_encoder(run_dir: Path, prompts
 
 def test_weights_and_dtype_are_those_asked_for(run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert export.main([f"run={run_dir}", f"out={out}", "weights=master", "dtype=fp32"]) == 0
+    assert export.main([f"run={run_dir}", f"out={out}", "weights=raw", "dtype=fp32"]) == 0
     stored = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
     weights = trained(run_dir, "master")
     assert all(torch.equal(tensor, weights[f"transformer.{name}"]) for name, tensor in stored.items())
     assert not (out / "prompt_embeds.safetensors").exists()
+
+
+def test_any_average_can_be_exported_afterwards(tiny_run: list[str], save_random_run: SaveRun, tmp_path: Path) -> None:
+    run_dir = save_random_run(tmp_path / "run", [*tiny_run, "ema.decays=[0.99,0.9]"])
+    headers, sums = [], []
+    for kind in ("ema", "ema-0.9"):
+        out = tmp_path / kind
+        assert export.main([f"run={run_dir}", f"out={out}", f"weights={kind}", "dtype=fp32"]) == 0
+        with safe_open(out / "transformer" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+            headers.append(file.metadata()["muybridge.weights"])
+            sums.append(file.get_tensor("proj_out.weight").abs().sum().item())
+    assert headers == ["ema-0.99", "ema-0.9"]
+    assert sums[1] == pytest.approx(sums[0] / 2)
+    words = r"weights=ema-0.5 must be raw, ema \(ema-0.99\) or one of ema-0.99, ema-0.9, which .*step-00000004 has"
+    with pytest.raises(ValueError, match=words):
+        export.main([f"run={run_dir}", f"out={tmp_path / 'none'}", "weights=ema-0.5"])
 
 
 def test_a_frozen_encoder_goes_along_without_pickles(

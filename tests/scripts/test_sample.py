@@ -55,7 +55,7 @@ def test_each_prompt_gets_a_video_whatever_is_sampled_together(run_dir: Path, pr
 
 def test_seed_weights_and_sampler_settings_change_the_videos(run_dir: Path, prompts: Path) -> None:
     videos = {}
-    for change in ("seed=0", "seed=1", "weights=master", "guidance_scale=9", "steps=5"):
+    for change in ("seed=0", "seed=1", "weights=raw", "guidance_scale=9", "steps=5"):
         assert cli.main(["sample", f"run={run_dir}", f"prompts={prompts}", change]) == 0
         videos[change] = frames_of(run_dir / "samples")[0]
     for change, video in videos.items():
@@ -106,7 +106,7 @@ def test_what_cannot_be_sampled_is_refused(
         ("batch=0", "batch=0 must be at least 1"),
         ("steps=0", "sampler.steps=0"),
         ("prompt=a", "prompt is not a setting of SampleConfig, did you mean prompts?"),
-        ("weights=best", "weights=best"),
+        ("weights=best", "weights=best must be raw, ema (ema-0.9999) or one of ema-0.9999, which"),
         ("run=''", "run=RUN_DIR or model=FOLDER, and prompts=FILE must both be given"),
     ],
 )
@@ -122,3 +122,5 @@ def test_a_folder_that_is_no_model_is_named_with_what_makes_one(
 ) -> None:
     assert cli.main(["sample", f"model={tmp_path}", f"prompts={prompts}"]) == 64
     assert f"model={tmp_path} must be a pipeline folder, with model_index.json" in capsys.readouterr().err
+    assert cli.main(["sample", f"model={tmp_path}", f"prompts={prompts}", "weights=raw"]) == 64
+    assert "weights=raw needs run=RUN_DIR: a folder has one set of weights" in capsys.readouterr().err

@@ -179,3 +179,22 @@ def test_a_run_with_another_kind_of_text_encoder_is_named(
         ValueError, match=r"has 1 fault:\n.* text.kind=umt5 must be bytes, as init_from=.*source has it"
     ):
         load_train_config([*settings, f"init_from={source}"])
+
+
+def test_a_run_starts_from_whichever_weights_of_another_are_asked_for(
+    tiny_run: list[str], tmp_path: Path, save_random_run: Callable[[Path, list[str]], Path], pipeline: Pipeline
+) -> None:
+    source = save_random_run(tmp_path / "source", [*tiny_run, "ema.decays=[0.99,0.9]"])
+    start = [*tiny_run, "run_dir=runs/none", f"init_from={source}"]
+    models = [
+        started(load_train_config([*start, f"init_weights={kind}"])).state_dict() for kind in ("raw", "ema", "ema-0.9")
+    ]
+    for name, value in models[0].items():
+        torch.testing.assert_close(models[1][name], value / 2)
+        torch.testing.assert_close(models[2][name], value / 4)
+    with pytest.raises(
+        ValueError, match=r"init_weights=ema-0.5 must be raw, ema \(ema-0.99\) or one of ema-0.99, ema-0.9"
+    ):
+        load_train_config([*start, "init_weights=ema-0.5"])
+    with pytest.raises(ValueError, match=r"init_weights=raw must be ema where init_from=.*transformer is not a run"):
+        load_train_config([*tiny_run, "run_dir=r", "init_weights=raw", f"init_from={pipeline('transformer')}"])
