@@ -1,0 +1,211 @@
+"""Two attempts at one run: whoever lives has it, whoever is dead has not, wherever it was."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from muybridge.train import run_lock
+from muybridge.train.run_lock import LOCK_NAME, RunIsLocked, RunLock
+
+BEAT = 0.1
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "on_rank_0", lambda work: work())
+    monkeypatch.setattr(run_lock.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", BEAT)
+    monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.3)
+
+
+Fork = Callable[[Callable[[], object]], int]
+
+
+@pytest.fixture
+def fork() -> Iterator[Fork]:
+    """Runs a function in a process of its own, which then sleeps; returns its number. It is killed at the end."""
+    children = []
+
+    def start(function: Callable[[], object]) -> int:
+        pid = os.fork()
+        if not pid:
+            try:
+                function()
+                time.sleep(60)
+            finally:
+                os._exit(1)
+        children.append(pid)
+        return pid
+
+    yield start
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def elsewhere(lock: RunLock) -> RunLock:
+    """A lock whose process is on another machine."""
+    lock._own = replace(lock._own, host="node-7", boot="another", pid=1)
+    return lock
+
+
+def hold(run_dir: Path, change: Callable[[RunLock], RunLock] = lambda lock: lock) -> Callable[[], object]:
+    return lambda: change(RunLock(run_dir)).acquire()
+
+
+def until_held(run_dir: Path) -> str:
+    end = time.monotonic() + 20
+    while not (content := (run_dir / LOCK_NAME).read_text() if (run_dir / LOCK_NAME).exists() else ""):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return content
+
+
+def test_a_released_lock_is_free(tmp_path: Path) -> None:
+    for _ in range(2):
+        lock = RunLock(tmp_path / "run")
+        lock.acquire()
+        assert lock.still_ours()
+        lock.release()
+        assert not list((tmp_path / "run").iterdir())
+
+
+def test_the_holder_shows_that_it_lives(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    first = json.loads((tmp_path / LOCK_NAME).read_text())
+    time.sleep(4 * BEAT)
+    later = json.loads((tmp_path / LOCK_NAME).read_text())
+    assert later["beat"] > first["beat"]
+    assert {**later, "beat": 0} == {**first, "beat": 0}
+    lock.release()
+
+
+def test_an_attempt_that_lives_on_this_machine_is_named_at_once(tmp_path: Path, fork: Fork) -> None:
+    pid = fork(hold(tmp_path))
+    until_held(tmp_path)
+    os.kill(pid, signal.SIGSTOP)  # however long it does not show it
+    began = time.monotonic()
+    with pytest.raises(RunIsLocked, match=rf"run_dir=.* \(process {pid} on "):
+        RunLock(tmp_path).acquire()
+    assert time.monotonic() - began < 3 * BEAT
+
+
+@pytest.mark.parametrize("is_reaped", [True, False])
+def test_a_lock_of_a_process_that_was_killed_is_taken_over(tmp_path: Path, is_reaped: bool) -> None:
+    pid = os.fork()
+    if not pid:
+        hold(tmp_path)()
+        time.sleep(60)
+    content = until_held(tmp_path)
+    os.kill(pid, signal.SIGKILL)
+    if is_reaped:
+        os.waitpid(pid, 0)
+    else:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    lock = RunLock(tmp_path)
+    lock._changes = lambda content: pytest.fail("there is nothing to wait for")  # type: ignore[method-assign]
+    lock.acquire()
+    assert lock.still_ours()
+    assert (tmp_path / LOCK_NAME).read_text() != content
+    lock.release()
+    if not is_reaped:
+        os.waitpid(pid, 0)
+
+
+def test_another_process_with_the_same_number_does_not_keep_the_lock(tmp_path: Path) -> None:
+    dead = RunLock(tmp_path)
+    dead._own = replace(dead._own, started="1")
+    dead._create()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_an_attempt_that_lives_on_another_machine_is_found_by_its_beat(tmp_path: Path, fork: Fork) -> None:
+    fork(hold(tmp_path, elsewhere))
+    until_held(tmp_path)
+    with pytest.raises(RunIsLocked, match=r"in use by another attempt \(process 1 on node-7"):
+        RunLock(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"attempt": "x"}'])
+def test_a_lock_that_nobody_keeps_up_is_taken_over(tmp_path: Path, content: str | None) -> None:
+    if content is None:
+        elsewhere(RunLock(tmp_path))._create()
+    else:
+        (tmp_path / LOCK_NAME).write_text(content)
+    began = time.monotonic()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert lock.still_ours()
+    assert time.monotonic() - began > 3 * BEAT
+    lock.release()
+
+
+def test_of_two_who_take_over_one_has_it(tmp_path: Path, fork: Fork) -> None:
+    elsewhere(RunLock(tmp_path))._create()
+    taken = tmp_path / "taken"
+    taken.mkdir()
+
+    together = time.monotonic() + 1.5
+
+    def contend() -> None:
+        lock = RunLock(tmp_path)
+        write = lock._write
+
+        def late_write(holder: run_lock._Holder) -> None:
+            time.sleep(max(0.0, together + os.getpid() % 7 / 70 - time.monotonic()))  # when all have seen the same lock
+            write(holder)
+
+        lock._write = late_write  # type: ignore[method-assign]
+        lock.acquire()
+        (taken / str(os.getpid())).touch()
+
+    for _ in range(4):
+        fork(contend)
+    time.sleep(2.5)
+    assert len(list(taken.iterdir())) == 1
+
+
+def test_who_has_lost_the_lock_knows_it_and_leaves_it_to_the_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow, quick = RunLock(tmp_path), RunLock(tmp_path)
+    slow.acquire()
+    quick._write(quick._own)
+    assert not slow.still_ours()
+    time.sleep(4 * BEAT)
+    assert quick._is_ours(), "the beat of one must not take back what the other has"
+    assert "taken over by another attempt" in caplog.text
+    slow.release()
+    assert quick._is_ours()
+
+
+def test_a_beat_that_cannot_be_written_is_told_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_lock.json, "dumps", lambda value: (_ for _ in ()).throw(OSError(28, "No space left")))
+        time.sleep(4 * BEAT)
+    assert caplog.text.count("No space left") == 1
+    assert lock.still_ours()
+    before = until_held(tmp_path)
+    time.sleep(4 * BEAT)
+    assert until_held(tmp_path) != before
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_directory_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        RunLock(tmp_path / "file").acquire()
