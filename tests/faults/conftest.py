@@ -5,17 +5,17 @@ Most cases are marked `faults` and run with `-m faults` only; without `-m` those
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from muybridge.tests.faults.checks import Reference
 from muybridge.tests.faults.fork_server import Attempt, ForkServer
 from muybridge.tests.faults.run_folder import Story, read_story
 
 STEPS = 6
-Reference = Callable[[int], Story]
 # One micro-batch a rank and step; a row a step, a checkpoint every second one, two of which are kept.
 SHORT = [
     *("global_batch=4", "micro_batch=2", f"steps={STEPS}", "checkpoint.every_steps=2", "checkpoint.keep_last=2"),

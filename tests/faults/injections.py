@@ -75,9 +75,10 @@ class _Strike:
             return None
         self._is_busy = True
         try:
-            with open(self._events, "a") as file:
-                file.write(json.dumps({"time": time.monotonic(), "at": self._fault["at"], **found}) + "\n")
-            return ACTIONS[self._fault["do"]](found, **self._fault.get("with", {}))
+            if self._fault["at"] != "start":
+                with open(self._events, "a") as file:
+                    file.write(json.dumps({"time": time.monotonic(), "at": self._fault["at"], **found}) + "\n")
+            return ACTIONS[self._fault["do"]](found | {"events": str(self._events)}, **self._fault.get("with", {}))
         finally:
             self._is_busy = False
 
@@ -184,6 +185,12 @@ def send_to_session(found: dict[str, Any], name: str) -> None:
     os.killpg(0, getattr(signal, name))
 
 
+def send_and_sleep(found: dict[str, Any], name: str, seconds: float) -> None:
+    """A signal to this process, and this thread goes no further."""
+    send(found, name)
+    time.sleep(seconds)
+
+
 def kill_child(found: dict[str, Any], command: str) -> None:
     """kill -9 of a process that this one started, known by a part of its command line."""
     children = Path(f"/proc/{os.getpid()}/task")
@@ -191,6 +198,20 @@ def kill_child(found: dict[str, Any], command: str) -> None:
         for pid in (task / "children").read_text().split():
             if command in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode():
                 os.kill(int(pid), signal.SIGKILL)
+
+
+def fault_the_writer(found: dict[str, Any], faults: list[dict[str, Any]]) -> None:
+    """Put faults into every process that this one starts to write checkpoints in the background."""
+    real = subprocess.Popen
+
+    class Faulty(real):  # type: ignore[misc, valid-type]
+        def __init__(self, command: list[str], **options: Any) -> None:
+            if "muybridge.train.checkpoint_writer" in command:
+                program = [sys.executable, "-m", "muybridge.tests.faults.writer_program"]
+                command = [*program, json.dumps(faults), found["events"], *command[3:]]
+            super().__init__(command, **options)
+
+    subprocess.Popen = Faulty  # type: ignore[misc]
 
 
 def sleep(found: dict[str, Any], seconds: float) -> None:
@@ -264,7 +285,9 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "cut and kill": cut_and_kill,
     "send": send,
     "send to session": send_to_session,
+    "send and sleep": send_and_sleep,
     "kill child": kill_child,
+    "fault the writer": fault_the_writer,
     "sleep": sleep,
     "fail": fail,
     "limit file size": limit_file_size,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from muybridge.tests.faults.conftest import Reference
+from muybridge.tests.faults.checks import Reference
 from muybridge.tests.faults.fork_server import Attempt, ForkServer, is_running
 from muybridge.tests.faults.run_folder import read_story
 

@@ -145,6 +145,7 @@ def _become_rank(plan: dict[str, Any]) -> NoReturn:
 
     for fault in plan["faults"]:
         injections.install(fault, Path(plan["events"]))
+    sys.modules.pop("muybridge.train.__main__", None)  # or runpy warns
     runpy.run_module("muybridge.train", run_name="__main__", alter_sys=False)
     sys.exit(0)
 

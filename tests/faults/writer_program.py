@@ -1,0 +1,15 @@
+"""The process that writes checkpoints in the background, with faults; its arguments are these, the file of events and the image."""
+
+import json
+import sys
+from pathlib import Path
+
+from muybridge.tests.faults import injections
+from muybridge.train import checkpoint_writer
+
+if __name__ == "__main__":
+    faults, events, image = sys.argv[1:]
+    for fault in json.loads(faults):
+        injections.install(fault, Path(events))
+    sys.argv = ["muybridge.train.checkpoint_writer", image]
+    checkpoint_writer.main()
