@@ -1,4 +1,8 @@
-"""What a run reports: metrics.jsonl (the record), W&B (the view) and the progress bar. Only rank 0 makes one."""
+"""What a run reports: metrics.jsonl (the record), W&B (the view) and the progress bar. Only rank 0 makes one.
+
+A row has its step, the attempt that made it, the time, and figures. Rows of steps that are done once more, after a resume or a
+roll-back, move to metrics_dropped.jsonl, so that every step has one row.
+"""
 
 import json
 import logging
@@ -7,7 +11,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -15,7 +19,13 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .json_lines import JsonLines, read_json_lines
+
+METRICS_NAME = "metrics.jsonl"
+DROPPED_NAME = "metrics_dropped.jsonl"
 PLAIN_LINE_SECONDS = 10
+# The column that tells that a validation is complete.
+VALIDATION_SECONDS = "validation_seconds"
 
 
 class WandbMode(Enum):
@@ -44,14 +54,22 @@ class TrackingConfig:
 
 
 class Tracker:
-    """Writes rows of metrics and media; a failure of W&B never reaches the training loop."""
+    """Writes rows of metrics and media; a failure of W&B or of the disk never reaches the training loop."""
 
     def __init__(
-        self, run_dir: Path, config: TrackingConfig, *, run_config: dict[str, Any], total_steps: int, start_step: int
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        *,
+        run_config: dict[str, Any],
+        total_steps: int,
+        start_step: int,
+        attempt: int = 1,
     ) -> None:
-        self._path = run_dir / "metrics.jsonl"
-        _drop_rows_after(self._path, start_step)
-        self._file = open(self._path, "a")  # noqa: SIM115 (open for the run's life)
+        self._run_dir, self._attempt = run_dir, attempt
+        _drop_rows_after(run_dir, start_step)
+        self._rows = JsonLines(run_dir / METRICS_NAME)
+        self._failure = ""
         self.run_id = _run_id(run_dir)
         self._wandb = _start_wandb(run_dir, config, run_id=self.run_id, run_config=run_config)
         self._bar = _ProgressBar(run_dir.name, total_steps, start_step)
@@ -62,19 +80,38 @@ class Tracker:
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Record a row of metrics after `step` steps."""
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
-        self._log_to_wandb({**row, "step": step})
+        stamp = {"step": step, "attempt": self._attempt}
+        failure = self._rows.append({**stamp, "unix_seconds": round(time.time(), 3), **row})
+        if failure and not self._failure:
+            self.note(f"muybridge: {failure}; training goes on, and the rows are written when they can be")
+        self._failure = failure
+        self._log_to_wandb({**row, **stamp})
         if "loss" in row:
             self._bar.show(step, row)
+
+    def has(self, step: int, column: str) -> bool:
+        """Whether a row of this step with such a column was recorded, in this attempt or an earlier one."""
+        return any(row.get("step") == step and column in row for row in read_json_lines(self._run_dir / METRICS_NAME))
+
+    def validation_losses(self) -> dict[int, float]:
+        """The validation losses so far, by their steps."""
+        rows = read_json_lines(self._run_dir / METRICS_NAME)
+        return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+
+    def drop_rows_after(self, step: int) -> None:
+        """Forget what was recorded of later steps, before they are done once more in this attempt."""
+        self._rows.close()
+        try:
+            _drop_rows_after(self._run_dir, step)
+        except OSError as error:
+            self.note(f"muybridge: the rows after step {step} are in {METRICS_NAME} twice from here on ({error})")
+        self._rows = JsonLines(self._run_dir / METRICS_NAME)
+        self._bar.go_back(step)
 
     def log_videos(self, step: int, videos: list[tuple[Path, str]]) -> None:
         """Record sample videos: mp4 files and their captions."""
         if self._wandb is not None and videos:
-            import wandb
-
-            clips = [wandb.Video(str(path), caption=caption, format="mp4") for path, caption in videos]
-            self._log_to_wandb({"samples": clips, "step": step})
+            self._log_to_wandb({"step": step, "attempt": self._attempt}, videos)
 
     def note(self, text: str) -> None:
         """Say something to the person who watches."""
@@ -83,14 +120,21 @@ class Tracker:
     def close(self) -> None:
         _package_logger().removeHandler(self._log_handler)
         self._bar.close()
-        self._file.close()
+        self._rows.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            try:
+                self._wandb.finish()
+            except Exception as error:
+                self.note(f"muybridge: W&B did not get everything ({error}); metrics.jsonl has it")
 
-    def _log_to_wandb(self, row: dict[str, Any]) -> None:
+    def _log_to_wandb(self, row: dict[str, Any], videos: Sequence[tuple[Path, str]] = ()) -> None:
         if self._wandb is None:
             return
         try:
+            if videos:
+                import wandb
+
+                row["samples"] = [wandb.Video(str(path), caption=caption, format="mp4") for path, caption in videos]
             self._wandb.log(row)
         except Exception as error:  # whatever goes wrong in W&B, its service process or the disk
             self.note(f"muybridge: W&B is off from here on ({error}); metrics.jsonl has everything")
@@ -132,6 +176,11 @@ class _ProgressBar:
             eta = time.strftime("%H:%M:%S", time.gmtime(rate * (self._total - step)))
             print(f"{self._name}  step {step}/{self._total}  {facts}  eta {eta}", file=sys.stderr, flush=True)
 
+    def go_back(self, step: int) -> None:
+        self._start, self._began = step, time.monotonic()
+        if self._progress is not None:
+            self._progress.reset(self._task, completed=step)
+
     def note(self, text: str) -> None:
         if self._progress is not None:
             self._progress.console.print(text)
@@ -166,20 +215,20 @@ def _run_id(run_dir: Path) -> str:
     return path.read_text().strip()
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Forget rows of steps that a resume will run again, so that every step has one row."""
-    if not path.exists():
+def _drop_rows_after(run_dir: Path, step: int) -> None:
+    """Move the rows of steps that are done once more, so that every step has one row, and nothing is lost."""
+    path = run_dir / METRICS_NAME
+    rows = read_json_lines(path)
+    dropped = [row for row in rows if row.get("step", 0) > step]
+    if not dropped:
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # a kill can cut the last line
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
+    # First of all: a kill between the two leaves them in both files, which their readers know of.
+    aside = JsonLines(run_dir / DROPPED_NAME)
+    if failure := [text for text in map(aside.append, dropped) if text]:
+        raise OSError(failure[-1])
+    aside.close()
     staging = path.with_suffix(".tmp")
-    staging.write_text("".join(kept))
+    staging.write_text("".join(json.dumps(row) + "\n" for row in rows if row.get("step", 0) <= step))
     staging.replace(path)
 
 
@@ -206,7 +255,7 @@ def _start_wandb(run_dir: Path, config: TrackingConfig, *, run_id: str, run_conf
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run
-    except wandb.errors.Error as error:
+    except Exception as error:  # no key, no network, a full disk
         print(f"muybridge: W&B is off for this run ({error}); metrics.jsonl has everything", file=sys.stderr)
         return None
 

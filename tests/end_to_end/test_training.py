@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from muybridge.scripts.prepare import main as prepare
+from muybridge.tests.wandb_files import wandb_records, wandb_rows
 from muybridge.train.checkpoint import committed_checkpoints
 
 TIMEOUT_SECONDS = 120
@@ -301,7 +301,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(
 ) -> None:
     assert 12 <= story["step at the kill"] < STORY_STEPS
     assert story["finished code"] == 0, story["finished"]
-    timing = {"seconds_per_step", "samples_per_second", "data_seconds_per_step"}
+    timing = {"seconds_per_step", "samples_per_second", "data_seconds_per_step", "unix_seconds", "attempt"}
     expected, got = (
         [{name: value for name, value in row.items() if name not in timing} for row in read_rows(run_dir)]
         for run_dir in (runs[0] / "story", story["run_dir"])
@@ -345,30 +345,6 @@ def test_nothing_of_an_interruption_is_left(story: dict[str, Any]) -> None:
     assert suffixes == {".safetensors", ".json", ".jsonl"}
 
 
-def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of a W&B offline file: blocks of 32 KiB, each record in chunks of checksum, length and kind."""
-    from wandb.proto import wandb_internal_pb2  # its classes are made at import
-
-    data = path.read_bytes()
-    position, buffer = 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        if kind == 0:
-            return
-        position += 7
-        buffer += data[position : position + length]
-        position += length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-            record.ParseFromString(buffer)
-            yield record
-            buffer = b""
-
-
 def test_wandb_sees_one_run_with_all_its_rows_and_videos(story: dict[str, Any]) -> None:
     run_dir = story["run_dir"]
     run_id = (run_dir / "wandb_run_id.txt").read_text()
@@ -377,12 +353,8 @@ def test_wandb_sees_one_run_with_all_its_rows_and_videos(story: dict[str, Any]) 
     steps: Counter[int] = Counter()
     videos = []
     for file in files:
-        for record in wandb_records(file):
-            if record.WhichOneof("record_type") == "run":
-                assert record.run.run_id == run_id
-            if record.WhichOneof("record_type") != "history":
-                continue
-            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        assert {r.run.run_id for r in wandb_records(file) if r.WhichOneof("record_type") == "run"} == {run_id}
+        for row in wandb_rows(file):
             if "loss" in row:
                 steps[row["step"]] += 1
             videos += row.get("samples.videos", [])

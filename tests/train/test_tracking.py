@@ -1,25 +1,34 @@
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from muybridge.tests.wandb_files import wandb_records, wandb_rows
+from muybridge.train.json_lines import JsonLines
 from muybridge.train.tracking import Tracker, TrackingConfig, WandbMode
 
 ROW = {"loss": 0.5, "grad_norm": 1.0, "lr": 1e-3, "seconds_per_step": 0.1, "samples_per_second": 80.0}
 
 
-def make_tracker(run_dir: Path, *, start_step: int = 0, wandb: WandbMode = WandbMode.off) -> Tracker:
+def make_tracker(run_dir: Path, *, start_step: int = 0, attempt: int = 1, wandb: WandbMode = WandbMode.off) -> Tracker:
     """A tracker of a run of 100 steps."""
     run_dir.mkdir(exist_ok=True)
-    return Tracker(run_dir, TrackingConfig(wandb=wandb), run_config={}, total_steps=100, start_step=start_step)
+    return Tracker(
+        run_dir, TrackingConfig(wandb=wandb), run_config={}, total_steps=100, start_step=start_step, attempt=attempt
+    )
 
 
-def read_rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def read_rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def steps_and_attempts(run_dir: Path, name: str = "metrics.jsonl") -> list[tuple[int, int]]:
+    return [(row["step"], row["attempt"]) for row in read_rows(run_dir, name)]
 
 
 def test_rows_after_the_checkpoint_and_a_cut_row_are_forgotten_on_resume(tmp_path: Path) -> None:
@@ -35,6 +44,47 @@ def test_rows_after_the_checkpoint_and_a_cut_row_are_forgotten_on_resume(tmp_pat
     tracker.close()
     rows = read_rows(tmp_path)
     assert [(row["step"], row.get("loss")) for row in rows] == [(10, 0.5), (20, 0.5), (20, None), (30, 0.75)]
+
+
+def test_rows_say_whose_they_are_and_dropped_ones_are_kept_apart(tmp_path: Path) -> None:
+    before = time.time() - 0.001
+    tracker = make_tracker(tmp_path)
+    for step in (10, 20, 30):
+        tracker.log(step, ROW)
+    tracker.close()
+    tracker = make_tracker(tmp_path, start_step=20, attempt=2)
+    tracker.log(30, ROW)
+    tracker.log(40, ROW)
+    tracker.drop_rows_after(20)
+    tracker.log(30, ROW)
+    tracker.close()
+    assert steps_and_attempts(tmp_path) == [(10, 1), (20, 1), (30, 2)]
+    assert steps_and_attempts(tmp_path, "metrics_dropped.jsonl") == [(30, 1), (30, 2), (40, 2)]
+    times = [row["unix_seconds"] for row in read_rows(tmp_path)]
+    assert before <= times[0] <= times[-1] <= time.time()
+
+
+def test_a_full_disk_costs_no_row_and_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = make_tracker(tmp_path)
+    tracker.log(10, ROW)
+    write, room = JsonLines._write, [30]  # bytes of the next row
+
+    def write_to_a_full_disk(rows: JsonLines) -> None:
+        if room:
+            part, rows._waiting = rows._waiting[: room[0]], rows._waiting[room.pop() :]
+            rows._file.write(part)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(JsonLines, "_write", write_to_a_full_disk)
+    for step in (20, 30):
+        tracker.log(step, ROW)
+    assert capsys.readouterr().err.count("No space left on device; training goes on") == 1
+    monkeypatch.setattr(JsonLines, "_write", write)
+    tracker.log(40, ROW)
+    tracker.close()
+    assert [step for step, _ in steps_and_attempts(tmp_path)] == [10, 20, 30, 40]
 
 
 def test_a_fresh_run_in_a_used_folder_has_its_own_rows_only(tmp_path: Path) -> None:
@@ -118,3 +168,30 @@ def test_the_run_id_stays(tmp_path: Path) -> None:
     assert len(first.run_id) == 8
     other = make_tracker(tmp_path / "other")
     assert other.run_id != first.run_id
+
+
+def test_wandb_goes_on_in_the_same_run_after_a_resume_and_a_roll_back(tmp_path: Path) -> None:
+    tracker = make_tracker(tmp_path, wandb=WandbMode.offline)
+    for step in (10, 20, 30):
+        tracker.log(step, ROW)
+    tracker.close()
+    tracker = make_tracker(tmp_path, start_step=20, attempt=2, wandb=WandbMode.offline)
+    for step in (30, 40):
+        tracker.log(step, ROW)
+    tracker.drop_rows_after(30)
+    tracker.log(40, {**ROW, "loss": 0.25})
+    tracker.close()
+
+    found = []
+    for file in sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb")):
+        kinds: dict[str, list[Any]] = {}
+        for record in wandb_records(file):
+            kind = record.WhichOneof("record_type")
+            kinds.setdefault(kind, []).append(getattr(record, kind))
+        assert {run.run_id for run in kinds["run"]} == {tracker.run_id}
+        # Curves are drawn over our own step, which may go back, as W&B's may not.
+        assert {metric.step_metric for metric in kinds["metric"] if metric.glob_name == "*"} == {"step"}
+        native = [row.step.num for row in kinds["history"]]
+        assert native == sorted(set(native))
+        found.append([(row["step"], row["attempt"], row["loss"]) for row in wandb_rows(file)])
+    assert found == [[(10, 1, 0.5), (20, 1, 0.5), (30, 1, 0.5)], [(30, 2, 0.5), (40, 2, 0.5), (40, 2, 0.25)]]

@@ -1,0 +1,53 @@
+"""Files of JSON lines after kills and full disks."""
+
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+
+from muybridge.train.json_lines import JsonLines, read_json_lines
+
+
+def test_rows_come_back_in_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert read_json_lines(path) == []
+    for number in (1, 2):
+        rows = JsonLines(path)
+        assert rows.append({"number": number, "text": "a\nb"}, sync=True) == ""
+        rows.close()
+    assert read_json_lines(path) == [{"number": 1, "text": "a\nb"}, {"number": 2, "text": "a\nb"}]
+
+
+@pytest.mark.parametrize("torn", ['{"number": 9, "te', '{"number": 9}', "\x00\x00", "[1]"])
+def test_a_line_that_a_kill_cut_short_does_not_spoil_the_next_one(torn: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"number": 1}\n' + torn)
+    rows = JsonLines(path)
+    rows.append({"number": 2})
+    rows.close()
+    assert path.read_text() == '{"number": 1}\n{"number": 2}\n'
+
+
+def test_what_is_no_json_object_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"number": 1}\n\xff\xfe\n7\n{"number": 2}\n{"num')
+    assert read_json_lines(path) == [{"number": 1}, {"number": 2}]
+
+
+def test_what_a_full_disk_refuses_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = JsonLines(path)
+    # As a full disk answers: a part of the write succeeds, the rest fails.
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        failures = [rows.append({"number": number}) for number in (1, 2, 3)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, kept)
+    assert failures == ["", f"{path}: File too large", f"{path}: File too large"]
+    assert read_json_lines(path) == [{"number": 1}]
+    rows.close()
+    assert read_json_lines(path) == [{"number": 1}, {"number": 2}, {"number": 3}]

@@ -1,0 +1,162 @@
+"""The diary of a run, RUN_DIR/attempts.jsonl: what each attempt began with, committed and ended with. Rank 0 writes it.
+
+    {"event": "start", "attempt": 2, "unix_seconds": .., "start_step": 400, "from": "step-00000400", "world_size": 8, "host": "n01",
+     "code": "9f3c.."}
+    {"event": "commit", "attempt": 2, "unix_seconds": .., "step": 600, "blocking_seconds": 0.3, "total_seconds": 9.1, "bytes": 5000}
+    {"event": "save_failed", "attempt": 2, "unix_seconds": .., "step": 650, "blocking_seconds": 0.3, "cause": "No space left .."}
+    {"event": "roll_back", "attempt": 2, "unix_seconds": .., "from_step": 655, "to_step": 600, "cause": "the loss .."}
+    {"event": "end", "attempt": 2, "unix_seconds": .., "step": 800, "exit_code": 75, "cause": "..", "on_request": true}
+
+An attempt without an end was killed. What happened between is in metrics.jsonl, whose rows have the attempt and the time, too.
+"""
+
+import hashlib
+import json
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .exit_codes import ExitCode
+from .json_lines import JsonLines, read_json_lines
+
+FILE_NAME = "attempts.jsonl"
+KILLED = "it ended without a word (killed, or its machine went down)"
+
+
+@dataclass
+class Attempt:
+    """One attempt as the diary has it."""
+
+    number: int
+    start: dict[str, Any]
+    commits: list[dict[str, Any]] = field(default_factory=list)
+    failed_saves: list[dict[str, Any]] = field(default_factory=list)
+    roll_backs: list[dict[str, Any]] = field(default_factory=list)
+    end: dict[str, Any] | None = None  # None: it goes on, or was killed
+
+    @property
+    def start_step(self) -> int:
+        return int(self.start["start_step"])
+
+    @property
+    def cause(self) -> str:
+        """Why it ended."""
+        return str(self.end.get("cause") or f"exit code {self.end.get('exit_code')}") if self.end else KILLED
+
+    @property
+    def is_fruitless(self) -> bool:
+        """It left no new checkpoint, and neither a person nor a scheduler nor a mistake in the settings is why."""
+        if self.commits:
+            return False
+        end = self.end or {}
+        return not end.get("on_request") and end.get("exit_code") not in (ExitCode.done, ExitCode.config)
+
+
+class Attempts:
+    """Writes the diary of one attempt. A disk that is full does not stop it; the event then goes with the next one."""
+
+    def __init__(self, run_dir: Path) -> None:
+        before = read_attempts(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = JsonLines(run_dir / FILE_NAME)
+        self.number = before[-1].number + 1 if before else 1
+
+    def start(self, *, start_step: int, checkpoint: Path | None, world_size: int, code: str) -> None:
+        """Once it is known where this attempt goes on; `code` as of `code_fingerprint`."""
+        self._write(
+            "start",
+            start_step=start_step,
+            **{"from": checkpoint.name if checkpoint else None},
+            world_size=world_size,
+            host=socket.gethostname(),
+            code=code,
+        )
+
+    def commit(self, step: int, *, blocking_seconds: float, total_seconds: float, nbytes: int) -> None:
+        """A checkpoint of `step` is there: what it kept training from, what it took in all, and its size over all ranks."""
+        self._write(
+            "commit",
+            step=step,
+            blocking_seconds=round(blocking_seconds, 4),
+            total_seconds=round(total_seconds, 4),
+            bytes=nbytes,
+        )
+
+    def save_failed(self, step: int, *, blocking_seconds: float, cause: str) -> None:
+        """The checkpoint of `step` could not be written; training goes on."""
+        self._write("save_failed", step=step, blocking_seconds=round(blocking_seconds, 4), cause=cause)
+
+    def roll_back(self, *, from_step: int, to_step: int, cause: str) -> None:
+        """Steps that were done are done again, within this attempt."""
+        self._write("roll_back", from_step=from_step, to_step=to_step, cause=cause)
+
+    def end(self, *, step: int, exit_code: int, cause: str, on_request: bool = False) -> None:
+        """The last event; `on_request` where a person or a scheduler asked for the stop."""
+        self._write("end", step=step, exit_code=int(exit_code), cause=cause, on_request=on_request)
+
+    def _write(self, event: str, **facts: Any) -> None:
+        row = {"event": event, "attempt": self.number, "unix_seconds": round(time.time(), 3), **facts}
+        self._file.append(row, sync=True)
+
+
+def read_attempts(run_dir: Path) -> list[Attempt]:
+    """The attempts of a run in their order; [] where there is no diary. What no start belongs to is left out."""
+    found: dict[Any, Attempt] = {}
+    for row in read_json_lines(run_dir / FILE_NAME):
+        event, number = row.get("event"), row.get("attempt")
+        if event == "start" and isinstance(number, int) and "start_step" in row:
+            found[number] = Attempt(number, row)
+        elif (attempt := found.get(number)) is None:
+            continue
+        elif event == "commit":
+            attempt.commits.append(row)
+        elif event == "save_failed":
+            attempt.failed_saves.append(row)
+        elif event == "roll_back":
+            attempt.roll_backs.append(row)
+        elif event == "end":
+            attempt.end = row
+    return list(found.values())
+
+
+def fruitless_attempts(run_dir: Path, code: str) -> list[Attempt]:
+    """The last attempts in a row, oldest first, that began at one step with this code and left no new checkpoint.
+
+    Asked before an attempt starts its own entry.
+    """
+    found: list[Attempt] = []
+    for attempt in reversed(read_attempts(run_dir)):
+        is_same = attempt.start.get("code") == code and (not found or attempt.start_step == found[0].start_step)
+        if not is_same or not attempt.is_fruitless:
+            break
+        found.insert(0, attempt)
+    return found
+
+
+def no_progress_message(run_dir: Path, code: str, restart_limit: int) -> str:
+    """Why the run is not tried again, or an empty string; a `restart_limit` of 0 always tries again."""
+    found = fruitless_attempts(run_dir, code)
+    if not restart_limit or len(found) < restart_limit:
+        return ""
+    causes = "; ".join(f"attempt {attempt.number}: {attempt.cause}" for attempt in found)
+    return (
+        f"{run_dir} made no progress: {len(found)} attempts in a row began at step {found[-1].start_step} and left no newer "
+        f"checkpoint ({causes}). Another attempt is made once the settings or the code have changed, or with restart_limit=0"
+    )
+
+
+def code_fingerprint(settings: Mapping[str, Any]) -> str:
+    """Changes with the settings of a run and with the package's source files, committed or not."""
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=8)
+    for path in _sources():
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources() -> list[Path]:
+    root = Path(__file__).parents[1]
+    folders = ("data", "kernels", "models", "train")
+    return [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]

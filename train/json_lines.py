@@ -1,0 +1,51 @@
+"""Files of one JSON object a line, which are whole after a kill and lose nothing to a full disk."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """Appends rows to a file. What the disk refuses waits in memory and goes with the next row."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the run's life)
+        self._waiting = b""
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line that a kill cut short
+
+    def append(self, row: dict[str, Any], *, sync: bool = False) -> str:
+        """Write a row, with `sync` down to the disk; returns what went wrong, else an empty string."""
+        self._waiting += json.dumps(row).encode() + b"\n"
+        try:
+            self._write()
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            return f"{self._path}: {error.strerror or error}"
+        return ""
+
+    def close(self) -> None:
+        """A last try for what waits."""
+        with suppress(OSError):
+            self._write()
+        self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, in their order; [] where there is none. Lines that are no JSON object are left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last one of a run that goes on, or that was killed
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
