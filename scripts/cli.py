@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 
 from .. import __version__
+from ..redaction import redact_output
 from ..train.exit_codes import ExitCode
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     traceback, which MUYBRIDGE_TRACEBACK=1 brings back.
     """
     argv = sys.argv[1:] if argv is None else argv
+    redact_output()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0

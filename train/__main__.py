@@ -8,9 +8,11 @@ import yaml
 from omegaconf import DictConfig
 
 from .. import __version__
+from ..redaction import redact_output
 from .compose import plain, register_schema
 from .config import SCHEMA_NAME, TrainConfig, load_train_config
 from .exit_codes import ExitCode
+from .secrets import refuse_secrets_in_overrides
 
 USAGE = f"""\
 usage: muybridge train +experiment=NAME [KEY=VALUE ...]
@@ -30,6 +32,7 @@ muybridge {__version__}; --hydra-help explains Hydra's own flags."""
 
 def main(argv: list[str]) -> int:
     """Run or resume training; returns the exit code where no process group was started, otherwise ends the process."""
+    redact_output()
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -62,6 +65,7 @@ def _show_with_hydra(argv: list[str]) -> int:
     allowed = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--resolve", "--package", "-p")
     if unknown := [text for text in argv if text.startswith("-") and text.split("=")[0] not in allowed]:
         raise ValueError(f"unknown option {unknown[0]} (see muybridge train --help)")
+    refuse_secrets_in_overrides(argv)
     register_schema(SCHEMA_NAME, TrainConfig)
 
     @hydra.main(config_path="pkg://muybridge.configs", config_name="train", version_base="1.3")

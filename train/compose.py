@@ -15,15 +15,26 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from .secrets import (
+    READABLE_PREFIXES,
+    READABLE_VARIABLES,
+    is_readable_variable,
+    refuse_secrets,
+    refuse_secrets_in_overrides,
+)
 
 
 def compose_config(overrides: list[str], *, config_class: type, config_name: str, schema_name: str) -> Any:
     """Compose the YAML files with command-line overrides into `config_class`, whose own `faults` are left to the caller.
 
-    Raises ValueError with every unknown key, wrong type and unreadable override in one message.
+    Raises ValueError with every unknown key, wrong type and unreadable override in one message, or with the secrets among them.
     """
+    refuse_secrets_in_overrides(overrides)  # first: other messages repeat what they are about
     config, faults = _compose_untyped(overrides, config_name=config_name, schema_name=schema_name)
     typed = OmegaConf.structured(config_class)
+    refuse_secrets(_leaves(config))
     for path, value in _leaves(config):
         faults += _set_typed(typed, path, value, config_class)
     result = OmegaConf.to_object(typed)
@@ -31,6 +42,18 @@ def compose_config(overrides: list[str], *, config_class: type, config_name: str
         # What could be set is set, so rules between fields can already speak; fields in doubt keep their defaults.
         raise ConfigFaults(faults, result)
     return result
+
+
+def _readable_variable(name: str, default: Any = oc._DEFAULT_MARKER_) -> Any:
+    """OmegaConf's ${oc.env:NAME}, for variables that are no secrets."""
+    if not is_readable_variable(name):
+        allowed = ", ".join([*READABLE_VARIABLES, *(f"{prefix}..." for prefix in READABLE_PREFIXES)])
+        raise ValueError(f"settings must not hold the environment variable {name} (only {allowed})")
+    return oc.env(name, default)
+
+
+# Wherever settings are resolved, also those that a file brings.
+OmegaConf.register_new_resolver("oc.env", _readable_variable, replace=True)
 
 
 class ConfigFaults(ValueError):

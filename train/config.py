@@ -10,6 +10,8 @@ from enum import Enum
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ..data.buckets import Bucket, BucketConfig
 from ..data.config import Access, DataConfig, build_buckets
@@ -25,14 +27,17 @@ from ..models.vae.config import VAEConfig
 from ..models.vae.loss import VAELossConfig
 from ..models.weights import load_config
 from .checkpoint import CheckpointConfig
+from .checkpoint_folder import resume_fault
 from .compose import ConfigFaults, compose_config, fault_message
 from .ema import EMAConfig
 from .engine import EngineConfig
 from .experts import Expert, expert_faults, expert_schedule
+from .guards import GuardConfig, SpikePolicy
 from .initial_weights import initial_faults, initial_kind_fault
 from .optimizer import OptimizerConfig
 from .tracking import TrackingConfig
 from .validate import ValidationConfig
+from .watchdog import WatchdogConfig
 
 SCHEMA_NAME = "train_schema"
 
@@ -89,6 +94,11 @@ class TrainConfig:
     expert: Expert = Expert.none
     # The noise level at which two experts change over, 0.875 in Wan 2.2 T2V and 0.9 in I2V.
     boundary: float = 0.875
+    # Where to go on from: auto takes the newest valid checkpoint of run_dir, if there are any; must asks for one; never asks for
+    # none; a number is the step of the checkpoint to take, and newer ones are set aside.
+    resume: str = "auto"
+    # Attempts in a row that may end without a new checkpoint before the next one refuses to begin (exit 93); 0 is without a limit.
+    restart_limit: int = 3
     # Compose and check everything, print it, and stop.
     dry_run: bool = False
     model: DiTConfig = field(default_factory=DiTConfig)
@@ -105,6 +115,8 @@ class TrainConfig:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -177,12 +189,21 @@ class TrainConfig:
                 found.append(
                     f"{name}={getattr(self, name)} must be at least 1 (an experiment sets it: +experiment=NAME)"
                 )
+        if fault := resume_fault("resume", self.resume):
+            found.append(fault)
+        if self.restart_limit < 0:
+            found.append(f"restart_limit={self.restart_limit} must be 0 (no limit) or more")
         if self.threads < 0:
             found.append(f"threads={self.threads} must be 0 (torch decides) or more")
         part_faults = []
         for part in dataclasses.fields(self):
             if dataclasses.is_dataclass(getattr(self, part.name)):
                 part_faults += getattr(self, part.name).faults(part.name)
+        if self.guards.spike_policy is SpikePolicy.roll_back and self.data.access is Access.stream:
+            found.append("guards.spike_policy=roll_back must be another with data.access=stream, which cannot go back")
+        if self.checkpoint.keep_best and not (self.validation.every_steps and self.validation.path):
+            kept = self.checkpoint.keep_best
+            found.append(f"checkpoint.keep_best={kept} must be 0 without validation.path and validation.every_steps")
         # Rules between parts need parts that make sense on their own.
         return found + (part_faults or self._size_faults())
 
@@ -355,5 +376,8 @@ def read_config(run_dir: Path) -> TrainConfig:
         encoding="utf-8"
     ):  # what a run wrote is data, nothing that this machine's variables go into
         raise ValueError(f"{path} must hold plain values, and no interpolation ${{...}}")
-    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path), {"run_dir": str(run_dir)})
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path), {"run_dir": str(run_dir)})
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{path} must hold the settings of a run: {str(error).splitlines()[0]}") from error
     return OmegaConf.to_object(merged)  # type: ignore[return-value]
