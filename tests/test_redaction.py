@@ -119,7 +119,7 @@ def test_all_that_python_writes_is_redacted(monkeypatch: pytest.MonkeyPatch) -> 
         traceback.print_exc()
         sys.__excepthook__(KeyError, error, error.__traceback__)
     assert sys.stdout.write("canary-0123456789") == len("canary-0123456789")
-    written = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
+    written = [stream.buffer.getvalue().decode() for stream in (out, err)]
     assert written[0] == "printed [HF_TOKEN]!\n[HF_TOKEN]\n[HF_TOKEN]"
     assert written[1].startswith("logged [HF_TOKEN]\n")
     assert written[1].count("KeyError: '[HF_TOKEN]'") == 2

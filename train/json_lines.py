@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..redaction import redacted
+
 
 class JsonLines:
     """Appends rows to a file. What the disk refuses waits in memory and goes with the next row."""
@@ -17,8 +19,8 @@ class JsonLines:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line that a kill cut short
 
     def append(self, row: dict[str, Any], *, sync: bool = False) -> str:
-        """Write a row, with `sync` down to the disk; returns what went wrong, else an empty string."""
-        self._waiting += json.dumps(row).encode() + b"\n"
+        """Write a row without secrets, with `sync` down to the disk; returns what went wrong, else an empty string."""
+        self._waiting += redacted(json.dumps(row)).encode() + b"\n"  # the cause of a failure may be any text
         try:
             self._write()
             if sync:

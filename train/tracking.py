@@ -11,19 +11,24 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..data.captions import clean_caption, printable
+from ..redaction import is_secret_name, redacted
 from .json_lines import JsonLines, read_json_lines
 
 METRICS_NAME = "metrics.jsonl"
 DROPPED_NAME = "metrics_dropped.jsonl"
 PLAIN_LINE_SECONDS = 10
+MAX_CAPTION_CHARACTERS = 500  # of a video in W&B
 # The column that tells that a validation is complete.
 VALIDATION_SECONDS = "validation_seconds"
 
@@ -134,7 +139,8 @@ class Tracker:
             if videos:
                 import wandb
 
-                row["samples"] = [wandb.Video(str(path), caption=caption, format="mp4") for path, caption in videos]
+                shown = [(str(path), clean_caption(caption)[:MAX_CAPTION_CHARACTERS]) for path, caption in videos]
+                row["samples"] = [wandb.Video(path, caption=caption, format="mp4") for path, caption in shown]
             self._wandb.log(row)
         except Exception as error:  # whatever goes wrong in W&B, its service process or the disk
             self.note(f"muybridge: W&B is off from here on ({error}); metrics.jsonl has everything")
@@ -160,7 +166,7 @@ class _ProgressBar:
                 TextColumn("{task.fields[facts]}"),
             )
             self._progress.start()
-            self._task = self._progress.add_task(name, total=total, completed=start, facts="")
+            self._task = self._progress.add_task(escape(name), total=total, completed=start, facts="")
 
     def show(self, step: int, row: dict[str, float]) -> None:
         facts = (
@@ -182,8 +188,11 @@ class _ProgressBar:
             self._progress.reset(self._task, completed=step)
 
     def note(self, text: str) -> None:
+        # It may quote anything: no brackets of it are rich's markup, nothing in it moves the cursor, and no line broken at
+        # the terminal's width hides a secret from `redact_output`.
+        text = "\n".join(map(printable, redacted(text).split("\n")))
         if self._progress is not None:
-            self._progress.console.print(text)
+            self._progress.console.print(text, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
@@ -240,17 +249,20 @@ def _start_wandb(run_dir: Path, config: TrackingConfig, *, run_id: str, run_conf
     mode = config.wandb.value
     if config.wandb is WandbMode.auto:
         mode = os.environ.get("WANDB_MODE") or ("online" if _is_logged_in() else "offline")
+    # The address that a checkout was cloned from may have a token in it; which commit it is, is in provenance.json.
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True)
     try:
-        run = wandb.init(
-            project=config.project,
-            name=config.name or run_dir.name,
-            id=run_id,
-            resume="allow",
-            mode=mode,
-            dir=str(run_dir),
-            config=run_config,
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
+        with _without_slurm_secrets():
+            run = wandb.init(
+                project=config.project,
+                name=config.name or run_dir.name,
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                dir=str(run_dir),
+                config=run_config,
+                settings=settings,
+            )
         # W&B drops rows whose own step counter goes back, as after a resume from an older step; ours is an ordinary metric.
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
@@ -258,6 +270,18 @@ def _start_wandb(run_dir: Path, config: TrackingConfig, *, run_id: str, run_conf
     except Exception as error:  # no key, no network, a full disk
         print(f"muybridge: W&B is off for this run ({error}); metrics.jsonl has everything", file=sys.stderr)
         return None
+
+
+@contextmanager
+def _without_slurm_secrets() -> Iterator[None]:
+    # W&B's service process notes down every variable of Slurm that it was started with, among them SLURM_JWT, a login.
+    hidden = {name: value for name, value in os.environ.items() if name.startswith("SLURM_") and is_secret_name(name)}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _is_logged_in() -> bool:

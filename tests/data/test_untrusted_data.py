@@ -228,7 +228,7 @@ class Connection:
     ],
 )
 def test_an_address_is_looked_at_before_anything_is_asked(address: str, must_be_public: bool, is_read: bool) -> None:
-    request = web.urllib.request.Request("http://host/a.tar")
+    request: Any = web.urllib.request.Request("http://host/a.tar")
     request.must_be_public = must_be_public
     connection: Any = Connection(address)
     if is_read:
@@ -240,7 +240,7 @@ def test_an_address_is_looked_at_before_anything_is_asked(address: str, must_be_
 
 
 def test_a_redirect_from_a_public_server_must_stay_outside() -> None:
-    request = web.urllib.request.Request("https://host/a.tar")
+    request: Any = web.urllib.request.Request("https://host/a.tar")
     request.peer_is_private = False
     headers: Any = {}
     follow = web._Redirects().redirect_request

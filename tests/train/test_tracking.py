@@ -195,3 +195,42 @@ def test_wandb_goes_on_in_the_same_run_after_a_resume_and_a_roll_back(tmp_path: 
         assert native == sorted(set(native))
         found.append([(row["step"], row["attempt"], row["loss"]) for row in wandb_rows(file)])
     assert found == [[(10, 1, 0.5), (20, 1, 0.5), (30, 1, 0.5)], [(30, 2, 0.5), (40, 2, 0.5), (40, 2, 0.25)]]
+
+
+def test_a_note_moves_no_cursor_and_has_no_markup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-0123456789")
+    note = "clip [/bold] is bad: \x1b[2J\x07canary-0123456789\nand more"
+    tracker = make_tracker(tmp_path / "run [red]")
+    tracker.note(note)
+    tracker.close()
+    assert capsys.readouterr().err.splitlines() == ["clip [/bold] is bad: ?[2J?[HF_TOKEN]", "and more"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a terminal so narrow that it would cut a secret in two
+    monkeypatch.setenv("COLUMNS", "30")
+    tracker = make_tracker(tmp_path / "run [red]")
+    tracker.log(10, ROW)
+    tracker.note(note)
+    tracker.close()
+    shown = "".join(capsys.readouterr())
+    assert "[/bold]" in shown
+    assert "[HF_TOKEN]" in shown.replace("\n", "")
+    assert "canary" not in shown
+    assert "\x1b[2J" not in shown
+
+
+def test_captions_in_wandb_are_short_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+    fake = SimpleNamespace(
+        init=lambda **_: FakeRun(), Settings=dict, Video=lambda *_, caption, **__: captions.append(caption)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    tracker = make_tracker(tmp_path, wandb=WandbMode.offline)
+    tracker.log_videos(3, [(tmp_path / "a.mp4", "a\x1b[31m circle\n" + "x" * 9999)])
+    assert captions == [("a [31m circle " + "x" * 9999)[:500]]
+
+
+def test_rows_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", 'canary-"0123456789\\')
+    JsonLines(tmp_path / "a.jsonl").append({"cause": 'with canary-"0123456789\\'})
+    assert json.loads((tmp_path / "a.jsonl").read_text()) == {"cause": "with [HF_TOKEN]"}
