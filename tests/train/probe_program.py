@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from muybridge.tests.train.forked import start
 from muybridge.train import probe as module
-from muybridge.train import run_lock
+from muybridge.train import run_lock, slow_ranks
 from muybridge.train.probe import probe, refuse_different_settings
+from muybridge.train.slow_ranks import ComputeClock, SlowRanks
 
 CPU = torch.device("cpu")
 WORLD = 3
@@ -101,8 +102,18 @@ def is_locked(rank: int, folder: Path) -> None:
     second.acquire()
 
 
+def has_a_slow_rank(rank: int, folder: Path) -> None:
+    slow_ranks._WINDOW_SECONDS = 0.1
+    ranks, clock = SlowRanks(), ComputeClock(CPU)
+    for _ in range(8):
+        with clock.running():
+            time.sleep(0.5 if rank == 2 else 0.1)
+        for said in ranks.add(clock.take()):
+            print(said)
+
+
 CASES = [is_sound, computes_wrongly, fails_to_compute, adds_up_wrongly, cannot_write, shares_no_folder]
-CASES += [reads_something_else, has_no_run_dir, has_other_settings, is_locked]
+CASES += [reads_something_else, has_no_run_dir, has_other_settings, is_locked, has_a_slow_rank]
 
 
 def main(root: Path) -> None:

@@ -69,3 +69,9 @@ def test_a_fault_ends_all_ranks_with_the_same_words(
 def test_one_rank_with_a_fault_is_not_taken_for_two(found: dict[str, dict[str, Any]]) -> None:
     for case in ("computes_wrongly", "adds_up_wrongly", "cannot_write", "has_no_run_dir", "has_other_settings"):
         assert found[case]["said"][0].strip().splitlines()[-1].count(f"({HOST}") == 1, case
+
+
+def test_a_rank_that_computes_slowly_is_named_once_the_run_goes(found: dict[str, dict[str, Any]]) -> None:
+    assert found["has_a_slow_rank"]["codes"] == [0, 0, 0]
+    for said in found["has_a_slow_rank"]["said"]:
+        assert said.count(f"rank 2 ({HOST}) takes ") == 1
