@@ -178,7 +178,9 @@ class Umt5TextEncoder(nn.Module):
                 )
         self.config = config
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                root / "tokenizer", local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ValueError(f"{root / 'tokenizer'}: not a readable tokenizer ({error})") from error
         self.model = load_frozen(transformers.UMT5EncoderModel, root / "text_encoder", dtype)

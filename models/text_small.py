@@ -25,7 +25,9 @@ class SmallUmt5(nn.Module):
         if not (tokenizer_folder / "tokenizer.json").is_file():
             raise ValueError(f"{tokenizer_folder} must hold the tokenizer of this run (tokenizer.json)")
         self.config = config
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+            tokenizer_folder, local_files_only=True, trust_remote_code=False
+        )
         self.encoder = build_encoder(config, len(self.tokenizer))
         self.reset_parameters()
 
