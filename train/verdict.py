@@ -20,6 +20,8 @@ class Standing:
     seconds: float  # that it has been there
     where: str
     in_collective: bool
+    collectives: int  # that it has begun
+    last_collective: str
 
     def words(self) -> str:
         return f"{self.phase}, step {self.step}, for {self.seconds:.0f} s, at {self.where}"
@@ -60,10 +62,12 @@ def verdict(cause: Cause, standings: list[Standing], *, silent: dict[int, str], 
 
 
 def behind(standings: list[Standing]) -> list[Standing]:
-    """The ranks for which the others wait: those at the earliest place, of these the ones that wait for nobody; none where all
-    are alike."""
+    """The ranks for which the others wait: those at the earliest place with the fewest collectives, of these the ones that wait for
+    nobody; none where all are alike."""
     earliest = min((standing.step, standing.order) for standing in standings)
     found = [standing for standing in standings if (standing.step, standing.order) == earliest]
+    fewest = min(standing.collectives for standing in found)
+    found = [standing for standing in found if standing.collectives == fewest]
     busy = [standing for standing in found if not standing.in_collective]
     found = busy or found
     return found if len(found) < len(standings) else []
@@ -79,6 +83,12 @@ def _blame(standings: list[Standing], *, world: int) -> str:
         )
     if world > len(standings) or world == 1:
         return f"rank {first.rank} is in {first.words()}"
+    for other in standings[1:]:
+        if other.last_collective != first.last_collective:
+            return (
+                f"ranks went different ways: rank {first.rank} is in {first.words()} ({first.last_collective}), "
+                f"rank {other.rank} in {other.words()} ({other.last_collective})"
+            )
     return f"none of the ranks is alone behind, all are in {first.words()}"
 
 

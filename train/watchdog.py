@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from .exit_codes import ExitCode
 from .rank_link import Message, RankLink, link_ranks
-from .stacks import what_it_does, write_stacks
+from .stacks import Doing, what_it_does, write_stacks
 from .verdict import Cause, Standing, verdict
 
 _log = logging.getLogger(__name__)
@@ -272,7 +272,8 @@ class Watchdog:
 
     def _standing(self) -> Standing:
         phase, step, since, _, _ = self._position
-        doing = what_it_does()
+        doing = [Doing("an unknown place", in_collective=False, collectives=0, last_collective="")]
+        _within(_ANSWER_SECONDS / 2, lambda: doing.append(what_it_does()))
         return Standing(
             rank=self._rank,
             host=socket.gethostname(),
@@ -280,8 +281,7 @@ class Watchdog:
             order=phase.order,
             phase=phase.value,
             seconds=round(time.monotonic() - since, 1),
-            where=doing.where,
-            in_collective=doing.in_collective,
+            **vars(doing[-1]),
         )
 
     def _write_stacks(self, standing: Standing) -> None:
@@ -291,7 +291,7 @@ class Watchdog:
 
 
 def _within(seconds: float, do: Callable[[], None]) -> None:
-    # In a thread of its own: what is written to may be what hangs, and an end must come all the same.
+    # In a thread of its own: what is asked or written to may be what hangs, and an end must come all the same.
     def tried() -> None:
         try:
             do()

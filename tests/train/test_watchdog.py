@@ -106,6 +106,14 @@ def test_the_first_time_may_take_as_long_as_the_set_up(found: dict[str, Facts]) 
     assert "none of the ranks is alone behind, all are in the step, step 1" in said
 
 
+def test_ranks_that_wait_for_each_other_in_different_collectives_are_told_apart(found: dict[str, Facts]) -> None:
+    assert found["goes_another_way"]["codes"] == [75, 75]
+    said = found["goes_another_way"]["said"][0]
+    assert "ranks went different ways: rank 0 is in the step, step 3" in said
+    assert "(gloo:all_reduce of [[8]] in group ['0', 'default_pg'])" in said
+    assert "(gloo:all_gather of [[1]] in group ['0', 'default_pg'])" in said
+
+
 def test_time_in_which_all_were_suspended_does_not_count(found: dict[str, Facts]) -> None:
     assert found["is_suspended"] == {**found["is_suspended"], "codes": [0, 0], "said": [""] * 2}
 
@@ -120,8 +128,8 @@ def test_a_held_interpreter_ends_with_its_stack(found: dict[str, Facts]) -> None
     assert "in holds_the_interpreter" in found["holds_the_interpreter"]["said"][0]
 
 
-def standing(rank: int, step: int, phase: Phase, *, waits: bool = False) -> Standing:
-    return Standing(rank, "node", step, phase.order, phase.value, 1.0, "somewhere", waits)
+def standing(rank: int, step: int, phase: Phase, *, waits: bool = False, begun: int = 9) -> Standing:
+    return Standing(rank, "node", step, phase.order, phase.value, 1.0, "somewhere", waits, begun, "all_reduce")
 
 
 @pytest.mark.parametrize(
@@ -131,6 +139,8 @@ def standing(rank: int, step: int, phase: Phase, *, waits: bool = False) -> Stan
         ([standing(0, 5, Phase.step), standing(1, 5, Phase.data), standing(2, 5, Phase.save)], [1]),
         ([standing(0, 5, Phase.step, waits=True), standing(1, 5, Phase.step), standing(2, 6, Phase.data)], [1]),
         ([standing(0, 5, Phase.data, waits=True), standing(1, 6, Phase.data)], [0]),
+        ([standing(0, 5, Phase.step), standing(1, 5, Phase.step, begun=8)], [1]),
+        ([standing(0, 5, Phase.step, waits=True, begun=8), standing(1, 5, Phase.step)], [0]),
         ([standing(0, 5, Phase.step), standing(1, 5, Phase.step)], []),
         ([standing(0, 5, Phase.step, waits=True), standing(1, 5, Phase.step, waits=True)], []),
     ],

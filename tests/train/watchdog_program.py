@@ -154,6 +154,15 @@ def compiles_in_the_first_step(rank: int, folder: Path) -> None:
     time.sleep(FOREVER)
 
 
+def goes_another_way(rank: int, folder: Path) -> None:
+    watch(folder, step_seconds=LIMIT).enter(Phase.step, 3)
+    if rank == 0:
+        dist.all_reduce(torch.zeros(8))
+    else:
+        dist.all_gather([torch.zeros(1) for _ in range(2)], torch.zeros(1))
+    time.sleep(FOREVER)
+
+
 def is_suspended(rank: int, folder: Path) -> None:
     dog = watch(folder, step_seconds=2 * LIMIT)
     dog.enter(Phase.step, 3)
@@ -181,7 +190,7 @@ CASES: dict[Callable[[int, Path], None], int] = {
     **dict.fromkeys(
         [is_stopped, rank_0_is_stopped, leaves, leaves_for_the_same_reason, fails_on_its_own, ends_well], 2
     ),
-    **dict.fromkeys([compiles_in_the_first_step, is_suspended], 2),
+    **dict.fromkeys([compiles_in_the_first_step, goes_another_way, is_suspended], 2),
     **dict.fromkeys([is_alone, holds_the_interpreter], 1),
 }
 
