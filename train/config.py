@@ -35,6 +35,7 @@ from .experts import Expert, expert_faults, expert_schedule
 from .guards import GuardConfig, SpikePolicy
 from .initial_weights import initial_faults, initial_kind_fault
 from .optimizer import OptimizerConfig
+from .outputs import link_fault
 from .tracking import TrackingConfig
 from .validate import ValidationConfig
 from .watchdog import WatchdogConfig
@@ -362,6 +363,7 @@ def load_train_config(overrides: list[str]) -> TrainConfig:
             faults.append(fault)
     if not config.dry_run:  # settings can be checked where the weights are not
         faults += config.missing_inputs()
+        faults += [fault] if (fault := link_fault(Path(config.run_dir))) else []
     if faults:
         raise ValueError(fault_message(faults))
     return config

@@ -46,7 +46,9 @@ def _prepare(config: TrainConfig, loader: VideoLoader | StreamLoader) -> None:
         if not folder.is_dir():
             raise ValueError(f"{folder} is missing, and the weights in {checkpoints[-1]} belong to it: put it back")
         return
-    for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
+    for leftover in folder.parent.glob(
+        f"{folder.name}.tmp-{'[0-9a-f]' * 8}"
+    ):  # as the line below names it, and nothing else
         shutil.rmtree(leftover)
     staging = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     inherited = Path(config.init_from or "") / folder.name
