@@ -44,7 +44,6 @@ from .ema import EMA
 from .engine import Engine
 from .fragments import (
     FORMAT_VERSION,
-    OPTIMIZER_STATES,
     FragmentReader,
     load_checkpoint,
     read_run_state,
@@ -52,7 +51,7 @@ from .fragments import (
     weight_kind,
 )
 from .ranks import from_all_ranks, from_rank_0
-from .shard_file import ELEMENT_BYTES, Digest, write_shard, write_text
+from .shard_file import Digest, write_shard, write_text
 from .snapshot import Part, SharedImage
 
 __all__ = [
@@ -178,9 +177,10 @@ class Checkpointer:
         self._image: SharedImage | None = None
         self._writer: WriterProcess | None = None
         if config.in_background and self._has_part:
-            # Now, so that it is loaded when the first checkpoint is due.
-            self._image = SharedImage()
-            self._writer = WriterProcess(self._image.file)
+            # Now, so that it is loaded and has its memory when the first checkpoint is due.
+            self._image, nbytes = SharedImage(), Part.expected_bytes(engine, ema)
+            if self._has_room(nbytes):
+                self._writer = WriterProcess(self._image.file, nbytes)
 
     @property
     def in_flight(self) -> bool:
@@ -189,9 +189,7 @@ class Checkpointer:
 
     def expected_bytes(self) -> int:
         """Bytes of a checkpoint of all ranks, before the first step, too. Collective."""
-        kinds = 1 + len(self._ema.averages) + len(OPTIMIZER_STATES)
-        numel = sum(fragment.numel for shard in self._engine.shards for fragment in shard.fragments)
-        return sum(from_all_ranks(ELEMENT_BYTES * kinds * numel if self._has_part else 0))
+        return sum(from_all_ranks(Part.expected_bytes(self._engine, self._ema) if self._has_part else 0))
 
     def begin(
         self, step: int, run_state: dict[str, Any], bad_clips: str, validation_loss: dict[int, float]
@@ -268,11 +266,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """End the writer process and give its memory back; a save in flight is lost."""
-        if self._writer is not None:
-            self._writer.close()
-        if self._image is not None:
-            self._image.close()
-        self._writer = self._image = self._flight = None
+        self._leave_background()
+        self._flight = None
 
     def _stage(self, step: int, nbytes: int) -> tuple[Path, str]:
         # The staging folder that rank 0 made, and why it could not.
@@ -289,11 +284,8 @@ class Checkpointer:
     def _write(self, flight: _Flight, part: Part, header: bytes) -> None:
         stem = flight.staging / f"shard-{dist.get_rank():05d}-of-{dist.get_world_size():05d}"
         table = json.dumps(part.addresses, indent=1)
-        if self._image is not None and (fault := self._image.fault(flight.nbytes)):
-            logger.warning("muybridge: checkpoints are not written in the background: %s", fault)
-            self._give_up_background()
         try:
-            if self._image is not None and self._writer is not None:
+            if self._image is not None and self._writer is not None and self._has_room(flight.nbytes):
                 nbytes = self._image.take(part, header)
                 self._writer.submit(stem=str(stem), header_bytes=len(header), image_bytes=nbytes, table=table)
             else:
@@ -301,9 +293,18 @@ class Checkpointer:
         except OSError as error:
             flight.failure, flight.files = str(error), {}
 
-    def _give_up_background(self) -> None:
-        if self._writer is not None and self._image is not None:
+    def _has_room(self, nbytes: int) -> bool:
+        # Whether the copy fits into memory; if not, this is said once, and the run does without.
+        assert self._image is not None, "there is no background to leave"
+        if fault := self._image.fault(nbytes):
+            logger.warning("muybridge: training waits for its checkpoints to be written: %s", fault)
+            self._leave_background()
+        return not fault
+
+    def _leave_background(self) -> None:
+        if self._writer is not None:
             self._writer.close()
+        if self._image is not None:
             self._image.close()
         self._writer = self._image = None
 

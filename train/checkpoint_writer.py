@@ -1,7 +1,7 @@
 """The process that brings a rank's snapshot to the disk while training goes on, and the handle that drives it.
 
-`python -m muybridge.train.checkpoint_writer FILE` gets the open file of the snapshot's memory. It reads requests from stdin and
-answers on stdout, a line of JSON each. It imports no torch, holds no state, and ends when its stdin closes.
+`python -m muybridge.train.checkpoint_writer FILE BYTES` gets the open file of the snapshot's memory, of so many bytes. It reads
+requests from stdin and answers on stdout, a line of JSON each. It imports no torch, and ends when its stdin closes.
 """
 
 import contextlib
@@ -26,18 +26,23 @@ _CLOSE_SECONDS = 10.0
 
 def main() -> None:
     """Answer requests until stdin ends."""
-    image = int(sys.argv[1])
+    image, image_file = memoryview(b""), int(sys.argv[1])
+    with contextlib.suppress(OSError):  # who takes the first snapshot will meet it, too
+        # The machine finds and clears the pages while training begins, instead of while it waits for the first snapshot.
+        os.posix_fallocate(image_file, 0, int(sys.argv[2]))
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        print(json.dumps(answer_to(image, **request)), flush=True)
+        if len(image) != request["image_bytes"]:
+            image = memoryview(mmap.mmap(image_file, request["image_bytes"], prot=mmap.PROT_READ))
+        print(json.dumps(answer_to(image, request)), flush=True)
 
 
-def answer_to(image: int, *, stem: str, header_bytes: int, image_bytes: int, table: str) -> dict[str, Any]:
-    """Write the first `image_bytes` of the file `image` as a shard; its files' digests, or what was wrong."""
+def answer_to(image: memoryview, request: dict[str, Any]) -> dict[str, Any]:
+    """Write the bytes of a safetensors file as a shard; its files' digests, or what was wrong."""
+    header_bytes = request["header_bytes"]
     try:
-        content = memoryview(mmap.mmap(image, image_bytes, prot=mmap.PROT_READ))
-        blocks = _while_wanted(blocks_of(content[header_bytes:]))
-        return {"files": write_shard(Path(stem), bytes(content[:header_bytes]), blocks, table)}
+        blocks = _while_wanted(blocks_of(image[header_bytes:]))
+        return {"files": write_shard(Path(request["stem"]), bytes(image[:header_bytes]), blocks, request["table"])}
     except OSError as error:
         return {"failure": str(error)}
 
@@ -55,9 +60,10 @@ def _while_wanted(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
 class WriterProcess:
     """One writer process and its one request; a process that died is replaced at the next request."""
 
-    def __init__(self, image: int) -> None:
-        """Starts it; `image` is the open file of the memory that it writes from."""
+    def __init__(self, image: int, expected_bytes: int) -> None:
+        """Starts it; `image` is the open file of the memory that it writes from, for which it takes so many bytes at once."""
         self._image = image
+        self._expected_bytes = expected_bytes
         self._answer: dict[str, Any] | None = None
         self._process = self._started()
 
@@ -67,7 +73,7 @@ class WriterProcess:
         return self._process.pid
 
     def submit(self, **request: Any) -> None:
-        """Have `answer_to` run with these arguments; the one before was answered."""
+        """Have `answer_to` run on this request and the `image_bytes` of the memory; the one before was answered."""
         self._answer = None
         if self._process.poll() is not None:
             self._close_pipes()
@@ -109,7 +115,7 @@ class WriterProcess:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             return subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.checkpoint_writer", str(self._image)],
+                [sys.executable, "-m", f"{__package__}.checkpoint_writer", str(self._image), str(self._expected_bytes)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=(self._image,),

@@ -15,6 +15,7 @@ from zlib_ng.zlib_ng import crc32
 
 ELEMENT_BYTES = 4
 BLOCK_BYTES = 2**20
+_WRITE_BACK_BYTES = 8 * 2**20
 _ALIGNMENT = 64
 _LENGTH_BYTES = 8  # of the header's length in front of it
 
@@ -78,7 +79,7 @@ def digest_of(path: Path) -> Digest:
 
 
 def _write_blocks(path: Path, header: bytes, blocks: Iterable[memoryview]) -> Digest:
-    checksum, size = crc32(header), len(header)
+    checksum, size, started = crc32(header), len(header), 0
     # Of pieces larger than the buffer the file makes one write each, without a copy.
     with open(path, "xb", buffering=BLOCK_BYTES // 2) as file:
         file.write(header)
@@ -90,6 +91,12 @@ def _write_blocks(path: Path, header: bytes, blocks: Iterable[memoryview]) -> Di
             checksum = crc32(block, checksum)
             file.write(block)
             size += len(block)
+            if size - started >= _WRITE_BACK_BYTES:
+                # "Not needed again" has the kernel bring these bytes to the disk meanwhile, instead of all at once in the end, and
+                # keeps them from pushing clips out of its cache.
+                file.flush()
+                os.posix_fadvise(file.fileno(), started, size - started, os.POSIX_FADV_DONTNEED)
+                started = size
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": size, "crc32": checksum}

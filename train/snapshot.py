@@ -43,6 +43,14 @@ class Part:
                     pieces[f"{kind}/{fragment.name}"] = flat.detach().view(-1)[here]
         return Part(pieces, addresses)
 
+    @staticmethod
+    def expected_bytes(engine: Engine, ema: EMA) -> int:
+        """Bytes of what this rank will hold once the optimizer has its states, which it makes in its first step."""
+        kinds = ["master", *ema.averages, *OPTIMIZER_STATES]
+        fragments = [fragment for shard in engine.shards for fragment in shard.fragments]
+        numels = {f"{kind}/{fragment.name}": fragment.numel for kind in kinds for fragment in fragments}
+        return len(shard_header(numels)) + ELEMENT_BYTES * sum(numels.values())
+
     def header(self) -> bytes:
         """The header of its file."""
         return shard_header({name: piece.numel() for name, piece in self.pieces.items()})
@@ -70,8 +78,8 @@ class SharedImage:
 
     def fault(self, nbytes: int) -> str:
         """What speaks against taking memory for `nbytes` on each process of this machine, or an empty string."""
-        held = 0 if self._memory is None else len(self._memory)
-        wanted = (nbytes - held) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        held = 512 * os.fstat(self.file).st_blocks
+        wanted = max(0, nbytes - held) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = available_memory()
         if wanted <= _SHARE_OF_MEMORY * free:
             return ""
