@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -131,7 +132,8 @@ class Engine:
                 "train_micro_batch_size_per_gpu": micro_batch,
                 "gradient_accumulation_steps": 1,  # differs by bucket: `backward` is told the last micro-batch of a step
                 "gradient_clipping": deepspeed_clipping,  # the default would be 1.0
-                "bf16": {"enabled": config.precision is Precision.bf16},
+                # The check is the default: without it, bf16 would apply a gradient that is not finite.
+                "bf16": {"enabled": config.precision is Precision.bf16, "check_grad_overflow": True},
                 "zero_optimization": {
                     "stage": config.zero,
                     "reduce_bucket_size": config.bucket_elements,
@@ -147,6 +149,13 @@ class Engine:
             # Nobody to average with: packing the gradients for the reduction alone takes 7 % of a 0.13 s step.
             self._engine.enable_backward_allreduce = False
         self.shards = self._build_shards()
+        # DeepSpeed asks the optimizer to step once for each shard, after it has reduced the gradients and taken their norm and
+        # before any weight changes: the one place where a step can still be called off.
+        self._accept: Callable[[float], bool] | None = None
+        self._is_accepted: bool | None = None
+        if config.zero > 0:
+            self._optimizer_step: Callable[..., Any] = optimizer.step
+            optimizer.step = self._step_if_accepted  # type: ignore[method-assign]
 
     @property
     def module(self) -> nn.Module:
@@ -164,22 +173,28 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> StepResult:
-        """Clip and update the weights, after the backward of a step's last micro-batch."""
+    def step(self, lr: float, accept: Callable[[float], bool] | None = None) -> StepResult:
+        """Clip and update the weights, after the backward of a step's last micro-batch. Collective.
+
+        A gradient that is not finite is not applied. Of any other, `accept` is asked once with its norm before clipping; where it
+        says no, the weights, the optimizer's state and its count of steps stay as they are. It must say the same on all ranks.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if self.config.zero == 0:
             gradients = [parameter.grad for parameter in self._names if parameter.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-            if not torch.isfinite(norm):
+            if not torch.isfinite(norm) or (accept is not None and not accept(float(norm))):
                 self._engine.zero_grad()
                 return StepResult(grad_norm=norm, applied=False)
             if self._clipping > 0:
                 torch.nn.utils.clip_grads_with_norm_(list(self._names), self._clipping, norm)
             self._engine.step()
             return StepResult(grad_norm=norm, applied=True)
+        self._accept, self._is_accepted = accept, None
         self._engine.step()
-        return StepResult(grad_norm=self._engine.get_global_grad_norm(), applied=self._engine.was_step_applied())
+        # To DeepSpeed a step that was called off looks applied; of one that is not finite nobody was asked.
+        return StepResult(grad_norm=self._engine.get_global_grad_norm(), applied=self._is_accepted is True)
 
     def refresh_weights(self) -> None:
         """Make the weights used in the forward follow the master weights, after a load or a swap. Collective."""
@@ -207,6 +222,13 @@ class Engine:
 
     def destroy(self) -> None:
         self._engine.destroy()
+
+    def _step_if_accepted(self, closure: Callable[[], float] | None = None) -> Any:
+        """What DeepSpeed calls as the optimizer's step; without one, the forward's weights follow masters that are as they were."""
+        if self._is_accepted is None:
+            # Reading the norm makes nobody wait: DeepSpeed has just looked whether it is finite.
+            self._is_accepted = self._accept is None or self._accept(float(self._engine.optimizer._global_grad_norm))
+        return self._optimizer_step(closure) if self._is_accepted else None
 
     def _clip_coefficient(self) -> Tensor:
         """What brings the gradient's norm under the limit; DeepSpeed has taken the norm when it calls the optimizer."""
