@@ -30,6 +30,7 @@ VERBS = {
     "encode": Verb(".encode", "cache a dataset's latents and text embeddings as shards"),
     "doctor": Verb(".doctor", "look at a run's data before the run: clips, captions, waste, speed"),
     "train": Verb("..train.__main__", "train a VAE or a diffusion transformer; run again to resume"),
+    "report": Verb(".report", "say what became of a run: its attempts, its losses, where its time went"),
     "import": Verb(".import_weights", "make a pipeline folder of public Wan weights, to train from or to sample"),
     "export": Verb(".export", "write a run's model for diffusers, ComfyUI and other tools"),
     "sample": Verb(".sample", "generate videos from prompts with a run or a pipeline folder"),

@@ -1,11 +1,12 @@
 """Pictures of clips and of what a run did: contact sheets, captioned grids, loss curves, originals beside reconstructions."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from ..train.json_lines import read_json_lines
 
 # Lengths in pixels of the contact sheet.
 SHEET_WIDTH = 1800  # at most, unless one column is wider
@@ -159,20 +160,20 @@ def loss_plot(runs: Mapping[str, Path], path: str | Path) -> None:
     several = len(runs) > 1
     smallest, largest = np.inf, 0.0
     for number, (name, metrics_path) in enumerate(runs.items()):
-        rows = _read_metrics(metrics_path)
+        rows = read_json_lines(metrics_path)
         colour = f"C{number}"
         prefix = f"{name}: " if several else ""
-        steps, loss = _column(rows, "loss")
+        steps, loss = metric_column(rows, "loss")
         if not len(steps):
             raise ValueError(f"{metrics_path} has no row with a loss")
-        smooth = _smoothed(loss)
+        smooth = smoothed(loss)
         losses.plot(steps, loss, color=colour, alpha=0.22, linewidth=0.8)
         losses.plot(steps, smooth, color=colour, linewidth=1.8, label=f"{prefix}training (smoothed)")
-        validation_steps, validation = _column(rows, "validation_loss")
+        validation_steps, validation = metric_column(rows, "validation_loss")
         if len(validation):
             style = {"color": colour if several else "C1", "linewidth": 1.2, "marker": "o", "markersize": 4}
             losses.plot(validation_steps, validation, linestyle="--", label=f"{prefix}validation", **style)
-        rates.plot(*_column(rows, "lr"), color=colour, linewidth=1.5)
+        rates.plot(*metric_column(rows, "lr"), color=colour, linewidth=1.5)
         values = np.concatenate([smooth, validation])
         values = values[np.isfinite(values) & (values > 0)]
         smallest, largest = min(smallest, values.min(initial=np.inf)), max(largest, values.max(initial=0.0))
@@ -192,25 +193,14 @@ def loss_plot(runs: Mapping[str, Path], path: str | Path) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def _read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def _column(rows: list[dict[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def metric_column(rows: Sequence[dict[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the rows that have a value."""
     pairs = [(row["step"], row[name]) for row in rows if name in row]
     steps, values = zip(*pairs, strict=True) if pairs else ((), ())
     return np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """Exponential average over about a thirtieth of the curve, corrected at its start as in Adam."""
     keep = 1 - 1 / max(1.0, len(values) / 30)
     average, weight, result = 0.0, 0.0, []

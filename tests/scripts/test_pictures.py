@@ -89,9 +89,9 @@ def test_a_run_without_a_loss_is_named(tmp_path: Path) -> None:
 def test_smoothing_keeps_a_constant_and_bridges_a_gap() -> None:
     values = np.full(300, 0.5)
     values[100] = np.nan
-    np.testing.assert_allclose(pictures._smoothed(values), 0.5)
+    np.testing.assert_allclose(pictures.smoothed(values), 0.5)
     noisy = np.random.default_rng(0).normal(0, 1, 3000)
-    assert pictures._smoothed(noisy)[100:].std() < 0.2
+    assert pictures.smoothed(noisy)[100:].std() < 0.2
 
 
 def test_original_and_reconstruction_stand_side_by_side() -> None:
