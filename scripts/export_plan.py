@@ -16,10 +16,11 @@ from ..models.text import text_fingerprint
 from ..models.vae import VAEConfig, VideoVAE
 from ..models.weight_files import Tensors, open_weights
 from ..models.weights import load_config
-from ..train.checkpoint import check_checkpoint, committed_checkpoints, read_run_state, weight_kind
+from ..train.checkpoint_folder import check_checkpoint, committed_checkpoints
 from ..train.compose import plain
 from ..train.config import TaskKind, TrainConfig, read_config
 from ..train.experts import Expert
+from ..train.fragments import read_run_state, weight_kind
 from .export_weights import trained_part
 
 # Entry of a weight file's header with the run's settings as JSON.

@@ -16,8 +16,8 @@ from ..models.text import ByteTextEncoder, TextEncoderKind
 from ..models.text_small import SmallUmt5
 from ..models.weight_files import Tensors
 from ..models.weights import load_weights
-from ..train.checkpoint import FragmentReader, read_run_state, read_weights
 from ..train.config import TrainConfig
+from ..train.fragments import FragmentReader, read_run_state, read_weights
 from ..train.generate import NEGATIVE_PROMPT
 from ..train.tasks import TextToVideoTask
 from ..train.trained_weights import load_trained

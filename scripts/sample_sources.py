@@ -28,10 +28,11 @@ from ..models.vae import VAEConfig
 from ..models.vae.folder import load_vae
 from ..models.weight_files import read_header, read_json
 from ..models.weights import load_config, load_weights_from
-from ..train.checkpoint import check_checkpoint, committed_checkpoints, weight_kind
+from ..train.checkpoint_folder import check_checkpoint, committed_checkpoints
 from ..train.config import TaskKind, read_config
 from ..train.engine import Precision
 from ..train.experts import Expert
+from ..train.fragments import weight_kind
 from ..train.generate import VideoModels
 from ..train.tasks import TextToVideoTask
 from ..train.trained_weights import load_trained

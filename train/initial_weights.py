@@ -12,8 +12,9 @@ from ..models.pipeline_folder import PipelineFiles, is_pipeline_folder
 from ..models.text import TextEncoderConfig, TextEncoderKind
 from ..models.text_to_video import TextToVideoModel
 from ..models.weights import load_config, load_weights, load_weights_from
-from .checkpoint import committed_checkpoints, read_run_state, read_weights, weight_kind
+from .checkpoint_folder import committed_checkpoints
 from .experts import Expert
+from .fragments import read_run_state, read_weights, weight_kind
 
 if TYPE_CHECKING:
     from .config import TrainConfig

@@ -12,8 +12,9 @@ from ..data.loader import VideoLoader
 from ..data.stream import StreamLoader
 from ..models.text import TextEncoderKind
 from ..models.text_small import write_tokenizer
-from .checkpoint import committed_checkpoints, from_rank_0
+from .checkpoint_folder import committed_checkpoints
 from .config import TaskKind, TrainConfig
+from .ranks import from_rank_0
 
 MAX_CLIPS = 1_000_000  # of each dataset, whose captions are read; more would change rare words only
 
@@ -46,9 +47,7 @@ def _prepare(config: TrainConfig, loader: VideoLoader | StreamLoader) -> None:
         if not folder.is_dir():
             raise ValueError(f"{folder} is missing, and the weights in {checkpoints[-1]} belong to it: put it back")
         return
-    for leftover in folder.parent.glob(
-        f"{folder.name}.tmp-{'[0-9a-f]' * 8}"
-    ):  # as the line below names it, and nothing else
+    for leftover in folder.parent.glob(f"{folder.name}.tmp-{'[0-9a-f]' * 8}"):
         shutil.rmtree(leftover)
     staging = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     inherited = Path(config.init_from or "") / folder.name

@@ -17,8 +17,9 @@ from ..models.lora_files import read_lora
 from ..models.text_to_video import TextToVideoModel
 from ..models.weight_files import check_shapes
 from ..models.weights import load_weights
-from .checkpoint import read_run_state, read_weights, refuse_damaged
+from .checkpoint_folder import refuse_damaged
 from .compose import plain
+from .fragments import read_run_state, read_weights
 from .initial_weights import load_initial_weights, source_checkpoint
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from muybridge.data.config import DataConfig, build_buckets
 from muybridge.data.loader import VideoLoader
 from muybridge.tests.end_to_end.clip_folders import cut, garbled, small_video, write_folder
 from muybridge.tests.end_to_end.damaged_decoder import CRASHES, HANGS
-from muybridge.train.checkpoint import committed_checkpoints
+from muybridge.train.checkpoint_folder import committed_checkpoints
 
 CLIPS, STEPS, GLOBAL_BATCH = 400, 12, 40  # each clip comes once, some come again
 # One of a hundred, in its own way each, and what the ledger says of it.

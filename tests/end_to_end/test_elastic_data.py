@@ -18,7 +18,7 @@ from muybridge.data.config import DataConfig, DatasetConfig, build_buckets
 from muybridge.data.loader import VideoLoader
 from muybridge.data.raw_clips import RawClips
 from muybridge.tests.end_to_end.clip_folders import cut, picture, video, write_folder
-from muybridge.train.checkpoint import committed_checkpoints
+from muybridge.train.checkpoint_folder import committed_checkpoints
 
 Sample = dict[str, Any]
 STEPS, GLOBAL_BATCH = 14, 5

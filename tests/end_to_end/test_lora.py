@@ -13,8 +13,9 @@ from muybridge.models.lora import LoRALinear, lora_factors, merge_lora
 from muybridge.models.lora_files import read_lora
 from muybridge.models.text_to_video import TextToVideoModel
 from muybridge.scripts.sample_sources import RunSource
-from muybridge.train.checkpoint import committed_checkpoints, read_run_state, read_weights
+from muybridge.train.checkpoint_folder import committed_checkpoints
 from muybridge.train.config import read_config
+from muybridge.train.fragments import read_run_state, read_weights
 from muybridge.train.tasks import TextToVideoTask
 from muybridge.train.trained_weights import load_trained
 

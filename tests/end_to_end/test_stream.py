@@ -13,7 +13,8 @@ import pytest
 
 from muybridge.data.stream import NOT_EXACT
 from muybridge.tests.end_to_end.clip_folders import cut, picture, small_video, write_folder
-from muybridge.train.checkpoint import LEDGER_NAME, committed_checkpoints
+from muybridge.train.checkpoint import LEDGER_NAME
+from muybridge.train.checkpoint_folder import committed_checkpoints
 
 SHAPES = "data.buckets=[{frames:5,height:32,width:32},{frames:1,height:32,width:32}]"
 

@@ -22,7 +22,8 @@ from muybridge.models.wan_keys import Component, Layout, to_diffusers_keys, tran
 from muybridge.models.weights import save_model
 from muybridge.scripts import export, export_checks, export_files, export_pipeline, export_report, import_weights
 from muybridge.scripts.export_loaders import lost_loaders
-from muybridge.train.checkpoint import committed_checkpoints, read_weights
+from muybridge.train.checkpoint_folder import committed_checkpoints
+from muybridge.train.fragments import read_weights
 
 SaveRun = Callable[[Path, list[str]], Path]
 PROMPTS = ["a red circle moving left", "a blue square"]

@@ -15,7 +15,8 @@ from muybridge.models.pipeline_folder import PipelineFiles
 from muybridge.models.text import TextEncoderConfig
 from muybridge.models.text_small import write_tokenizer
 from muybridge.scripts import export
-from muybridge.train.checkpoint import committed_checkpoints, read_weights
+from muybridge.train.checkpoint_folder import committed_checkpoints
+from muybridge.train.fragments import read_weights
 
 SaveRun = Callable[[Path, list[str]], Path]
 

@@ -14,7 +14,8 @@ from muybridge.models.text import ByteTextEncoder, TextEncoderConfig
 from muybridge.models.text_small import write_tokenizer
 from muybridge.models.weights import load_weights
 from muybridge.scripts import export
-from muybridge.train.checkpoint import committed_checkpoints, read_weights
+from muybridge.train.checkpoint_folder import committed_checkpoints
+from muybridge.train.fragments import read_weights
 
 SaveRun = Callable[[Path, list[str]], Path]
 PROMPTS = ["a red circle moving left", "a blue square"]

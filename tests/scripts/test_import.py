@@ -36,8 +36,9 @@ from muybridge.tests.scripts.wan_releases import (
     write_release,
 )
 from muybridge.tests.stored_tensors import read_all
-from muybridge.train.checkpoint import committed_checkpoints, read_weights
+from muybridge.train.checkpoint_folder import committed_checkpoints
 from muybridge.train.config import read_config
+from muybridge.train.fragments import read_weights
 
 
 def assert_same(found: STATE, expected: STATE) -> None:

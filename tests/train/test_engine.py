@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from muybridge.train.checkpoint import read_weights
+from muybridge.train.fragments import read_weights
 
 FP32 = [f"fp32-{zero}" for zero in range(4)]
 BF16 = [f"bf16-{zero}" for zero in (1, 2, 3)]

@@ -9,7 +9,7 @@ import pytest
 
 from muybridge.data.loader import VideoLoader
 from muybridge.models.text import TextEncoderConfig, TextEncoderKind
-from muybridge.train import checkpoint, tokenizer
+from muybridge.train import ranks, tokenizer
 from muybridge.train.config import TrainConfig
 from muybridge.train.tokenizer import prepare_tokenizer
 
@@ -46,7 +46,7 @@ class Group:
 def group(monkeypatch: pytest.MonkeyPatch) -> Group:
     """Rank 0 of one."""
     group = Group()
-    for module in (tokenizer, checkpoint):
+    for module in (tokenizer, ranks):
         monkeypatch.setattr(module, "dist", group)
     return group
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from muybridge.models.lora import LoRAFactors
-from muybridge.train.checkpoint import committed_checkpoints
+from muybridge.train.checkpoint_folder import committed_checkpoints
 from muybridge.train.config import load_train_config, read_config
 from muybridge.train.tasks import TextToVideoTask
 from muybridge.train.trained_weights import load_trained, prepare_weights
