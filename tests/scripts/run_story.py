@@ -20,6 +20,7 @@ class RunStory:
     def __init__(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.run_dir, self.now, self.step = run_dir, 1000.0, 0
         self._draw = random.Random(0)
+        self.tracker: Tracker | None = None
         clock = SimpleNamespace(time=lambda: self.now, monotonic=lambda: self.now)
         monkeypatch.setattr(attempts, "time", clock)
         monkeypatch.setattr(tracking, "time", clock)
@@ -27,6 +28,7 @@ class RunStory:
         run_dir.mkdir(parents=True, exist_ok=True)
 
     def start(self, step: int = 0, *, set_up: float = 50.0) -> None:
+        self.leave()  # killed, if it was still there
         self.diary, self.step = Attempts(self.run_dir), step
         checkpoint = Path(f"step-{step:08d}") if step else None
         self.diary.start(start_step=step, checkpoint=checkpoint, world_size=8, code="c0de")
@@ -55,7 +57,7 @@ class RunStory:
                     "data_seconds_per_step": self.data_seconds,
                     "skipped_steps": float(self.step % 500 == 0),
                 }
-                self.tracker.log(self.step, row)
+                self._log(row)
 
     def save(self, *, blocking: float = 2.0) -> None:
         self.now += blocking
@@ -64,16 +66,27 @@ class RunStory:
     def validate(self, seconds: float = 20.0) -> None:
         self.now += seconds
         loss = 0.4 + 2 / (1 + self.step / 200)
-        self.tracker.log(self.step, {"validation_loss": loss, VALIDATION_SECONDS: seconds})
+        self._log({"validation_loss": loss, VALIDATION_SECONDS: seconds})
 
     def roll_back(self, to_step: int, cause: str) -> None:
         self.diary.roll_back(from_step=self.step, to_step=to_step, cause=cause)
         self.step = to_step
+        assert self.tracker is not None
         self.tracker.drop_rows_after(to_step)
 
     def end(self, exit_code: int, cause: str, *, on_request: bool = False) -> None:
-        self.tracker.close()
+        self.leave()
         self.diary.end(step=self.step, exit_code=exit_code, cause=cause, on_request=on_request)
+
+    def leave(self) -> None:
+        """End without a word."""
+        if self.tracker is not None:
+            self.tracker.close()
+        self.tracker = None
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
+
+    def _log(self, row: dict[str, float]) -> None:
+        assert self.tracker is not None
+        self.tracker.log(self.step, row)

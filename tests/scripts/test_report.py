@@ -1,6 +1,7 @@
 """What `muybridge report` says of runs whose every second is known."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from muybridge.tests.scripts.run_story import RunStory
 
 
 @pytest.fixture
-def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStory:
-    return RunStory(tmp_path / "run", monkeypatch)
+def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunStory]:
+    story = RunStory(tmp_path / "run", monkeypatch)
+    yield story
+    story.leave()
 
 
 def seconds_of(story: RunStory) -> dict[str, Any]:
