@@ -80,6 +80,16 @@ def try_to_save(folder: Path, step: int, **settings: Any) -> Saved:
         checkpointer.close()
 
 
+def save_at_once(folder: Path, *, step: int, engine: Any, ema: Any, run_state: dict[str, Any] | None = None) -> Path:
+    """A checkpoint of any engine, written while everything waits. Raises OSError where that fails. Collective."""
+    checkpointer = Checkpointer(folder, CheckpointConfig(in_background=False), engine, ema)
+    checkpointer.begin(step, run_state or {}, "", {})
+    saved = checkpointer.commit()
+    if saved.failure:
+        raise OSError(saved.failure)
+    return saved.folder
+
+
 def names(folder: Path) -> list[str]:
     """What is in a folder of checkpoints, the hint left out."""
     return sorted(path.name for path in folder.iterdir() if path.name != "LATEST")

@@ -16,10 +16,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from muybridge.train.checkpoint import find_checkpoint, load_checkpoint, read_weights, save_checkpoint
+from muybridge.tests.train.checkpoint_parts import save_at_once
+from muybridge.train.checkpoint import CheckpointConfig, Checkpointer
+from muybridge.train.checkpoint_folder import choose_checkpoint
 from muybridge.train.ema import EMA, EMAConfig, average_name
 from muybridge.train.engine import Engine, EngineConfig, Precision, initialise_distributed
 from muybridge.train.exit_codes import exit_process
+from muybridge.train.fragments import load_checkpoint, read_weights
 from muybridge.train.optimizer import OptimizerConfig, build_optimizer
 
 STEPS, SAVED_AT = 6, 3
@@ -156,10 +159,15 @@ def run_case(name: str, zero: int, precision: Precision, root: Path, world: int)
     folder = root / f"{name}-w{world}"
     engine, ema = build_engine(zero, precision)
     found: dict[str, Any] = run(engine, ema, range(SAVED_AT))
-    save_checkpoint(folder / "middle", step=SAVED_AT, engine=engine, ema=ema, run_state={"extra": "kept"})
+    # Training goes on while this is written: what comes back must be the state before that.
+    background = Checkpointer(folder / "middle", CheckpointConfig(), engine, ema)
+    background.begin(SAVED_AT, {"extra": "kept"}, "", {})
     for key, values in run(engine, ema, range(SAVED_AT, STEPS)).items():
         found[key] += values
-    end = save_checkpoint(folder / "end", step=STEPS, engine=engine, ema=ema, run_state={})
+    saved = background.commit()
+    assert not saved.failure, saved.failure
+    background.close()
+    end = save_at_once(folder / "end", step=STEPS, engine=engine, ema=ema)
 
     before = held(engine, ema)
     plain = Net().to(torch.bfloat16 if precision is Precision.bf16 else torch.float32)
@@ -173,7 +181,7 @@ def run_case(name: str, zero: int, precision: Precision, root: Path, world: int)
     engine, ema = build_engine(zero, precision)
     # Groups must keep their own hyper-parameters through a load.
     groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in engine._engine.optimizer.param_groups]
-    middle = find_checkpoint(folder / "middle")
+    middle = choose_checkpoint(folder / "middle", "must")
     assert middle is not None
     facts = load_checkpoint(middle, engine=engine, ema=ema)
     assert facts["step"] == SAVED_AT
@@ -182,7 +190,7 @@ def run_case(name: str, zero: int, precision: Precision, root: Path, world: int)
     with ema.swapped_in():  # a validation must leave no trace in the steps after it
         predict(engine)
     found["resumed"] += run(engine, ema, range(SAVED_AT + 1, STEPS))["losses"]
-    save_checkpoint(folder / "again", step=STEPS, engine=engine, ema=ema, run_state={})
+    save_at_once(folder / "again", step=STEPS, engine=engine, ema=ema)
     loaded = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in engine._engine.optimizer.param_groups]
     found["groups_are_kept"] = loaded == groups and len(groups) == 4
     found["elastic"] = {}
@@ -207,7 +215,7 @@ def run_faults(zero: int, root: Path) -> dict[str, Any]:
 
     def failure() -> str:
         try:
-            save_checkpoint(folder, step=1, engine=engine, ema=ema, run_state={})
+            save_at_once(folder, step=1, engine=engine, ema=ema)
         except OSError as error:
             return str(error)
         return ""
