@@ -35,6 +35,14 @@ class VideoBatch:
         return len(self.keys)
 
     @property
+    def shape_name(self) -> str:
+        """Frames, height and width of the clips, or of their latents."""
+        if self.latents is not None:
+            return "latents of " + "x".join(map(str, self.latents.shape[2:]))
+        assert self.frames is not None
+        return "x".join(map(str, self.frames.shape[1:4]))
+
+    @property
     def pixels(self) -> torch.Tensor:
         """The frames as float32 [B, 3, T, H, W] in [-1, 1], computed on their device: a quarter of the bytes travel there."""
         assert self.frames is not None, "a batch of latents has no pixels"

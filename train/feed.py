@@ -1,5 +1,6 @@
 """The training data as the loop asks for them: waits that a stop can end, bad clips counted over all ranks, resume, roll-back."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,21 @@ class Feed:
             self._batches.close(CLOSE_SECONDS)
         self._batches = BackgroundNext(self.loader.steps(step + self.skipped_steps))
 
-    def next(self, requests: Requests) -> list[VideoBatch]:
-        """This rank's batches of the next step, one per micro-step. Collective.
+    def next(self, requests: Requests, *, arrived: Callable[[], None]) -> list[VideoBatch]:
+        """This rank's batches of the next step, one per micro-step; `arrived` is called when it has them. Collective.
 
         Raises StopAgreed, on all ranks, where a rank was asked to stop before all have theirs.
         """
         assert self._batches is not None
-        while not requests.all_ready(self._batches.ready(POLL_SECONDS)):
-            pass
+        is_ready = are_all_ready = False
+        while not are_all_ready:
+            if not is_ready and (is_ready := self._batches.ready(POLL_SECONDS)):
+                arrived()
+            are_all_ready = requests.all_ready(is_ready)
         return self._batches.take()
 
     def agree(self, requests: Requests, step: int, *, is_written: bool) -> Agreement:
-        """Hear the other ranks after step - 1, and count what could not be read. Collective; raises DataBudgetError on all ranks."""
+        """Hear the other ranks after step - 1, and count what could not be read. Collective; raises DataBudgetError on all."""
         ledger = self.loader.ledger
         found = requests.agree(
             replaced_samples=ledger.take_replaced(), is_unreadable=ledger.has_long_run, is_written=is_written

@@ -1,14 +1,24 @@
 """Settings that a resumed run must not change, as checkpoints keep them."""
 
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from .compose import plain
 from .config import TrainConfig
 from .experts import Expert
+from .fragments import read_run_state
 
 # They decide what a step computes. The loader sees to those of the data; sizes of the model show in its parameters.
 FIXED_ON_RESUME = ("seed", "global_batch", "task", "expert", "conditioning.form")
+
+
+def refuse_changed_settings(config: TrainConfig, checkpoint: Path) -> None:
+    """Raise ValueError where a run that goes on from this checkpoint would be another one."""
+    if changed := changed_settings(config, read_run_state(checkpoint)):
+        raise ValueError(
+            f"{checkpoint} cannot be continued, these changed: {'; '.join(changed)} (undo it, or choose another run_dir)"
+        )
 
 
 def fixed_settings(config: TrainConfig) -> dict[str, str]:

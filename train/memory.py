@@ -1,6 +1,7 @@
 """Whether a run's weights and optimizer fit this machine, asked before anything is allocated."""
 
 import os
+import resource
 from dataclasses import dataclass
 
 import psutil
@@ -100,3 +101,10 @@ def check_memory(config: TrainConfig) -> None:
         f"{counts.all / 1e9:.2f} B parameters, deepspeed.zero={config.deepspeed.zero}, "
         f"{world_size} processes) and {place} has {available / GIB:.1f} GiB: {cure}"
     )
+
+
+def peak_memory_words(device: torch.device) -> str:
+    """The most memory that this process has held so far."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB at most on {device}"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at most"  # Linux counts in KiB

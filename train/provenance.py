@@ -2,7 +2,9 @@
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -18,6 +20,19 @@ def write_provenance(config: TrainConfig, *, data_fingerprint: str) -> None:
     (run_dir / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False))
     facts = {"git_commit": git_commit(), "data_fingerprint": data_fingerprint, "torch": torch.__version__}
     (run_dir / "provenance.json").write_text(json.dumps(facts, indent=1))
+
+
+def setting_texts(config: TrainConfig) -> dict[str, str]:
+    """Every setting by its name, as text."""
+    return {name: json.dumps(value) for name, value in _flat(plain(config), "")}
+
+
+def _flat(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def git_commit() -> str | None:

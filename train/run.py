@@ -3,54 +3,107 @@
 import os
 import sys
 import traceback
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 
 from ..data.ledger import DataBudgetError
 from ..data.media_bytes import DatasetChangedError
 from ..data.storage import TransientReadError
 from .config import TrainConfig
+from .deepspeed_contract import check_deepspeed
 from .engine import initialise_distributed
 from .exit_codes import ExitCode, exit_process
-from .trainer import Diverged, Trainer
+from .guards import Diverged
+from .memory import peak_memory_words
+from .model_hash import RanksDiffer
+from .one_attempt import NoProgress, OneAttempt
+from .preemption import StoppedInSetUp, leave_on_signal
+from .probe import ProbeError, probe
+from .run_lock import RunIsLocked
+from .saving import CheckpointsFail
+from .trainer import Trainer
+
+GOES_ON = "the same command goes on from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended."""
+
+    code: int
+    text: str = ""  # for people, and for the run's diary
+    # Whether all ranks end so together, and rank 0 speaks for them.
+    is_agreed: bool = True
 
 
 def train(config: TrainConfig) -> NoReturn:
     """Run or resume training and end the process with the run's exit code."""
-    device = initialise_distributed(config.deepspeed)
-    alone = False
+    leave_on_signal()
+    attempt: OneAttempt | None = None
+    device = torch.device("cpu")
     try:
-        code = Trainer(config, device).run()
-    except DatasetChangedError as error:  # on the rank that reads the clip
-        print(f"muybridge: {error}", file=sys.stderr)
-        code = ExitCode.config
-    except TransientReadError as error:
-        print(f"muybridge: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
-        code, alone = ExitCode.requeue, True
-    except DataBudgetError as error:  # every rank says what it met
-        print(f"muybridge: {error}", file=sys.stderr)
-        code = ExitCode.data_budget
-    except ValueError as error:  # the same mistake on every rank: say it once
-        if dist.get_rank() == 0:
-            print(f"muybridge: {error}", file=sys.stderr)
+        check_deepspeed()
+        device = initialise_distributed(config.deepspeed)
+        attempt = OneAttempt(config)
+        probe(device, Path(config.run_dir))
+        outcome = Outcome(Trainer(config, device, attempt).run())
+    except BaseException as error:
+        if attempt is not None and isinstance(error, RuntimeError):
+            attempt.watchdog.give_way()  # ends the process, if the error is what another rank's end looks like from here
+        outcome = _outcome(error, config, device, attempt)
+    if outcome.text and (not outcome.is_agreed or os.environ.get("RANK", "0") == "0"):
+        print(f"muybridge: {outcome.text}", file=sys.stderr)
+    if attempt is not None:
+        on_request = outcome.code == ExitCode.requeue and not outcome.text
+        attempt.end(outcome.code, outcome.text, is_agreed=outcome.is_agreed, on_request=on_request)
+    exit_process(outcome.code, alone=bool(outcome.text))
+
+
+def _outcome(error: BaseException, config: TrainConfig, device: torch.device, attempt: OneAttempt | None) -> Outcome:
+    """What an error means for the run, and what there is to do."""
+    match error:
+        case DatasetChangedError():  # on the rank that reads the clip
+            return Outcome(ExitCode.config, str(error), is_agreed=False)
+        case TransientReadError():
+            return Outcome(ExitCode.requeue, f"{error}; {GOES_ON}", is_agreed=False)
+        case DataBudgetError():  # every rank says what it met
+            return Outcome(ExitCode.data_budget, str(error), is_agreed=False)
+        case Diverged():
+            return Outcome(ExitCode.diverged, str(error))
+        case NoProgress():
+            return Outcome(ExitCode.no_progress, str(error))
+        case RunIsLocked() | ProbeError():
+            return Outcome(ExitCode.requeue, str(error))
+        case CheckpointsFail() | RanksDiffer():
+            return Outcome(ExitCode.requeue, f"{error}; {GOES_ON}")
+        case StoppedInSetUp():
+            return Outcome(ExitCode.requeue, f"stopped by {error} before the first step", is_agreed=False)
+        case ValueError():
             if os.environ.get("MUYBRIDGE_TRACEBACK") == "1":
-                traceback.print_exc()
-        code = ExitCode.config
-    except Diverged as error:
-        if dist.get_rank() == 0:
-            print(f"muybridge: {error}", file=sys.stderr)
-        code = ExitCode.diverged
-    except torch.OutOfMemoryError as error:
-        print(
-            f"muybridge: out of memory with micro_batch={config.micro_batch}, frames={config.data.frames}, "
-            f"height={config.data.height}, width={config.data.width} ({error})",
-            file=sys.stderr,
+                traceback.print_exception(error)
+            return Outcome(ExitCode.config, str(error))
+    if _is_out_of_memory(error):
+        where = f" at step {attempt.step} with clips of {attempt.shape_name}" if attempt and attempt.shape_name else ""
+        return Outcome(
+            ExitCode.out_of_memory,
+            f"out of memory{where}, micro_batch={config.micro_batch}, {peak_memory_words(device)} ({_first_line(error)}). Lower "
+            "micro_batch, set model.gradient_checkpointing=true, or shard more with deepspeed=zero3 or more processes",
+            is_agreed=False,
         )
-        code = ExitCode.out_of_memory
-    except BaseException:
-        # One rank's failure must end the others too, and a rank that waits for nobody lets the launcher do that.
-        traceback.print_exc()
-        code = 1
-    exit_process(code, alone=alone)
+    # One rank's failure must end the others too, and a rank that waits for nobody lets the launcher do that.
+    traceback.print_exception(error)
+    return Outcome(ExitCode.failed, f"{type(error).__name__}: {_first_line(error)}", is_agreed=False)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # On the CPU torch raises a RuntimeError like any other.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -43,6 +43,7 @@ class SampleLosses:
 
     total: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+    noise_levels: Tensor | None = None  # [B], of a diffusion loss
 
 
 class Task(ABC):
@@ -136,7 +137,8 @@ class TextToVideoTask(Task):
         else:
             text = pad_features(batch.text, self.config.text.max_tokens)
         model, condition = self.conditions.apply(model, batch, latents, purpose=purpose)
-        return SampleLosses(rectified_flow_loss(model, latents, text, noise, noise_levels, condition=condition))
+        losses = rectified_flow_loss(model, latents, text, noise, noise_levels, condition=condition)
+        return SampleLosses(losses, noise_levels=noise_levels)
 
     @torch.no_grad()
     def encode_video(self, pixels: Tensor) -> Tensor:

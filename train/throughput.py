@@ -23,7 +23,13 @@ class MetricsWindow:
         self._sums: dict[str, Tensor] = {}
         self._skipped = self._steps = 0
         self._samples: Tensor | float = 0.0
+        self._forget_step()
         self.begin()
+
+    def _forget_step(self) -> None:
+        # Of the step that goes on: one that is left out must not count, least of all where its loss is not finite.
+        self._step_sums: dict[str, Tensor] = {}
+        self._step_samples: Tensor | float = 0.0
 
     def begin(self) -> None:
         """Start the clock."""
@@ -43,24 +49,30 @@ class MetricsWindow:
 
     def add(self, losses: Tensor, terms: dict[str, Tensor], weights: Tensor) -> None:
         """The losses of a micro-batch, their terms and weights, each [B]."""
-        self._samples = weights.sum() + self._samples
+        self._step_samples = weights.sum() + self._step_samples
         for name, values in {"loss": losses.detach(), **terms}.items():
-            total = (values.float() * weights).sum()
-            self._sums[name] = self._sums[name].to(total.device) + total if name in self._sums else total
+            _add_to(self._step_sums, name, (values.float() * weights).sum())
 
     def end_step(self, *, samples: int, applied: bool) -> None:
-        """Count a step of this many samples over all ranks; `applied` is false where its gradient was not finite."""
+        """Count a step of this many samples over all ranks; the losses of one that is not `applied` are left out."""
         self._steps += 1
         self._timed_samples += samples
         self._skipped += not applied
+        if applied:
+            self._samples = self._step_samples + self._samples
+            for name, total in self._step_sums.items():
+                _add_to(self._sums, name, total)
+        self._forget_step()
 
     def close(self, result: StepResult, lr: float) -> dict[str, float]:
         """Means over the window and over all ranks, and the speed since the run or the last row began. Collective."""
         names = list(self._sums)
-        totals = torch.stack([*self._sums.values(), torch.as_tensor(self._samples)])
-        dist.all_reduce(totals)
-        *sums, samples = totals.tolist()
-        row = {name: total / (samples or 1.0) for name, total in zip(names, sums, strict=True)}
+        row = {}
+        if names:  # on all ranks or, where every step was left out, on none
+            totals = torch.stack([*self._sums.values(), torch.as_tensor(self._samples)])
+            dist.all_reduce(totals)
+            *sums, samples = totals.tolist()
+            row = {name: total / (samples or 1.0) for name, total in zip(names, sums, strict=True)}
         seconds = (time.perf_counter() - self._began) / self._steps
         row |= {
             "grad_norm": float(result.grad_norm),
@@ -93,3 +105,7 @@ class MetricsWindow:
                 self._sums[name] = self._sums.get(name, torch.zeros(())) + total
             self._samples += part["samples"]
             self._skipped = part["skipped"]
+
+
+def _add_to(sums: dict[str, Tensor], name: str, total: Tensor) -> None:
+    sums[name] = sums[name].to(total.device) + total if name in sums else total

@@ -4,7 +4,6 @@ Progress is counted in optimizer steps. Data, noise and learning rate are functi
 weights, the optimizer and one number.
 """
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,54 +12,53 @@ import torch
 import torch.distributed as dist
 
 from ..data.batch import VideoBatch
-from ..data.config import Access
-from ..data.stream import NOT_EXACT
 from .checkpoint import (
+    Checkpointer,
+    Saved,
+    choose_checkpoint,
     committed_checkpoints,
-    find_checkpoint,
     load_checkpoint,
+    read_run_state,
     read_weights,
-    remove_old_checkpoints,
-    save_checkpoint,
 )
+from .checkpoint_folder import space_fault
 from .compose import plain
 from .config import TaskKind, TrainConfig
 from .ema import EMA
 from .engine import Engine, StepResult
 from .exit_codes import ExitCode
 from .feed import Feed
-from .fixed_settings import changed_settings, fixed_settings
+from .fixed_settings import fixed_settings, refuse_changed_settings
+from .guards import Diverged, Finding, StepGuard, Verdict
 from .loaders import build_loaders
+from .model_hash import check_same_weights
+from .notes import first_notes, last_notes
+from .one_attempt import OneAttempt
 from .optimizer import build_optimizer, learning_rate
 from .preemption import Requests, StopAgreed
-from .provenance import write_provenance
-from .tasks import build_task, next_command
+from .probe import refuse_different_settings
+from .provenance import setting_texts, write_provenance
+from .ranks import on_rank_0
+from .save_schedule import SaveSchedule
+from .saving import Saver
+from .slow_ranks import ComputeClock, SlowRanks
+from .tasks import build_task
 from .throughput import MetricsWindow
 from .tokenizer import prepare_tokenizer
-from .tracking import Tracker
+from .tracking import VALIDATION_SECONDS, Tracker
 from .trained_weights import prepare_weights
 from .validate import sample_videos, validation_losses
-
-MAX_SKIPPED_IN_A_ROW = 20
-GHOST_SHARE_WORTH_A_NOTE = 0.03
-CURE_FOR_DIVERGENCE = (
-    "nothing newer than the last checkpoint was kept: lower optimizer.lr or optimizer.gradient_clipping and run again to "
-    "resume from there"
-)
-
-
-class Diverged(RuntimeError):
-    """The loss or the gradient stopped being finite."""
+from .watchdog import Phase
 
 
 class Trainer:
     """One run: its parts, and the loop over them."""
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device, attempt: OneAttempt) -> None:
         self.config = config
-        self.rank, world = dist.get_rank(), dist.get_world_size()
-        self.world = world
-        self.buckets = config.buckets(world)
+        self.attempt, self.watchdog = attempt, attempt.watchdog
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.buckets = config.buckets(self.world)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
         if config.threads:
@@ -68,11 +66,16 @@ class Trainer:
 
         # Data first: its mistakes are the commonest, and it needs no model to find them.
         self.loader, self.validation_loader = build_loaders(config, self.buckets)
+        refuse_different_settings({**setting_texts(config), "data": self.loader.fingerprint})
+        self.feed = Feed(self.loader, max_bad_share=config.data.max_bad_share)
+        resume_from = choose_checkpoint(self.checkpoints, config.resume)
+        attempt.start(read_run_state(resume_from)["step"] if resume_from is not None else 0, resume_from)
+        if resume_from is not None:
+            refuse_changed_settings(config, resume_from)
         prepare_tokenizer(config, self.loader)
         self.task = build_task(config, device)
         torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
         model = self.task.build_model()
-        resume_from = find_checkpoint(self.checkpoints)
         self.lora_facts = prepare_weights(model, config, resume_from)
         # DeepSpeed casts and shards the model, so weights must be final; the EMA copies what DeepSpeed made.
         self.engine = Engine(
@@ -83,15 +86,13 @@ class Trainer:
             gradient_clipping=config.optimizer.gradient_clipping,
         )
         self.ema = EMA(self.engine, config.ema)
-        self.start_step = 0
+        self.guard = StepGuard(config.guards)
         self.window = MetricsWindow()
-        self.feed = Feed(self.loader, max_bad_share=config.data.max_bad_share)
-        data_changed = False
-        if resume_from is not None:
-            facts = load_checkpoint(resume_from, engine=self.engine, ema=self.ema)
-            data_changed = self._resume_data(resume_from, facts)
-            self.start_step = facts["step"]
-            self.window.restore(facts["metrics_window"])
+        self.compute_clock, self.slow_ranks = ComputeClock(device), SlowRanks()
+        self.step = 0
+        self.exported: Path | None = None  # on rank 0, at the end
+        data_changed = resume_from is not None and self._restore(resume_from)
+        self.saver = self._build_saver(device, resume_from)
 
         self.tracker: Tracker | None = None
         if self.rank == 0:
@@ -101,149 +102,220 @@ class Trainer:
                 config.tracking,
                 run_config=plain(config),
                 total_steps=config.steps,
-                start_step=self.start_step,
+                start_step=self.step,
+                attempt=attempt.number,
             )
-            if resume_from is not None:
-                self.tracker.note(f"resumed from {resume_from}")
-            if config.data.access is Access.stream:
-                self.tracker.note(f"muybridge: {NOT_EXACT}")
-            if data_changed:
-                self.tracker.note(
-                    f"muybridge: the data changed: a new order of samples begins at step {self.start_step}"
-                )
-            if (share := self.loader.ghost_share()) > GHOST_SHARE_WORTH_A_NOTE:
-                self.tracker.note(
-                    f"muybridge: {share:.0%} of the computation is for nothing: global batches that are no multiples of "
-                    f"micro_batch x processes: {self._uneven_buckets()}"
-                )
-        # Last, so that Ctrl-C during set-up still ends at once.
+            for note in first_notes(
+                config,
+                self.loader,
+                world=self.world,
+                step=self.step,
+                resume_from=resume_from,
+                data_changed=data_changed,
+                schedule=self.saver.schedule,
+            ):
+                self.tracker.note(note)
+        # Last: up to here, a signal ends the process at once.
         self.requests = Requests(self.run_dir)
 
-    def run(self) -> int:
+    def run(self) -> ExitCode:
         """Train to the last step, or to an agreed stop; returns the exit code."""
         try:
-            step = self._train_steps()
-            done = step >= self.config.steps
+            self._train_steps()
+            done = self.step >= self.config.steps
             if done:
-                self._export()
+                with self.watchdog.phase(Phase.export, self.step):
+                    self._export()
             self.feed.close()
-            self._say_goodbye(step, done=done)
+            if not done:
+                self.requests.clear()
+            for note in last_notes(self.config, step=self.step, exported=self.exported):
+                self._note(note)
         finally:  # the terminal gets its cursor back and W&B its last rows however a run ends
+            self.saver.close()
             if self.tracker is not None:
                 self.tracker.close()
         return ExitCode.done if done else ExitCode.requeue
 
-    def _train_steps(self) -> int:
-        """The loop; returns the step that is reached and saved."""
-        step, saved_step, stopped, skipped_in_a_row = self.start_step, self.start_step, False, 0
-        window = self.window
-        window.begin()
-        self.feed.start(step)
-        while step < self.config.steps and not stopped:
-            lr = learning_rate(self.config.optimizer, step, self.config.steps)
-            window.wait_for_data()
-            try:
-                micro_batches = self.feed.next(self.requests)
-            except StopAgreed:
-                break
-            window.data_arrived()
-            result = self._optimizer_step(micro_batches, lr)
-            if result.applied:
-                self.ema.update(step + 1)
-            step += 1
-            window.end_step(samples=micro_batches[0].step_samples, applied=result.applied)
-            skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
-            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise Diverged(
-                    f"{skipped_in_a_row} steps in a row up to step {step} had gradients that are not finite; "
-                    f"{CURE_FOR_DIVERGENCE}"
-                )
-            if step % self.config.tracking.log_every_steps == 0 or step == self.config.steps:
-                row = window.close(result, lr)
-                if self.tracker is not None:
-                    self.tracker.log(step, {**row, "samples_seen": self.feed.samples_before(step)})
-                self._check_convergence(step, row)
-            # Before the checkpoint: it must count this step's bad clips, and none may be of a step that was one too many.
-            agreed = self.feed.agree(self.requests, step, is_written=True)
-            stopped = agreed.stop
-            if self._is_due(step, self.config.checkpoint.every_steps or 0) and step < self.config.steps:
-                saved_step = self._save(step, saved_step)
-            if self._is_due(step, self.config.validation.every_steps) or (
-                step == self.config.steps and self.config.validation.every_steps
-            ):
-                began = time.perf_counter()
-                try:
-                    self._validate(step)
-                except StopAgreed:  # what is missing is looked at when the run goes on
-                    stopped = True
-                window.leave_out(time.perf_counter() - began)
-        if step > saved_step or not committed_checkpoints(self.checkpoints):
-            self._save(step, saved_step, must_succeed=True)
-        return step
+    def _train_steps(self) -> None:
+        """The loop, up to the last step or an agreed stop, and the checkpoint of where it ends."""
+        self.feed.start(self.step)
+        self.saver.schedule.start(samples=self.feed.samples_before(self.step), seconds=0.0)
+        self.window.begin()
+        goes_on = not self._owes_validation() or self._validate()
+        while goes_on and self.step < self.config.steps:
+            goes_on = self._train_step()
+        with self.watchdog.phase(Phase.save, self.step):
+            self.saver.finish()
+            if self.saver.saved_step != self.step:
+                self.saver.save_now(self.step, **self._to_save())
 
-    def _optimizer_step(self, micro_batches: list[VideoBatch], lr: float) -> StepResult:
+    def _train_step(self) -> bool:
+        """A step, and what is due after it; whether the run goes on."""
+        try:
+            micro_batches = self._wait_for_data()
+        except StopAgreed:
+            return False
+        self.watchdog.enter(Phase.step, self.step)
+        self.attempt.shape_name = micro_batches[0].shape_name
+        lr = learning_rate(self.config.optimizer, self.step, self.config.steps)
+        result, verdict = self._optimizer_step(micro_batches, lr)
+        if verdict.finding is not Finding.fine:
+            self._note(f"muybridge: {verdict.text}")
+        if verdict.rolls_back:
+            self._roll_back(verdict)
+            return True
+        if result.applied:
+            self.ema.update(self.step + 1)
+        self.window.end_step(samples=micro_batches[0].step_samples, applied=result.applied)
+        self.step += 1
+        self.attempt.step = self.step
+        if self.step % self.config.tracking.log_every_steps == 0 or self.step == self.config.steps:
+            row = self.window.close(result, lr)
+            self._log({**row, "samples_seen": self.feed.samples_before(self.step)})
+            for text in self.slow_ranks.add(self.compute_clock.take()):
+                self._note(f"muybridge: {text}")
+        # Before the checkpoint: it must count this step's bad clips, and none may be of a step that was one too many.
+        agreed = self.feed.agree(self.requests, self.step, is_written=self.saver.is_written())
+        if self._is_due(self.config.guards.hash_every_steps):
+            check_same_weights(self.engine, self.step)
+        self._save_where_due(seconds=agreed.seconds, is_asked=agreed.save, is_written=agreed.is_written)
+        goes_on = not agreed.stop
+        if self._validates_here():
+            goes_on = self._validate() and goes_on
+        return goes_on
+
+    def _wait_for_data(self) -> list[VideoBatch]:
+        """This rank's batches of the step. Raises StopAgreed."""
+        self.watchdog.enter(Phase.data, self.step)
+        self.window.wait_for_data()
+        batches = self.feed.next(self.requests, arrived=lambda: self.watchdog.enter(Phase.agreement, self.step))
+        self.window.data_arrived()
+        return batches
+
+    def _optimizer_step(self, micro_batches: list[VideoBatch], lr: float) -> tuple[StepResult, Verdict]:
+        self.guard.begin_step(self.step, micro_batches[0].shape_name)
         for number, batch in enumerate(micro_batches, start=1):
             batch = batch.to(self.task.device)
-            losses = self.task.losses(self.engine, batch)
+            with self.compute_clock.running():
+                losses = self.task.losses(self.engine, batch)
             # The step's loss is the mean over its samples; the engine averages over the ranks.
             loss = (losses.total * batch.weights).sum() * (self.world / batch.step_samples)
             self.engine.backward(loss, is_last=number == len(micro_batches))
             self.window.add(losses.total, losses.terms, batch.weights)
-        return self.engine.step(lr)
+            self.guard.add(losses.total, losses.noise_levels, batch)
+        result = self.engine.step(lr, accept=self.guard.accept)
+        return result, self.guard.end_step(applied=result.applied)
 
-    def _check_convergence(self, step: int, row: dict[str, float]) -> None:
-        # Every rank holds the same reduced row, so all of them stop together.
-        if not math.isfinite(row["loss"]):
-            raise Diverged(f"the loss is {row['loss']} at step {step}; {CURE_FOR_DIVERGENCE}")
+    def _save_where_due(self, *, seconds: float, is_asked: bool, is_written: bool) -> None:
+        """Take up the save in flight once all have written their parts, and begin the next one where it is due."""
+        with self.watchdog.phase(Phase.save, self.step):
+            self.saver.commit_if(is_written)
+            samples = self.feed.samples_before(self.step)
+            is_due = self.saver.schedule.is_due(step=self.step, samples=samples, seconds=seconds)
+            if (is_due or is_asked) and self.step < self.config.steps:
+                began = time.perf_counter()
+                self.saver.begin(self.step, **self._to_save())
+                self.window.leave_out(time.perf_counter() - began)
 
-    def _save(self, step: int, saved_step: int, *, must_succeed: bool = False) -> int:
-        """Save and return the step now safe on disk; a failed save is reported, and training goes on."""
+    def _to_save(self) -> dict[str, Any]:
+        """What goes into a checkpoint besides the weights. Collective."""
         state = {
             **fixed_settings(self.config),
-            **self.feed.state(step),
+            **self.feed.state(self.step),
             "metrics_window": self.window.state(),
+            "guard": self.guard.state(),
             "versions": {"torch": torch.__version__},
             **({"lora": self.lora_facts} if self.lora_facts else {}),
         }
-        bad_clips = self.feed.shared_ledger()
-        try:
-            save_checkpoint(
-                self.checkpoints,
-                step=step,
-                engine=self.engine,
-                ema=self.ema,
-                run_state=state,
-                bad_clips=bad_clips,
-            )
-        except OSError as error:
-            if must_succeed:
-                raise
-            if self.tracker is not None:
-                self.tracker.note(f"muybridge: {error}; training goes on")
-            return saved_step
-        if self.rank == 0:
-            remove_old_checkpoints(self.checkpoints, self.config.checkpoint.keep_last)
-        return step
+        losses = self.tracker.validation_losses() if self.tracker is not None else {}
+        return {"state": state, "bad_clips": self.feed.shared_ledger(), "validation_losses": losses}
 
-    def _validate(self, step: int) -> None:
-        with self.ema.swapped_in():
-            row: dict[str, float] = {}
-            if self.validation_loader is not None:
-                row = validation_losses(
-                    self.engine,
-                    self.task,
-                    self.validation_loader,
-                    clips=self.config.validation.clips,
-                    may_stop=self.requests.check,
-                )
-            videos = []
-            if self.config.task is TaskKind.text_to_video and self.config.validation.prompts:
-                folder = self.run_dir / "validation" / f"step-{step:08d}"
-                videos = sample_videos(self.engine, self.task, self.config, folder, may_stop=self.requests.check)
+    def _take_up(self, saved: Saved) -> None:
+        """What became of a save, for the people who watch."""
+        if saved.failure:
+            self._note(f"muybridge: {saved.failure}; training goes on")
+            return
+        self._log(
+            {
+                "checkpoint_blocking_seconds": saved.blocking_seconds,
+                "checkpoint_seconds": saved.total_seconds,
+                "checkpoint_bytes": float(saved.nbytes),
+            },
+            step=saved.step,
+        )
+        if self.attempt.diary is not None:
+            self.attempt.diary.commit(
+                saved.step,
+                blocking_seconds=saved.blocking_seconds,
+                total_seconds=saved.total_seconds,
+                nbytes=saved.nbytes,
+            )
+
+    def _restore(self, folder: Path) -> bool:
+        """Take up everything that a checkpoint holds; whether the data are others by now. Collective. Raises ValueError."""
+        facts = load_checkpoint(folder, engine=self.engine, ema=self.ema)
+        data_changed = self.feed.resume(folder, facts)
+        self.step = facts["step"]
+        self.window = MetricsWindow()
+        self.window.restore(facts["metrics_window"])
+        self.guard.restore(facts["guard"])
+        return data_changed
+
+    def _roll_back(self, verdict: Verdict) -> None:
+        """Go back to the newest checkpoint, and on with the samples behind those of the step that stood out. Collective."""
+        from_step, skipped, roll_backs = self.step, self.feed.skipped_steps, self.guard.roll_backs
+        with self.watchdog.phase(Phase.save, from_step):
+            self.saver.finish()
+            folder = choose_checkpoint(self.checkpoints)
+            if folder is None:
+                raise Diverged(f"{verdict.text}, but there is none yet")
+            self._restore(folder)
+        self.guard.roll_backs = roll_backs + 1
+        self.feed.skipped_steps = skipped + from_step + 1 - self.step
+        self.feed.start(self.step)
+        self.window.begin()
+        self.attempt.step = self.step
         if self.tracker is not None:
-            if row:
-                self.tracker.log(step, row)
-            self.tracker.log_videos(step, videos)
+            self.tracker.drop_rows_after(self.step)
+        if self.attempt.diary is not None:
+            self.attempt.diary.roll_back(from_step=from_step, to_step=self.step, cause=verdict.text)
+        self._note(f"muybridge: back at step {self.step}; the samples up to step {from_step} are left out")
+
+    def _validates_here(self) -> bool:
+        every = self.config.validation.every_steps
+        return self._is_due(every) or (every > 0 and self.step == self.config.steps)
+
+    def _owes_validation(self) -> bool:
+        """Whether the attempt before ended in the validation at the step of its checkpoint. Collective."""
+        is_missing = on_rank_0(lambda: self.tracker is not None and not self.tracker.has(self.step, VALIDATION_SECONDS))
+        return self.step > 0 and self._validates_here() and is_missing
+
+    def _validate(self) -> bool:
+        """Look at the EMA weights; False where a stop cut it short, which is made up for when the run goes on. Collective."""
+        began = time.perf_counter()
+        config, row, videos = self.config.validation, {}, []
+        try:
+            with self.watchdog.phase(Phase.validation, self.step), self.ema.swapped_in():
+                if self.validation_loader is not None:
+                    row = validation_losses(
+                        self.engine,
+                        self.task,
+                        self.validation_loader,
+                        clips=config.clips,
+                        may_stop=self.requests.check,
+                    )
+                if self.config.task is TaskKind.text_to_video and config.prompts:
+                    folder = self.run_dir / "validation" / f"step-{self.step:08d}"
+                    videos = sample_videos(self.engine, self.task, self.config, folder, may_stop=self.requests.check)
+        except StopAgreed:
+            return False
+        seconds = time.perf_counter() - began
+        self.window.leave_out(seconds)
+        if self.tracker is not None:
+            self.tracker.log_videos(self.step, videos)
+        self._log({**row, VALIDATION_SECONDS: seconds})
+        return True
 
     def _export(self) -> None:
         """Write the EMA weights for use elsewhere, from the checkpoint: no rank has to hold what the others own."""
@@ -253,34 +325,25 @@ class Trainer:
             self.exported = self.task.export(self.run_dir / "model", read_weights(newest), clips)
         dist.barrier()
 
-    def _say_goodbye(self, step: int, *, done: bool) -> None:
-        if self.tracker is None:
-            return
-        if done:
-            self.tracker.note(
-                f"muybridge: {step} steps done; wrote {self.run_dir}/metrics.jsonl, checkpoints/ and {self.exported}"
-            )
-            if self.config.task is TaskKind.text_to_video:
-                self.tracker.note(f"next: {next_command(self.config)}")
-        else:
-            self.requests.clear()
-            self.tracker.note(f"muybridge: stopped on request at step {step}; the same command goes on from there")
-
-    def _uneven_buckets(self) -> str:
-        return ", ".join(
-            f"{bucket.name}: {bucket.global_batch} of {bucket.micro_batch} x {self.world}"
-            for bucket in self.buckets
-            if bucket.global_batch % (bucket.micro_batch * self.world)
+    def _build_saver(self, device: torch.device, resume_from: Path | None) -> Saver:
+        checkpointer = Checkpointer(
+            self.checkpoints, self.config.checkpoint, self.engine, self.ema, still_ours=self.attempt.lock.still_ours
         )
+        nbytes = checkpointer.expected_bytes()
+        if fault := on_rank_0(lambda: space_fault(self.checkpoints, nbytes)):
+            checkpointer.close()
+            raise ValueError(fault)
+        schedule = SaveSchedule(self.config.checkpoint, processes=self.world, on_gpu=device.type == "cuda")
+        saved_step = self.step if resume_from is not None else None
+        return Saver(checkpointer, schedule, step=saved_step, taken_up=self._take_up)
 
-    def _resume_data(self, folder: Path, facts: dict[str, Any]) -> bool:
-        """Go on where the loader was; whether the data changed, as far as that is allowed. Raises ValueError."""
-        if changed := changed_settings(self.config, facts):
-            raise ValueError(
-                f"{folder} cannot be continued, these changed: {'; '.join(changed)} (undo it, or choose another run_dir)"
-            )
-        return self.feed.resume(folder, facts)
+    def _note(self, text: str) -> None:
+        if self.tracker is not None:
+            self.tracker.note(text)
 
-    @staticmethod
-    def _is_due(step: int, every: int) -> bool:
-        return every > 0 and step % every == 0
+    def _log(self, row: dict[str, float], *, step: int | None = None) -> None:
+        if self.tracker is not None:
+            self.tracker.log(self.step if step is None else step, row)
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0

@@ -24,6 +24,7 @@ from muybridge.train import tasks
 from muybridge.train.config import load_train_config
 from muybridge.train.engine import EngineConfig, initialise_distributed
 from muybridge.train.exit_codes import exit_process
+from muybridge.train.one_attempt import OneAttempt
 from muybridge.train.trainer import Trainer
 
 
@@ -84,21 +85,24 @@ def digest(tensor: Tensor) -> str:
 def train(overrides: list[str], records: str, interruption: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Trains one run and says what became of it on this rank."""
     torch.manual_seed(123)  # what came before must not matter
+    attempt: OneAttempt | None = None
+    trainer: Trainer | None = None
     try:
         config = load_train_config(overrides)
+        attempt = OneAttempt(config)
         Path(config.run_dir).mkdir(exist_ok=True)
         RecordedTask.records = Path(config.run_dir) / f"samples-{records}-{dist.get_rank()}.jsonl"
         RecordedTask.interruption = interruption
-        trainer = Trainer(config, device)
-    except ValueError as error:
-        return {"ValueError": str(error)}
-    try:
+        trainer = Trainer(config, device, attempt)
         return {"code": trainer.run(), "counts": trainer.loader.counts()}
-    except DataBudgetError as error:
-        return {"DataBudgetError": str(error)}
+    except (ValueError, DataBudgetError) as error:
+        return {type(error).__name__: str(error)}
     finally:
-        trainer.loader.close()
-        trainer.engine.destroy()
+        if trainer is not None:
+            trainer.loader.close()
+            trainer.engine.destroy()
+        if attempt is not None:
+            attempt.end(0, "", is_agreed=True, on_request=True)
 
 
 def main(plan: Path, out: Path) -> None:

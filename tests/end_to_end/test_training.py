@@ -160,7 +160,7 @@ def test_one_process_continues_a_run_of_two_at_another_stage(runs: tuple[Path, d
 
 def test_rows_hold_the_figures_of_each_step(runs: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     root, _ = runs
-    rows = read_rows(root / "zero0-w1")
+    rows = [row for row in read_rows(root / "zero0-w1") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert [row["samples_seen"] for row in rows] == list(range(8, 161, 8))
     assert [row["lr"] for row in rows[:6]] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3])
@@ -303,7 +303,11 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     assert story["finished code"] == 0, story["finished"]
     timing = {"seconds_per_step", "samples_per_second", "data_seconds_per_step", "unix_seconds", "attempt"}
     expected, got = (
-        [{name: value for name, value in row.items() if name not in timing} for row in read_rows(run_dir)]
+        [
+            {name: value for name, value in row.items() if name not in timing}
+            for row in read_rows(run_dir)
+            if "loss" in row
+        ]
         for run_dir in (runs[0] / "story", story["run_dir"])
     )
     assert got == expected
@@ -353,7 +357,8 @@ def test_wandb_sees_one_run_with_all_its_rows_and_videos(story: dict[str, Any]) 
     steps: Counter[int] = Counter()
     videos = []
     for file in files:
-        assert {r.run.run_id for r in wandb_records(file) if r.WhichOneof("record_type") == "run"} == {run_id}
+        # None in that of the kill, if W&B's service had not come to it.
+        assert {r.run.run_id for r in wandb_records(file) if r.WhichOneof("record_type") == "run"} <= {run_id}
         for row in wandb_rows(file):
             if "loss" in row:
                 steps[row["step"]] += 1

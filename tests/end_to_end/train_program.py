@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muybridge.train.config import load_train_config
+from muybridge.train.config import TrainConfig, load_train_config
 from muybridge.train.engine import EngineConfig, initialise_distributed
 from muybridge.train.exit_codes import exit_process
+from muybridge.train.guards import Diverged
 from muybridge.train.memory import bytes_per_process
-from muybridge.train.trainer import Diverged, Trainer
+from muybridge.train.one_attempt import OneAttempt
+from muybridge.train.trainer import Trainer
 
 
 def held_bytes(trainer: Trainer) -> dict[str, int]:
@@ -42,24 +44,34 @@ def held_bytes(trainer: Trainer) -> dict[str, int]:
     return {"weights": count(weights), "optimizer": count(optimizer), "EMA": count(averages)}
 
 
+def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """What became of one run."""
+    attempt = OneAttempt(config)
+    torch.manual_seed(123)  # what came before must not matter
+    try:
+        trainer = Trainer(config, device, attempt)
+        try:
+            code = trainer.run()
+            sizes = {"held": held_bytes(trainer), "estimated": bytes_per_process(config, dist.get_world_size())}
+            return {"code": code, **sizes}
+        finally:
+            trainer.engine.destroy()
+    except (ValueError, Diverged) as error:
+        return {type(error).__name__: str(error)}
+    finally:
+        attempt.end(0, "", is_agreed=True, on_request=True)
+
+
 def main(plan: Path, out: Path) -> None:
     device = initialise_distributed(EngineConfig())
     found: dict[str, dict[str, Any]] = {}
     for name, overrides in json.loads(plan.read_text()).items():
         try:
             config = load_train_config(overrides)
-            torch.manual_seed(123)  # what came before must not matter
-            trainer = Trainer(config, device)
         except ValueError as error:
             found[name] = {"ValueError": str(error)}
             continue
-        try:
-            code = trainer.run()
-            sizes = {"held": held_bytes(trainer), "estimated": bytes_per_process(config, dist.get_world_size())}
-            found[name] = {"code": code, **sizes}
-        except Diverged as error:
-            found[name] = {"Diverged": str(error)}
-        trainer.engine.destroy()
+        found[name] = train(config, device)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found, indent=1))
     exit_process(0)

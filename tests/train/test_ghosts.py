@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,15 +40,23 @@ def gradient(micro_batches: list[VideoBatch], world: int) -> torch.Tensor:
 
     def losses(engine: Any, batch: VideoBatch) -> Any:
         total = torch.square(engine.model(batch.latents.flatten(1)) - 1.5).flatten()
-        return SimpleNamespace(total=total, terms={})
+        return SimpleNamespace(total=total, terms={}, noise_levels=None)
 
     def backward(loss: torch.Tensor, *, is_last: bool) -> None:
         loss.backward()
 
+    def step(lr: float, accept: Any) -> Any:
+        return SimpleNamespace(applied=True)
+
+    def ignore(*_: Any, **__: Any) -> None: ...
+
     trainer: Any = SimpleNamespace(
         task=SimpleNamespace(device="cpu", losses=losses),
-        engine=SimpleNamespace(model=model, backward=backward, step=lambda lr: None),
+        engine=SimpleNamespace(model=model, backward=backward, step=step),
         window=SimpleNamespace(add=lambda *metrics: None),
+        guard=SimpleNamespace(begin_step=ignore, add=ignore, accept=ignore, end_step=ignore),
+        compute_clock=SimpleNamespace(running=nullcontext),
+        step=0,
         world=world,
     )
     Trainer._optimizer_step(trainer, micro_batches, 0.1)

@@ -1,0 +1,53 @@
+"""What a run says to people at its start and its end."""
+
+from pathlib import Path
+
+from ..data.config import Access
+from ..data.loader import VideoLoader
+from ..data.stream import NOT_EXACT, StreamLoader
+from .config import TaskKind, TrainConfig
+from .save_schedule import SaveSchedule
+from .tasks import next_command
+
+GHOST_SHARE_WORTH_A_NOTE = 0.03
+
+
+def first_notes(
+    config: TrainConfig,
+    loader: VideoLoader | StreamLoader,
+    *,
+    world: int,
+    step: int,
+    resume_from: Path | None,
+    data_changed: bool,
+    schedule: SaveSchedule,
+) -> list[str]:
+    """Before the first step of an attempt, which begins at `step`."""
+    notes = []
+    if resume_from is not None:
+        notes.append(f"resumed from {resume_from}")
+    if config.data.access is Access.stream:
+        notes.append(f"muybridge: {NOT_EXACT}")
+    if data_changed:
+        notes.append(f"muybridge: the data changed: a new order of samples begins at step {step}")
+    if (share := loader.ghost_share()) > GHOST_SHARE_WORTH_A_NOTE:
+        uneven = ", ".join(
+            f"{bucket.name}: {bucket.global_batch} of {bucket.micro_batch} x {world}"
+            for bucket in loader.buckets
+            if bucket.global_batch % (bucket.micro_batch * world)
+        )
+        notes.append(
+            f"muybridge: {share:.0%} of the computation is for nothing: global batches that are no multiples of "
+            f"micro_batch x processes: {uneven}"
+        )
+    return [*notes, f"muybridge: {schedule.explanation()}"]
+
+
+def last_notes(config: TrainConfig, *, step: int, exported: Path | None) -> list[str]:
+    """After the last step, with what was exported, or after an agreed stop."""
+    if exported is None:
+        return [f"muybridge: stopped on request at step {step}; the same command goes on from there"]
+    notes = [f"muybridge: {step} steps done; wrote {config.run_dir}/metrics.jsonl, checkpoints/ and {exported}"]
+    if config.task is TaskKind.text_to_video:
+        notes.append(f"next: {next_command(config)}")
+    return notes

@@ -1,0 +1,66 @@
+"""One attempt at a run, from the start of its processes to their exit: alone in its directory, watched, and in the run's diary."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from .attempts import Attempts, code_fingerprint, no_progress_message
+from .compose import plain
+from .config import TrainConfig
+from .ranks import from_rank_0, on_rank_0
+from .run_lock import RunLock
+from .watchdog import Watchdog
+
+
+class NoProgress(RuntimeError):
+    """Several attempts in a row ended without a new checkpoint."""
+
+
+class OneAttempt:
+    """What surrounds the trainer. Raises RunIsLocked and NoProgress, on every rank; its making is collective."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        run_dir = Path(config.run_dir)
+        self.step = 0  # which the loop has reached
+        self.shape_name = ""  # of the clips it works on
+        self._ended = False
+        # What decides about the run; where a copy of it lies, and whether it may be tried again, does not.
+        settings = {name: value for name, value in plain(config).items() if name not in ("run_dir", "restart_limit")}
+        self._code = code_fingerprint(settings) if dist.get_rank() == 0 else ""
+        self.lock = RunLock(run_dir)
+        self.lock.acquire()
+        self.diary: Attempts | None = None
+        try:
+            message = on_rank_0(lambda: no_progress_message(run_dir, self._code, config.restart_limit))
+            if message:
+                raise NoProgress(message)
+            if dist.get_rank() == 0:
+                self.diary = Attempts(run_dir)
+                self.diary.start(world_size=dist.get_world_size(), code=self._code)
+            self.number = from_rank_0(self.diary.number if self.diary is not None else 0)
+            stacks = run_dir / "stacks" / f"attempt-{self.number}"
+            self.watchdog = Watchdog(config.watchdog, stacks, on_end=self._end_of_the_watchdog)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def start(self, step: int, checkpoint: Path | None) -> None:
+        """Where the attempt begins: at a checkpoint, or from nothing."""
+        self.step = step
+        if self.diary is not None:
+            self.diary.begin(step, checkpoint)
+
+    def end(self, code: int, cause: str, *, is_agreed: bool, on_request: bool) -> None:
+        """Write down how it ended, and leave the directory to the next. Unless `is_agreed`, this rank ends the others as well."""
+        if self._ended:
+            return
+        self._ended = True
+        self.watchdog.stop("" if is_agreed else cause, code)
+        if self.diary is not None:
+            self.diary.end(step=self.step, exit_code=code, cause=cause, on_request=on_request)
+        self.lock.release()
+
+    def _end_of_the_watchdog(self, text: str, code: int) -> None:
+        if self.diary is not None:
+            self.diary.end(step=self.step, exit_code=code, cause=text)
+        self.lock.release()
