@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+from .deepspeed_contract import check_deepspeed
 from .optimizer import ShardAdamW
 
 # The first CPU `initialize` would compile this all-reduce with g++ for a minute, a killed build leaves a lock that hangs every
@@ -112,6 +113,8 @@ class Engine:
         micro_batch: int,
         gradient_clipping: float,
     ) -> None:
+        """Raises ValueError where the installed DeepSpeed is another one than this was made for."""
+        check_deepspeed()
         self.config = config
         # Frozen weights are in no shard, and so in no average and no checkpoint.
         self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -3,6 +3,7 @@ interpreter, and writes how they differ as JSON for test_shard_adamw.py to judge
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from muybridge.kernels.dispatch import INTERPRETED, Backend, forced
-from muybridge.train.checkpoint import load_checkpoint, save_checkpoint
+from muybridge.tests.train.checkpoint_parts import save_at_once
 from muybridge.train.ema import EMA, EMAConfig, average_name
 from muybridge.train.engine import Engine, EngineConfig, Precision, initialise_distributed
 from muybridge.train.exit_codes import exit_process
+from muybridge.train.fragments import load_checkpoint
 from muybridge.train.optimizer import PENDING_AVERAGE, OptimizerConfig, build_optimizer
 
-STEPS, SAVED_AT, POISONED = 6, 3, 4
+STEPS, SAVED_AT, CALLED_OFF, POISONED = 7, 3, 4, 5
 BATCH, CLIPPING, DECAYS = 8, 0.1, [0.8, 0.5]
 EPS = 1e-4  # Adam's division by the root of a gradient near 0 would blow rounding up
 
@@ -33,20 +35,25 @@ def build(case: str, backend: Backend, *, clipping: float = CLIPPING) -> tuple[E
 
 
 def run(engine: Engine, ema: EMA, steps: range) -> list[float]:
-    """The gradient norms of the steps that were applied; every step has a learning rate of its own, and one has a NaN."""
+    """The gradient norms of the steps that were applied; every step has a learning rate of its own, one has a NaN, and one is
+    called off while the average of the step before is pending."""
     norms = []
     for step in steps:
         x = torch.randn(BATCH, 7, generator=torch.Generator().manual_seed(step))
         x = x.to(next(engine.module.parameters()).dtype)
         loss = (engine(x) - x[:, :3].sin()).square().mean()
         engine.backward(loss * float("nan") if step == POISONED else loss, is_last=True)
-        result = engine.step(1e-2 / (1 + step))
+        result = engine.step(1e-2 / (1 + step), partial(accept_unless, step == CALLED_OFF))
         assert result is not None
-        assert result.applied == (step != POISONED)
+        assert result.applied == (step not in (CALLED_OFF, POISONED))
         if result.applied:
             ema.update(step + 1)
             norms.append(float(result.grad_norm))
     return norms
+
+
+def accept_unless(is_called_off: bool, norm: float) -> bool:
+    return not is_called_off
 
 
 def has_pending(engine: Engine) -> bool:
@@ -86,7 +93,7 @@ def compare(case: str, root: Path) -> dict[str, Any]:
         engine, ema = build(case, backend)
         norms[backend] = run(engine, ema, range(SAVED_AT))
         folder = root / f"{case}-{backend.value}"
-        saved[backend] = save_checkpoint(folder, step=SAVED_AT, engine=engine, ema=ema, run_state={})
+        saved[backend] = save_at_once(folder, step=SAVED_AT, engine=engine, ema=ema)
         norms[backend] += run(engine, ema, range(SAVED_AT, STEPS))
         found[f"{backend.value}_is"] = type(
             getattr(engine._engine.optimizer, "optimizer", engine._engine.optimizer)

@@ -1,6 +1,6 @@
 """What the engine relies on in DeepSpeed, one thing at a time: where a new release breaks something, this says what.
 
-guard_program.py looks at it at every ZeRO stage, at one and two processes.
+deepspeed_facts.py looks at it at every ZeRO stage, at one and two processes.
 """
 
 from typing import Any

@@ -54,7 +54,8 @@ def test_all_ranks_have_one_fingerprint_until_a_bit_flips_on_one(guard_runs: Run
     found = guard_runs[2][0][case]["fingerprints"]
     assert len(set(found["first"])) == len(set(found["stepped"])) == 1
     assert len({found["first"][0], found["stepped"][0], *found["flipped"]}) == 3
-    assert found["flipped"][0] == found["stepped"][0]
+    assert found["turned"][1] not in (found["flipped"][1], found["stepped"][1])
+    assert found["flipped"][0] == found["turned"][0] == found["stepped"][0]
     assert found["differing"] == [0, 1]  # of two, none has a majority
     # The same weights have the same fingerprint however many processes hold them.
     assert guard_runs[1][0][case]["fingerprints"]["first"][0] == found["first"][0]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 
 from muybridge.data.batch import VideoBatch
 from muybridge.train.guards import (
@@ -341,3 +342,8 @@ def test_wrong_settings_are_named() -> None:
     assert len(faults) == 5
     assert "guards.spike_history=10 must be at least 48" in faults
     assert GuardConfig().faults("guards") == []
+
+
+def test_the_settings_are_a_structured_config() -> None:
+    config = OmegaConf.merge(OmegaConf.structured(GuardConfig), {"spike_policy": "roll_back", "hash_every_steps": 0})
+    assert OmegaConf.to_object(config) == GuardConfig(spike_policy=SpikePolicy.roll_back, hash_every_steps=0)
