@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.ledger import from_lines
-from ..train.checkpoint import LEDGER_NAME, committed_checkpoints
+from ..train.checkpoint import LEDGER_NAME
+from ..train.checkpoint_folder import committed_checkpoints
 from ..train.compose import compose_config
 from .dataset_commands import console, say
 from .report_plot import duration, report_picture
@@ -74,7 +75,7 @@ def report_facts(run_dir: Path, times: RunTimes) -> dict[str, Any]:
     losses = [row["loss"] for row in times.rows if "loss" in row]
     return {
         "run": str(run_dir),
-        "step": max((row.get("step", 0) for row in times.rows), default=last.start_step),
+        "step": max((row.get("step", 0) for row in times.rows), default=0),
         "last_loss": losses[-1] if losses else None,
         "has_ended": last.end is not None,
         "attempts": [_attempt_facts(current) for current in times.attempts],
@@ -162,7 +163,7 @@ def _attempt_table(attempts: Sequence[AttemptTimes]) -> Table:
             str(current.attempt.number),
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(current.begin)),
             duration(current.end - current.begin),
-            f"{current.attempt.start_step} to {current.furthest_step}",
+            f"{current.start_step} to {current.furthest_step}" if current.attempt.begin else "none",
             str(len(current.attempt.commits)),
         )
     return table

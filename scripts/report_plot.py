@@ -127,7 +127,7 @@ def _tidy(axes: Axes, name: str) -> None:
 
 def _mark_turns(axes: Axes, times: RunTimes) -> None:
     for current in times.attempts[1:]:
-        axes.axvline(current.attempt.start_step, color=RESTART, linewidth=1, linestyle=":")
+        axes.axvline(current.start_step, color=RESTART, linewidth=1, linestyle=":")
     for current in times.attempts:
         for event in current.attempt.roll_backs:
             axes.axvspan(event["to_step"], event["from_step"], color=ROLL_BACK, alpha=0.12, linewidth=0)
@@ -138,7 +138,7 @@ def _label_restarts(axes: Axes, times: RunTimes) -> None:
     """Numbers of the attempts over the steps where they began, and the legend."""
     starts: dict[int, list[int]] = {}
     for current in times.attempts[1:]:
-        starts.setdefault(current.attempt.start_step, []).append(current.attempt.number)
+        starts.setdefault(current.start_step, []).append(current.attempt.number)
     left, right = axes.get_xlim()
     last = -np.inf
     for step, numbers in sorted(starts.items()):

@@ -43,6 +43,8 @@ class AttemptTimes:
     begin: float
     end: float  # its last sign of life
     rows: list[Row]  # those with a time, in its order, also those that were dropped
+    # Where it went on; of one that ended before it knew, where the next one did.
+    start_step: int
     furthest_step: int
     begin_of_steps: float = 0.0
     lost: list[tuple[float, float]] = field(default_factory=list)
@@ -77,7 +79,9 @@ def read_run_times(run_dir: Path) -> RunTimes:
     rows = read_json_lines(run_dir / METRICS_NAME)
     kept = {_identity(row) for row in rows}
     dropped = [row for row in read_json_lines(run_dir / DROPPED_NAME) if _identity(row) not in kept]
-    times = [_times_of(attempt, [*rows, *dropped]) for attempt in attempts]
+    everything = [*rows, *dropped]
+    start_steps = _start_steps(attempts)
+    times = [_times_of(attempt, everything, step) for attempt, step in zip(attempts, start_steps, strict=True)]
     lost_steps = _mark_lost(times)
     spans = _spans(times)
     return RunTimes(times, spans, _sums(times, spans), lost_steps, rows, dropped)
@@ -87,9 +91,19 @@ def _identity(row: Row) -> tuple[Any, ...]:
     return row.get("attempt"), row.get("step"), row.get("unix_seconds")
 
 
-def _times_of(attempt: Attempt, rows: Iterable[Row]) -> AttemptTimes:
+def _start_steps(attempts: Sequence[Attempt]) -> list[int]:
+    found: list[int] = []
+    # After the last attempt, a further one would go on at the newest checkpoint.
+    following = max((commit["step"] for attempt in attempts for commit in attempt.commits), default=0)
+    for attempt in reversed(attempts):
+        following = following if attempt.start_step is None else attempt.start_step
+        found.insert(0, following)
+    return found
+
+
+def _times_of(attempt: Attempt, rows: Iterable[Row], start_step: int) -> AttemptTimes:
     events = [attempt.start, *attempt.commits, *attempt.failed_saves, *attempt.roll_backs]
-    events += [attempt.end] if attempt.end else []
+    events += [event for event in (attempt.begin, attempt.end) if event]
     mine = [row for row in rows if row.get("attempt") == attempt.number and "unix_seconds" in row]
     mine.sort(key=lambda row: row["unix_seconds"])
     begin = attempt.start["unix_seconds"]
@@ -99,7 +113,8 @@ def _times_of(attempt: Attempt, rows: Iterable[Row]) -> AttemptTimes:
         begin,
         max(begin, *(row["unix_seconds"] for row in [*mine, *events])),
         mine,
-        furthest_step=max(attempt.start_step, *steps),
+        start_step=start_step,
+        furthest_step=max(start_step, *steps),
     )
     found.begin_of_steps = _begin_of_steps(found)
     return found
@@ -118,7 +133,7 @@ def _training_rows(times: AttemptTimes) -> list[tuple[Row, int]]:
     """The rows about steps, each with the number of its steps that this attempt did."""
     found = []
     turns = [(event["unix_seconds"], event["to_step"]) for event in times.attempt.roll_backs]
-    step = times.attempt.start_step
+    step = times.start_step
     for row in times.rows:
         if "seconds_per_step" not in row:
             continue
@@ -160,7 +175,7 @@ def _mark_lost(times: Sequence[AttemptTimes]) -> int:
             _mark_lost_since(event["to_step"], times[: index + 1], event["unix_seconds"])
         if index + 1 < len(times):
             following = times[index + 1]
-            goes_on_at = following.attempt.start_step
+            goes_on_at = following.start_step
             turn = max((event["unix_seconds"] for event in current.attempt.roll_backs), default=current.begin)
             seen = [row["step"] for row in [*current.rows, *current.attempt.commits] if row["unix_seconds"] > turn]
             end = current.attempt.end or {}
@@ -179,7 +194,7 @@ def _mark_lost_since(step: int, times: Sequence[AttemptTimes], until: float) -> 
         if commits:
             current.lost.append((_begin_of_save(commits[-1]) + commits[-1].get("blocking_seconds", 0.0), end))
             return
-        if current.attempt.start_step < step:  # its commit was not written down
+        if current.start_step < step:  # its commit was not written down
             before = [row["unix_seconds"] for row in current.rows if row["step"] <= step]
             current.lost.append((max(before, default=current.begin_of_steps), end))
             return

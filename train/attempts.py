@@ -1,7 +1,7 @@
 """The diary of a run, RUN_DIR/attempts.jsonl: what each attempt began with, committed and ended with. Rank 0 writes it.
 
-    {"event": "start", "attempt": 2, "unix_seconds": .., "start_step": 400, "from": "step-00000400", "world_size": 8, "host": "n01",
-     "code": "9f3c.."}
+    {"event": "start", "attempt": 2, "unix_seconds": .., "world_size": 8, "host": "n01", "code": "9f3c.."}
+    {"event": "begin", "attempt": 2, "unix_seconds": .., "step": 400, "from": "step-00000400"}
     {"event": "commit", "attempt": 2, "unix_seconds": .., "step": 600, "blocking_seconds": 0.3, "total_seconds": 9.1, "bytes": 5000}
     {"event": "save_failed", "attempt": 2, "unix_seconds": .., "step": 650, "blocking_seconds": 0.3, "cause": "No space left .."}
     {"event": "roll_back", "attempt": 2, "unix_seconds": .., "from_step": 655, "to_step": 600, "cause": "the loss .."}
@@ -32,19 +32,28 @@ class Attempt:
 
     number: int
     start: dict[str, Any]
+    begin: dict[str, Any] | None = None  # None: it ended before it was known where it goes on
     commits: list[dict[str, Any]] = field(default_factory=list)
     failed_saves: list[dict[str, Any]] = field(default_factory=list)
     roll_backs: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None  # None: it goes on, or was killed
 
     @property
-    def start_step(self) -> int:
-        return int(self.start["start_step"])
+    def start_step(self) -> int | None:
+        """The step of the checkpoint that it went on from, 0 without one."""
+        return int(self.begin["step"]) if self.begin else None
 
     @property
     def cause(self) -> str:
         """Why it ended."""
-        return str(self.end.get("cause") or f"exit code {self.end.get('exit_code')}") if self.end else KILLED
+        if self.end is None:
+            return KILLED
+        if cause := self.end.get("cause"):
+            return str(cause)
+        if self.end.get("on_request"):
+            return "stopped on request"
+        code = self.end.get("exit_code")
+        return "all steps are done" if code == ExitCode.done else f"exit code {code}"
 
     @property
     def is_fruitless(self) -> bool:
@@ -64,16 +73,13 @@ class Attempts:
         self._file = JsonLines(run_dir / FILE_NAME)
         self.number = before[-1].number + 1 if before else 1
 
-    def start(self, *, start_step: int, checkpoint: Path | None, world_size: int, code: str) -> None:
-        """Once it is known where this attempt goes on; `code` as of `code_fingerprint`."""
-        self._write(
-            "start",
-            start_step=start_step,
-            **{"from": checkpoint.name if checkpoint else None},
-            world_size=world_size,
-            host=socket.gethostname(),
-            code=code,
-        )
+    def start(self, *, world_size: int, code: str) -> None:
+        """The first event, before anything that can fail; `code` as of `code_fingerprint`."""
+        self._write("start", world_size=world_size, host=socket.gethostname(), code=code)
+
+    def begin(self, step: int, checkpoint: Path | None) -> None:
+        """Once it is known where this attempt goes on: at `step`, from a checkpoint or from nothing."""
+        self._write("begin", step=step, **{"from": checkpoint.name if checkpoint else None})
 
     def commit(self, step: int, *, blocking_seconds: float, total_seconds: float, nbytes: int) -> None:
         """A checkpoint of `step` is there: what it kept training from, what it took in all, and its size over all ranks."""
@@ -107,10 +113,12 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
     found: dict[Any, Attempt] = {}
     for row in read_json_lines(run_dir / FILE_NAME):
         event, number = row.get("event"), row.get("attempt")
-        if event == "start" and isinstance(number, int) and "start_step" in row:
+        if event == "start" and isinstance(number, int):
             found[number] = Attempt(number, row)
         elif (attempt := found.get(number)) is None:
             continue
+        elif event == "begin":
+            attempt.begin = row
         elif event == "commit":
             attempt.commits.append(row)
         elif event == "save_failed":
@@ -123,15 +131,17 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
 
 
 def fruitless_attempts(run_dir: Path, code: str) -> list[Attempt]:
-    """The last attempts in a row, oldest first, that began at one step with this code and left no new checkpoint.
+    """The last attempts in a row, oldest first, that went on from one step with this code and left no new checkpoint.
 
-    Asked before an attempt starts its own entry.
+    Asked before an attempt writes its own start. One that ended too early to know its step goes with the others.
     """
     found: list[Attempt] = []
+    step: int | None = None
     for attempt in reversed(read_attempts(run_dir)):
-        is_same = attempt.start.get("code") == code and (not found or attempt.start_step == found[0].start_step)
-        if not is_same or not attempt.is_fruitless:
+        is_elsewhere = None not in (step, attempt.start_step) and attempt.start_step != step
+        if is_elsewhere or attempt.start.get("code") != code or not attempt.is_fruitless:
             break
+        step = attempt.start_step if step is None else step
         found.insert(0, attempt)
     return found
 
@@ -143,8 +153,8 @@ def no_progress_message(run_dir: Path, code: str, restart_limit: int) -> str:
         return ""
     causes = "; ".join(f"attempt {attempt.number}: {attempt.cause}" for attempt in found)
     return (
-        f"{run_dir} made no progress: {len(found)} attempts in a row began at step {found[-1].start_step} and left no newer "
-        f"checkpoint ({causes}). Another attempt is made once the settings or the code have changed, or with restart_limit=0"
+        f"{run_dir} made no progress: {len(found)} attempts in a row left no new checkpoint ({causes}). Another attempt is made "
+        "once the settings or the code have changed, or with restart_limit=0"
     )
 
 

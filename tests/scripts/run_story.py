@@ -31,7 +31,8 @@ class RunStory:
         self.leave()  # killed, if it was still there
         self.diary, self.step = Attempts(self.run_dir), step
         checkpoint = Path(f"step-{step:08d}") if step else None
-        self.diary.start(start_step=step, checkpoint=checkpoint, world_size=8, code="c0de")
+        self.diary.start(world_size=8, code="c0de")
+        self.diary.begin(step, checkpoint)
         self.now += set_up
         self.tracker = Tracker(
             self.run_dir,

@@ -12,6 +12,7 @@ from muybridge.scripts import cli
 from muybridge.scripts.report_plot import duration
 from muybridge.scripts.report_times import Spent, read_run_times
 from muybridge.tests.scripts.run_story import RunStory
+from muybridge.train.attempts import Attempts
 
 
 @pytest.fixture
@@ -106,6 +107,23 @@ def test_attempts_without_a_step_are_set_up(story: RunStory) -> None:
     story.start(set_up=50)
     story.train(100)
     assert seconds_of(story) == {"set_up": 100, "training": 80, "data": 20, "down": 10}
+
+
+def test_an_attempt_that_ended_before_it_knew_where_to_go_on_undoes_nothing_itself(story: RunStory) -> None:
+    story.start(set_up=50)
+    story.train(100)
+    story.save(blocking=2)
+    story.train(150)
+    story.pass_time(8)
+    early = Attempts(story.run_dir)
+    early.start(world_size=8, code="c0de")
+    story.pass_time(5)
+    early.end(step=0, exit_code=75, cause="the store does not answer")
+    assert seconds_of(story) == {"set_up": 55, "training": 80, "data": 20, "saving": 2, "lost": 50, "down": 8}
+    story.start(100, set_up=30)
+    story.train(110)
+    assert seconds_of(story) == {"set_up": 85, "training": 88, "data": 22, "saving": 2, "lost": 50, "down": 8}
+    assert read_run_times(story.run_dir).lost_steps == 50
 
 
 def test_a_checkpoint_written_in_the_background_keeps_what_was_done_before_it_began(story: RunStory) -> None:

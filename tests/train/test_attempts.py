@@ -20,7 +20,8 @@ from muybridge.train.attempts import (
 
 def start(run_dir: Path, *, step: int = 400, code: str = "c0de") -> Attempts:
     diary = Attempts(run_dir)
-    diary.start(start_step=step, checkpoint=run_dir / f"checkpoints/step-{step:08d}", world_size=2, code=code)
+    diary.start(world_size=2, code=code)
+    diary.begin(step, run_dir / f"checkpoints/step-{step:08d}")
     return diary
 
 
@@ -35,7 +36,8 @@ def commit(diary: Attempts, step: int) -> None:
 def test_the_diary_says_what_happened_and_when(tmp_path: Path) -> None:
     before = time.time() - 0.001
     fresh = Attempts(tmp_path / "run")
-    fresh.start(start_step=0, checkpoint=None, world_size=8, code="c0de")
+    fresh.start(world_size=8, code="c0de")
+    fresh.begin(0, None)
     commit(fresh, 400)
     fresh.save_failed(420, blocking_seconds=0.25, cause="No space left on device")
     fresh.roll_back(from_step=450, to_step=400, cause="the loss is 7 times what it was")
@@ -44,17 +46,15 @@ def test_the_diary_says_what_happened_and_when(tmp_path: Path) -> None:
 
     first_read, second_read = read_attempts(tmp_path / "run")
     assert (first_read.number, second_read.number) == (1, 2)
-    assert {name: first_read.start[name] for name in ("start_step", "from", "world_size", "code")} == {
-        "start_step": 0,
-        "from": None,
-        "world_size": 8,
-        "code": "c0de",
-    }
+    assert (first_read.start["world_size"], first_read.start["code"]) == (8, "c0de")
+    assert first_read.begin is not None
+    assert (first_read.start_step, first_read.begin["from"]) == (0, None)
     assert first_read.commits[0]["step"] == 400
     assert first_read.failed_saves[0]["cause"] == "No space left on device"
     assert first_read.roll_backs[0]["cause"] == "the loss is 7 times what it was"
     assert first_read.cause == KILLED
-    assert (second_read.start["from"], second_read.start_step, second_read.cause) == ("step-00000400", 400, "a signal")
+    assert second_read.begin is not None
+    assert (second_read.begin["from"], second_read.start_step, second_read.cause) == ("step-00000400", 400, "a signal")
     times = [json.loads(line)["unix_seconds"] for line in (tmp_path / "run" / "attempts.jsonl").open()]
     assert before <= times[0] <= times[-1] <= time.time()
     assert times == sorted(times)
@@ -80,7 +80,7 @@ def test_attempts_that_get_nowhere_are_counted(tmp_path: Path) -> None:
     assert [attempt.number for attempt in fruitless_attempts(tmp_path, "c0de")] == [2, 3, 4, 5]
     assert fruitless_attempts(tmp_path, "other") == []
     message = no_progress_message(tmp_path, "c0de", 4)
-    assert "4 attempts in a row began at step 400 and left no newer checkpoint" in message
+    assert "4 attempts in a row left no new checkpoint" in message
     for words in ("attempt 2: it broke", f"attempt 4: {KILLED}", "attempt 5: a rank hung", "restart_limit=0"):
         assert words in message
     assert no_progress_message(tmp_path, "c0de", 5) == ""
@@ -102,6 +102,30 @@ def test_a_run_that_was_stopped_or_set_wrong_may_begin_again(end: dict[str, Any]
     assert fruitless_attempts(tmp_path, "c0de") == []
     fail(tmp_path)
     assert len(fruitless_attempts(tmp_path, "c0de")) == 1
+
+
+def test_attempts_that_fail_in_their_set_up_count_with_the_others(tmp_path: Path) -> None:
+    fail(tmp_path, step=400)
+    for _ in range(2):
+        diary = Attempts(tmp_path)
+        diary.start(world_size=2, code="c0de")
+        diary.end(step=0, exit_code=75, cause="the store does not answer")
+    assert len(fruitless_attempts(tmp_path, "c0de")) == 3
+    fail(tmp_path, step=500)
+    assert [attempt.number for attempt in fruitless_attempts(tmp_path, "c0de")] == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ({"exit_code": 0}, "all steps are done"),
+        ({"exit_code": 75, "on_request": True}, "stopped on request"),
+        ({"exit_code": 1}, "exit code 1"),
+    ],
+)
+def test_an_end_without_a_cause_is_told_by_its_code(end: dict[str, Any], words: str, tmp_path: Path) -> None:
+    fail(tmp_path, **{"cause": "", **end})
+    assert read_attempts(tmp_path)[0].cause == words
 
 
 def test_a_new_checkpoint_is_progress(tmp_path: Path) -> None:
