@@ -283,8 +283,15 @@ class Engine:
         return fragments
 
 
+class RendezvousError(RuntimeError):
+    """The processes of the run did not find each other."""
+
+
 def initialise_distributed(config: EngineConfig) -> torch.device:
-    """Join the process group that torchrun, srun or nobody (one process) set up; returns this rank's device."""
+    """Join the process group that torchrun, srun or nobody (one process) set up; returns this rank's device.
+
+    Raises RendezvousError where that fails.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -296,8 +303,18 @@ def initialise_distributed(config: EngineConfig) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout_seconds)
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout_seconds)
+        )
+    except (RuntimeError, ValueError) as error:
+        given = " ".join(
+            f"{name}={os.environ.get(name)}" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        )
+        cause = (str(error).splitlines() or [""])[0]
+        raise RendezvousError(
+            f"cannot meet the other processes at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({cause}); "
+            f"{given}: is the port taken, a process missing, or a variable of another run?"
+        ) from error
     deepspeed.init_distributed(dist_init_required=False)
     return device

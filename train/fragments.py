@@ -27,6 +27,7 @@ def load_checkpoint(folder: Path, *, engine: Engine, ema: EMA) -> dict[str, Any]
         )
     with FragmentReader(folder) as reader:
         for index, shard in enumerate(engine.shards):
+            shard.optimizer_state.clear()  # where a run goes back, it has one
             if facts["optimizer_step"] > 0:
                 # The optimizer fills its state lazily: padding between fragments stays zero, as it would there.
                 shard.optimizer_state["step"] = torch.tensor(facts["optimizer_step"], device=shard.parameter.device)

@@ -14,7 +14,7 @@ from ..data.media_bytes import DatasetChangedError
 from ..data.storage import TransientReadError
 from .config import TrainConfig
 from .deepspeed_contract import check_deepspeed
-from .engine import initialise_distributed
+from .engine import RendezvousError, initialise_distributed
 from .exit_codes import ExitCode, exit_process
 from .guards import Diverged
 from .memory import peak_memory_words
@@ -77,6 +77,8 @@ def _outcome(error: BaseException, config: TrainConfig, device: torch.device, at
             return Outcome(ExitCode.no_progress, str(error))
         case RunIsLocked() | ProbeError():
             return Outcome(ExitCode.requeue, str(error))
+        case RendezvousError():
+            return Outcome(ExitCode.requeue, str(error), is_agreed=False)
         case CheckpointsFail() | RanksDiffer():
             return Outcome(ExitCode.requeue, f"{error}; {GOES_ON}")
         case StoppedInSetUp():
