@@ -117,8 +117,7 @@ def tiny_run(toy_folder: Path) -> list[str]:
 def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
     """Makes a run directory of settings and one checkpoint: random weights, none zero, and averages, the first of half their size,
     the next of a quarter, and so on."""
-    from muybridge.tests.train.checkpoint_parts import fake_one_rank
-    from muybridge.train import checkpoint
+    from muybridge.tests.train.checkpoint_parts import fake_one_rank, save_at_once
     from muybridge.train.compose import plain
     from muybridge.train.config import load_train_config
     from muybridge.train.ema import average_name
@@ -149,9 +148,7 @@ def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
                     for number, decay in enumerate(config.ema.decays, start=1)
                 }
             )
-            checkpoint.save_checkpoint(
-                run_dir / "checkpoints", step=4, engine=engine, ema=average, run_state={"lora": lora}
-            )
+            save_at_once(run_dir / "checkpoints", step=4, engine=engine, ema=average, run_state={"lora": lora})
         return run_dir
 
     return save

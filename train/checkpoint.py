@@ -16,6 +16,7 @@ resume from, `fragments.py` reads it.
 import json
 import logging
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -27,13 +28,10 @@ import torch.distributed as dist
 
 from .checkpoint_folder import (
     MANIFEST_NAME,
-    check_checkpoint,
-    choose_checkpoint,
     commit_staging,
     committed_checkpoints,
     delete_leftover,
     move_to_trash,
-    refuse_damaged,
     retained,
     space_fault,
     step_of,
@@ -44,35 +42,10 @@ from .ema import EMA
 from .engine import Engine
 from .fragments import (
     FORMAT_VERSION,
-    FragmentReader,
-    load_checkpoint,
-    read_run_state,
-    read_weights,
-    weight_kind,
 )
 from .ranks import from_all_ranks, from_rank_0
 from .shard_file import Digest, write_shard, write_text
 from .snapshot import Part, SharedImage
-
-__all__ = [
-    "LEDGER_NAME",
-    "CheckpointConfig",
-    "Checkpointer",
-    "FragmentReader",
-    "Saved",
-    "check_checkpoint",
-    "choose_checkpoint",
-    "committed_checkpoints",
-    "find_checkpoint",
-    "from_rank_0",
-    "load_checkpoint",
-    "read_run_state",
-    "read_weights",
-    "refuse_damaged",
-    "remove_old_checkpoints",
-    "save_checkpoint",
-    "weight_kind",
-]
 
 LEDGER_NAME = "bad_clips.jsonl"
 
@@ -85,7 +58,7 @@ class CheckpointConfig:
 
     # At most one of these three says how far checkpoints lie apart. All null: as far as the time they cost suggests.
     # In steps; 0 writes only the last one.
-    every_steps: int | None = 500
+    every_steps: int | None = None
     # In samples.
     every_samples: int | None = None
     # In minutes.
@@ -176,6 +149,7 @@ class Checkpointer:
         self._flight: _Flight | None = None
         self._image: SharedImage | None = None
         self._writer: WriterProcess | None = None
+        self._deletion: threading.Thread | None = None
         if config.in_background and self._has_part:
             # Now, so that it is loaded and has its memory when the first checkpoint is due.
             self._image, nbytes = SharedImage(), Part.expected_bytes(engine, ema)
@@ -265,9 +239,11 @@ class Checkpointer:
         return self.commit() if self._flight is not None else None
 
     def close(self) -> None:
-        """End the writer process and give its memory back; a save in flight is lost."""
+        """End the writer process and give its memory back; a save in flight is lost, and a deletion is waited for."""
         self._leave_background()
         self._flight = None
+        if self._deletion is not None:
+            self._deletion.join()
 
     def _stage(self, step: int, nbytes: int) -> tuple[Path, str]:
         # The staging folder that rank 0 made, and why it could not.
@@ -344,31 +320,12 @@ class Checkpointer:
                 keep_best=self._config.keep_best,
                 validation_loss=flight.validation_loss,
             )
-            for step, old in checkpoints.items():
-                if step not in kept:
-                    delete_leftover(move_to_trash(old))
+            trash = [move_to_trash(old) for step, old in checkpoints.items() if step not in kept]
         except OSError as error:
             logger.warning("muybridge: %s is written, but not what comes after it: %s", saved.folder, error)
-
-
-def save_checkpoint(
-    folder: Path, *, step: int, engine: Engine, ema: EMA, run_state: dict[str, Any], bad_clips: str = ""
-) -> Path:
-    """Write a checkpoint while everything waits, and keep all others; collective. Raises OSError where it could not be written."""
-    checkpointer = Checkpointer(folder, CheckpointConfig(keep_last=10**9, in_background=False), engine, ema)
-    checkpointer.begin(step, run_state, bad_clips, {})
-    saved = checkpointer.commit()
-    if saved.failure:
-        raise OSError(saved.failure)
-    return saved.folder
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """`choose_checkpoint` for resume=auto."""
-    return choose_checkpoint(folder)
-
-
-def remove_old_checkpoints(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest."""
-    for old in committed_checkpoints(folder)[:-keep_last]:
-        delete_leftover(move_to_trash(old))
+            return
+        if self._deletion is not None:
+            self._deletion.join()
+        # In a thread, since all ranks would wait for rank 0, which for a large model takes seconds.
+        self._deletion = threading.Thread(target=lambda: list(map(delete_leftover, trash)), daemon=True)
+        self._deletion.start()

@@ -12,16 +12,8 @@ import torch
 import torch.distributed as dist
 
 from ..data.batch import VideoBatch
-from .checkpoint import (
-    Checkpointer,
-    Saved,
-    choose_checkpoint,
-    committed_checkpoints,
-    load_checkpoint,
-    read_run_state,
-    read_weights,
-)
-from .checkpoint_folder import space_fault
+from .checkpoint import Checkpointer, Saved
+from .checkpoint_folder import choose_checkpoint, committed_checkpoints, space_fault
 from .compose import plain
 from .config import TaskKind, TrainConfig
 from .ema import EMA
@@ -29,6 +21,7 @@ from .engine import Engine, StepResult
 from .exit_codes import ExitCode
 from .feed import Feed
 from .fixed_settings import fixed_settings, refuse_changed_settings
+from .fragments import load_checkpoint, read_run_state, read_weights
 from .guards import Diverged, Finding, StepGuard, Verdict
 from .loaders import build_loaders
 from .model_hash import check_same_weights

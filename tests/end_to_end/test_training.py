@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from muybridge.scripts.prepare import main as prepare
+from muybridge.scripts.report_times import Spent, read_run_times
 from muybridge.tests.wandb_files import wandb_records, wandb_rows
-from muybridge.train.checkpoint import committed_checkpoints
+from muybridge.train.attempts import KILLED
+from muybridge.train.checkpoint_folder import committed_checkpoints
 
 TIMEOUT_SECONDS = 120
 STORY_STEPS = 72
@@ -347,6 +349,16 @@ def test_nothing_of_an_interruption_is_left(story: dict[str, Any]) -> None:
     assert names == ["LATEST", "step-00000070", f"step-{STORY_STEPS:08d}"]
     suffixes = {path.suffix for path in (story["run_dir"] / "checkpoints").rglob("step-*/*")}
     assert suffixes == {".safetensors", ".json", ".jsonl"}
+
+
+def test_the_report_knows_all_attempts_and_where_their_time_went(story: dict[str, Any]) -> None:
+    times = read_run_times(story["run_dir"])
+    causes = [current.attempt.cause for current in times.attempts]
+    assert causes == [KILLED, "stopped on request", "stopped on request", "all steps are done"]
+    assert times.lost_steps == story["step at the kill"] - times.attempts[1].start_step
+    assert sum(times.seconds.values()) == pytest.approx(times.wall_seconds, rel=0.02)
+    for spent in (Spent.training, Spent.set_up, Spent.down, Spent.saving, Spent.validation, Spent.lost):
+        assert times.seconds[spent] > 0, spent
 
 
 def test_wandb_sees_one_run_with_all_its_rows_and_videos(story: dict[str, Any]) -> None:

@@ -86,7 +86,6 @@ AFTER_THE_COMMIT: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "before LATEST": lambda patch: patch.setattr(checkpoint, "write_latest", kill),
     "in LATEST": kill_in_text(checkpoint_folder, "LATEST"),
     "before an old one is moved": lambda patch: patch.setattr(checkpoint, "move_to_trash", kill),
-    "while an old one is deleted": lambda patch: patch.setattr(shutil, "rmtree", kill),
 }
 
 
@@ -106,6 +105,24 @@ def test_a_kill_after_the_commit_leaves_the_new_checkpoint_and_nothing_half_vali
     # The oldest may still be there, whole.
     assert set(names(tmp_path)) - {"step-00000001"} == {"step-00000002", "step-00000003"}
     assert all(check_checkpoint(tmp_path / name) == "" for name in names(tmp_path))
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_half_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def delete_one_file(folder: Path) -> None:  # and then the process is gone
+        (folder / "run.json").unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", delete_one_file)
+        newest = save(tmp_path, 3, keep_last=2)
+    assert len(names(tmp_path)) == 3
+    assert names(tmp_path)[0].startswith(".trash-step-00000001-")
+    assert choose_checkpoint(tmp_path) == newest
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
 @pytest.mark.parametrize("content", ["", "step-000", "step-00000009\n"])

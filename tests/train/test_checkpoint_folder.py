@@ -10,11 +10,9 @@ from muybridge.tests.train.checkpoint_parts import (
     fake_one_rank,
     flip_a_bit,
     make_checkpointer,
-    make_parts,
     names,
     save,
 )
-from muybridge.train.checkpoint import save_checkpoint
 from muybridge.train.checkpoint_folder import (
     check_checkpoint,
     choose_checkpoint,
@@ -140,6 +138,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     for step in (2, 9, 10, 100):
         checkpointer.begin(step, {}, "", {})
         checkpointer.commit()
+    checkpointer.close()
     assert [path.name for path in committed_checkpoints(tmp_path)] == ["step-00000010", "step-00000100"]
     assert names(tmp_path) == ["step-00000010", "step-00000100"]
 
@@ -150,6 +149,7 @@ def test_those_of_round_steps_and_of_the_lowest_losses_stay_too(tmp_path: Path) 
     for step in range(10, 100, 10):
         checkpointer.begin(step, {}, "", {at: loss for at, loss in losses.items() if at < step})
         checkpointer.commit()
+    checkpointer.close()
     assert [int(name[-2:]) for name in names(tmp_path)] == [20, 40, 80, 90]
 
 
@@ -172,10 +172,3 @@ def test_a_manifest_lists_every_other_file(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     assert sorted(manifest) == sorted(path.name for path in folder.iterdir() if path.name != "MANIFEST.json")
-
-
-def test_the_old_way_to_save_keeps_all_others(tmp_path: Path) -> None:
-    engine, ema = make_parts(1.0)
-    for step in (1, 2, 3, 4):
-        save_checkpoint(tmp_path, step=step, engine=engine, ema=ema, run_state={})
-    assert len(names(tmp_path)) == 4

@@ -16,7 +16,7 @@ def saved(*, blocking: float, total: float, failure: str = "") -> Saved:
 
 def schedule(*, processes: int = 1, on_gpu: bool = True, **settings: float | None) -> SaveSchedule:
     """One whose run begins at the clock's 1000 seconds."""
-    config = CheckpointConfig(**{"every_steps": None, **settings})  # type: ignore[arg-type]
+    config = CheckpointConfig(**{"every_steps": None, **settings})
     found = SaveSchedule(config, processes=processes, on_gpu=on_gpu)
     found.start(samples=0, seconds=1000.0)
     return found
