@@ -53,12 +53,13 @@ class RunWeights:
         return json.dumps(kept)
 
     def header(self) -> dict[str, str]:
-        """What a weight file says of its origin: the settings, the step and the code's commit."""
+        """What a weight file says of its origin: the settings, the step, the code's commit and the data."""
         provenance = self.run_dir / "provenance.json"
-        commit = json.loads(provenance.read_text()).get("git_commit") if provenance.is_file() else None
+        facts = json.loads(provenance.read_text()) if provenance.is_file() else {}
         return {
             "muybridge.version": __version__,
-            "muybridge.git_commit": commit or "unknown",
+            "muybridge.git_commit": facts.get("git_commit") or "unknown",
+            "muybridge.data_fingerprint": facts.get("data_fingerprint") or "unknown",
             "muybridge.step": str(read_run_state(self.checkpoint)["step"]),
             "muybridge.weights": self.kind,
             EXPORTED_SETTINGS: self.settings(),

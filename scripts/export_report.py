@@ -33,7 +33,7 @@ def parts_table(folder: Path, comparisons: list[Comparison], *, title: str) -> T
 def print_report(out: Path, plan: ExportPlan, comparisons: list[Comparison], table: Table) -> None:
     """Print it for a whole model that lies in `out`."""
     config = plan.config
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(table)
     for comparison in comparisons:
         if comparison.difference is None:

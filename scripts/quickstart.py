@@ -71,6 +71,12 @@ def main(argv: list[str]) -> int:
                 f"--run-dir={run_dir} holds a quickstart with other settings ({stage.name} ran as: "
                 f"{' '.join(done[stage.name]['arguments'])}); remove it or choose another folder"
             )
+    if not done and (
+        foreign := [stage.output for stage in stages if stage.output is not None and stage.output.exists()]
+    ):
+        raise ValueError(
+            f"--run-dir={run_dir} holds {foreign[0].name}/, which no quickstart made; choose another folder"
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_prompts(run_dir, PROMPTS if not options.smoke else 8)
     processes = training_processes()
@@ -84,7 +90,7 @@ def main(argv: list[str]) -> int:
             console.print(f"done before, in {done[stage.name]['seconds']:.0f} s")
             continue
         command, shown = stage.command(processes)
-        console.print(f"$ {shown}", style="cyan")
+        console.print(f"$ {shown}", style="cyan", markup=False)  # a list of prompts looks like rich's markup
         if stage.output is not None and stage.output.exists():
             shutil.rmtree(stage.output)  # the stage was stopped before it was noted down
         began = time.monotonic()

@@ -2,15 +2,20 @@
 
 import ast
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 import muybridge
 from muybridge.models.text import TextEncoderConfig, TextEncoderKind, Umt5TextEncoder
+from muybridge.redaction import is_secret_name
+from muybridge.train import checkpoint_writer
 
 ROOT = Path(muybridge.__file__).parent
 FOLDERS = ("kernels", "models", "data", "train", "scripts", "slurm", "configs")
@@ -169,3 +174,29 @@ def test_a_tokenizer_brings_no_code(tiny_umt5: Path, tmp_path: Path, monkeypatch
     with suppress(ValueError):  # or another class reads what it knows of the folder
         Umt5TextEncoder(settings)
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_writer_of_checkpoints_has_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-0123456789")
+    image = os.memfd_create("image")
+    os.truncate(image, 4096)
+    writer = checkpoint_writer.WriterProcess(image, 4096)
+    try:
+        assert psutil.Process(writer.pid).environ().keys() <= {*checkpoint_writer.ENVIRONMENT}
+    finally:
+        writer.close()
+        os.close(image)
+    assert not [name for name in checkpoint_writer.ENVIRONMENT if is_secret_name(name)]
+
+
+def test_what_is_said_of_security_is_where_it_says() -> None:
+    """Every file and test that SECURITY.md names exists."""
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    files = {path.relative_to(ROOT).as_posix(): path for path in [*package_files(), *(ROOT / "tests").rglob("*.py")]}
+    sources = "".join(path.read_text(encoding="utf-8") for name, path in files.items() if name.startswith("tests/"))
+    named = set(re.findall(r"[\w/]+\.py", text))
+    assert len(named) > 20
+    assert not [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)]
+    tests = set(re.findall(r"::(test_\w+)", text))
+    assert len(tests) > 5
+    assert not [name for name in tests if f"def {name}" not in sources]

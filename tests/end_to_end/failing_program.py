@@ -15,5 +15,5 @@ def fail(*_: object, **__: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    trainer.Trainer._save_where_due = fail  # type: ignore[method-assign]
+    trainer.Trainer._save_where_due = fail
     sys.exit(main(sys.argv[1:]))

@@ -32,7 +32,7 @@ PROMPTS = ["a red circle moving left", "a blue square"]
 @pytest.fixture
 def run_dir(tiny_run: list[str], save_random_run: SaveRun, tmp_path: Path) -> Path:
     run_dir = save_random_run(tmp_path / "run", [*tiny_run, "sampler.shift=4"])
-    (run_dir / "provenance.json").write_text(json.dumps({"git_commit": "0123abc"}))
+    (run_dir / "provenance.json").write_text(json.dumps({"git_commit": "0123abc", "data_fingerprint": "77"}))
     return run_dir
 
 
@@ -73,6 +73,7 @@ def test_a_run_becomes_a_pipeline_folder(
     with safe_open(out / "transformer" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
         header = file.metadata()
     assert (header["muybridge.git_commit"], header["muybridge.step"]) == ("0123abc", "4")
+    assert header["muybridge.data_fingerprint"] == "77"
     assert json.loads(header["muybridge.config"])["text"]["max_tokens"] == 12
     scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["flow_shift"], scheduler["shift"]) == (4.0, 4.0)

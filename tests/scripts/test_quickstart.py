@@ -139,3 +139,11 @@ def test_in_its_own_folder_the_experiments_need_no_change() -> None:
     for stage in build_stages(Path("runs/quickstart"), smoke=False):
         if stage.arguments[0] in ("train", "encode"):
             assert len(stage.arguments) == 2, stage.arguments
+
+
+def test_a_folder_of_somebody_elses_is_not_cleared(tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match=r"holds pipeline/, which no quickstart made; choose another folder"):
+        quickstart.main(["--smoke", "--run-dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.rglob("*")] == ["pipeline", "mine.txt"]
