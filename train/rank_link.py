@@ -125,10 +125,11 @@ def link_ranks() -> tuple[RankLink, dict[int, str]]:
 
 
 def _listen(world: int) -> socket.socket | None:
+    waiting = world + 256  # and strangers, who must not keep ours out
     with suppress(OSError, ValueError):
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=world)
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=waiting)
     with suppress(OSError):
-        return socket.create_server(("", 0), backlog=world)
+        return socket.create_server(("", 0), backlog=waiting)
     return None
 
 

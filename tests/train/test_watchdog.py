@@ -123,6 +123,23 @@ def test_a_single_process_is_watched_too(found: dict[str, Facts]) -> None:
     assert "rank 0 is in the validation, step 9" in found["is_alone"]["said"][0]
 
 
+def test_behind_a_block_its_surroundings_are_watched_again(found: dict[str, Facts]) -> None:
+    assert found["hangs_behind_a_block"]["codes"] == [75]
+    assert found["hangs_behind_a_block"]["said"][0].startswith("saved\n")
+
+
+def test_ranks_that_cannot_tell_each_other_are_watched_on_their_own(found: dict[str, Facts]) -> None:
+    assert found["cannot_reach_rank_0"]["codes"] == [75, 75]
+    said = found["cannot_reach_rank_0"]["said"]
+    assert "each rank is watched on its own" in said[0]
+    assert "no route" in said[0]
+    assert ["the run hangs: rank 0 (" in said[0], "the run hangs: rank 1 (" in said[1]] == [True, True]
+
+
+def test_nobody_else_can_speak_for_a_rank(found: dict[str, Facts]) -> None:
+    assert found["is_visited_by_strangers"] == {**found["is_visited_by_strangers"], "codes": [0, 0], "said": [""] * 2}
+
+
 def test_a_held_interpreter_ends_with_its_stack(found: dict[str, Facts]) -> None:
     assert found["holds_the_interpreter"]["codes"] == [1]
     assert "in holds_the_interpreter" in found["holds_the_interpreter"]["said"][0]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from muybridge.tests.train.forked import start
+from muybridge.train import rank_link
 from muybridge.train import watchdog as module
 from muybridge.train.watchdog import Phase, Watchdog, WatchdogConfig
 
@@ -178,6 +180,45 @@ def is_alone(rank: int, folder: Path) -> None:
     time.sleep(FOREVER)
 
 
+def hangs_behind_a_block(rank: int, folder: Path) -> None:
+    dog = watch(folder, step_seconds=LIMIT)
+    dog.enter(Phase.step, 4)
+    with dog.phase(Phase.save, 4):
+        time.sleep(2 * LIMIT)
+    print("saved", flush=True)
+    time.sleep(FOREVER)
+
+
+def cannot_reach_rank_0(rank: int, folder: Path) -> None:
+    def no_route(addresses: list[str], port: int) -> socket.socket:
+        raise OSError("no route")
+
+    if rank == 1:
+        rank_link._join = no_route
+    watch(folder, step_seconds=LIMIT).enter(Phase.step, 3)
+    meet()
+    time.sleep(FOREVER)
+
+
+def is_visited_by_strangers(rank: int, folder: Path) -> None:
+    join = rank_link._join
+    strangers = []
+
+    def come_behind_others(addresses: list[str], port: int) -> socket.socket:
+        for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"token": "guessed", "rank": 1}\n'):
+            stranger = join(addresses, port)
+            stranger.sendall(said)
+            strangers.append(stranger)
+        return join(addresses, port)
+
+    rank_link._join = come_behind_others
+    dog = watch(folder, step_seconds=LIMIT)
+    assert dog._link is not None
+    assert dog._link.ranks == [1 - rank]
+    meet()
+    dog.stop()
+
+
 def holds_the_interpreter(rank: int, folder: Path) -> None:
     module._HELD_SECONDS = LIMIT
     watch(folder)
@@ -191,7 +232,8 @@ CASES: dict[Callable[[int, Path], None], int] = {
         [is_stopped, rank_0_is_stopped, leaves, leaves_for_the_same_reason, fails_on_its_own, ends_well], 2
     ),
     **dict.fromkeys([compiles_in_the_first_step, goes_another_way, is_suspended], 2),
-    **dict.fromkeys([is_alone, holds_the_interpreter], 1),
+    **dict.fromkeys([cannot_reach_rank_0, is_visited_by_strangers], 2),
+    **dict.fromkeys([is_alone, hangs_behind_a_block, holds_the_interpreter], 1),
 }
 
 
