@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ..data.buckets import Bucket, BucketConfig
+from ..data.buckets import Bucket
 from ..data.config import Access, DataConfig, build_buckets
 from ..kernels.dispatch import KernelsConfig
 from ..models.diffusion.conditioning import ConditioningForm
@@ -29,11 +29,11 @@ from ..models.weights import load_config
 from .checkpoint import CheckpointConfig
 from .checkpoint_folder import resume_fault
 from .compose import ConfigFaults, compose_config, fault_message
+from .config_rules import reliability_faults, size_faults
 from .ema import EMAConfig
 from .engine import EngineConfig
-from .experts import Expert, expert_faults, expert_schedule
-from .guards import GuardConfig, SpikePolicy
-from .initial_weights import initial_faults, initial_kind_fault
+from .experts import Expert, expert_schedule
+from .guards import GuardConfig
 from .optimizer import OptimizerConfig
 from .outputs import link_fault
 from .tracking import TrackingConfig
@@ -200,13 +200,8 @@ class TrainConfig:
         for part in dataclasses.fields(self):
             if dataclasses.is_dataclass(getattr(self, part.name)):
                 part_faults += getattr(self, part.name).faults(part.name)
-        if self.guards.spike_policy is SpikePolicy.roll_back and self.data.access is Access.stream:
-            found.append("guards.spike_policy=roll_back must be another with data.access=stream, which cannot go back")
-        if self.checkpoint.keep_best and not (self.validation.every_steps and self.validation.path):
-            kept = self.checkpoint.keep_best
-            found.append(f"checkpoint.keep_best={kept} must be 0 without validation.path and validation.every_steps")
         # Rules between parts need parts that make sense on their own.
-        return found + (part_faults or self._size_faults())
+        return found + (part_faults or [*size_faults(self), *reliability_faults(self)])
 
     def missing_inputs(self) -> list[str]:
         """Files that the settings name and this machine does not have."""
@@ -225,118 +220,6 @@ class TrainConfig:
         if self.lora.init_from and not Path(self.lora.init_from).is_file():
             missing.append(f"lora.init_from={self.lora.init_from} must be a LoRA file (.safetensors)")
         return missing
-
-    def _size_faults(self) -> list[str]:
-        """Clip sizes and widths that do not fit each other."""
-        vae, data = self.vae.resolved(), self.data
-        diffusion = self.task is TaskKind.text_to_video
-        patch = self.model.patch_size if diffusion else [1, 1, 1]
-        shapes: dict[str, DataConfig | BucketConfig] = {
-            "data": data,
-            **{f"data.buckets[{i}]": bucket for i, bucket in enumerate(data.buckets)},
-        }
-        found = []
-        for field_name, shape in shapes.items():
-            if (shape.frames - 1) % vae.temporal_stride:
-                found.append(
-                    f"{field_name}.frames={shape.frames} must be 1 + a multiple of {vae.temporal_stride} (the autoencoder's stride)"
-                )
-            for name, patch_side in (("height", patch[1]), ("width", patch[2])):
-                value, stride = getattr(shape, name), vae.spatial_stride * patch_side
-                if value % stride:
-                    found.append(
-                        f"{field_name}.{name}={value} must be a multiple of {stride} "
-                        f"(the autoencoder's stride {vae.spatial_stride} x the model's patch {patch_side})"
-                    )
-            if (1 + (shape.frames - 1) // vae.temporal_stride) % patch[0]:
-                found.append(
-                    f"{field_name}.frames={shape.frames} must give a multiple of model.patch_size[0]={patch[0]} latent frames"
-                )
-        return found + (self._diffusion_faults() if diffusion else self._autoencoder_faults())
-
-    def _autoencoder_faults(self) -> list[str]:
-        """Settings that only a diffusion run can have."""
-        found = []
-        if self.data.access is Access.latents:
-            found.append("data.access=latents must be raw with task=video_vae (it learns from pixels)")
-        for name, value in (("conditioning.form", self.conditioning.form), ("expert", self.expert)):
-            if value.name != "none":
-                found.append(f"{name}={value.name} must be none with task=video_vae")
-        if self.lora.is_on:
-            found.append(f"lora.rank={self.lora.rank} must be 0 (off) with task=video_vae")
-        return found
-
-    def _diffusion_faults(self) -> list[str]:
-        """The transformer against its autoencoder, text encoder, conditioning, noise levels and initial weights."""
-        vae, model, data = self.vae.resolved(), self.model, self.data
-        found = []
-        if self.vae.path is None:
-            found.append("vae.path must name a trained autoencoder's folder with task=text_to_video")
-        with_image = self.conditioning.form is ConditioningForm.channels
-        found += self._channel_faults(vae)
-        if self.text.kind is TextEncoderKind.umt5_small and data.access is Access.stream:
-            found.append(
-                "text.kind=umt5_small must not go with data.access=stream: its tokenizer is made of an index's captions"
-            )
-        if model.text_dim != self.text.dim:
-            found.append(f"model.text_dim={model.text_dim} must be text.dim={self.text.dim}")
-        if with_image and data.access is Access.latents:
-            found.append(
-                "data.access=latents must be raw or stream with conditioning.form=channels (image latents are of masked pixels)"
-            )
-        found += self.conditioning.clip_faults(
-            "conditioning",
-            frames=max(data.frames, *(bucket.frames for bucket in data.buckets), 0),
-            temporal_stride=vae.temporal_stride,
-            patch_size=model.patch_size,
-        )
-        if model.image_dim is None and self.conditioning.image_encoder is not None:
-            found.append(
-                f"conditioning.image_encoder={self.conditioning.image_encoder} must be null where model.image_dim is null"
-            )
-        if model.image_dim is not None:
-            if not with_image or self.conditioning.image_encoder is None:
-                found.append(
-                    f"model.image_dim={model.image_dim} must come with conditioning.form=channels and conditioning.image_encoder"
-                )
-            if model.pos_embed_seq_len is not None:
-                found.append(
-                    f"model.pos_embed_seq_len={model.pos_embed_seq_len} must be null: training gives features of one image"
-                )
-        found += expert_faults(self.objective, self.expert, self.boundary)
-        if self.validation.prompts and (with_image or self.expert is not Expert.none):
-            cause = f"expert={self.expert} (a video takes both)"
-            if with_image:
-                cause = "conditioning.form=channels (a video takes an image)"
-            found.append(f"validation.prompts={list(self.validation.prompts)} must be empty with {cause}")
-        if self.lora.is_on and not self.init_from:
-            found.append(f"init_from must name the weights under the LoRA with lora.rank={self.lora.rank}")
-        if self.init_from:
-            found += initial_faults(self.init_from, model, self.text, expert=self.expert, boundary=self.boundary)
-        if fault := initial_kind_fault(self.init_from, self.init_weights):
-            found.append(fault)
-        return found
-
-    def _channel_faults(self, vae: VAEConfig) -> list[str]:
-        """The transformer's channels against the autoencoder's and those of the conditioning."""
-        model, wanted = self.model, self.input_channels()
-        if model.in_channels == model.out_channels != vae.z_dim:
-            return [
-                f"model.in_channels and out_channels={model.out_channels} must be the autoencoder's z_dim={vae.z_dim}: they "
-                "are of different models (Wan 2.2 TI2V-5B has 48 latent channels, the other Wan models 16)"
-            ]
-        found = []
-        if model.out_channels != vae.z_dim:
-            found.append(f"model.out_channels={model.out_channels} must be the autoencoder's z_dim={vae.z_dim}")
-        if model.in_channels != wanted:
-            rule = f"the autoencoder's z_dim={vae.z_dim}"
-            if self.conditioning.form is ConditioningForm.channels:
-                parts = f"{vae.z_dim} of noise, {vae.temporal_stride} of a mask, {vae.z_dim} of image latents"
-                rule = f"{wanted} with conditioning.form=channels: {parts}"
-            elif model.in_channels == 2 * vae.z_dim + vae.temporal_stride:
-                rule += ", or conditioning.form must be channels (the model also takes a mask and image latents)"
-            found.append(f"model.in_channels={model.in_channels} must be {rule}")
-        return found
 
 
 def _missing_parts(field: str, folder: str, parts: tuple[str, str]) -> list[str]:

@@ -1,0 +1,144 @@
+"""Rules between the parts of a run's settings: sizes, channels and choices that do not go together."""
+
+from typing import TYPE_CHECKING
+
+from ..data.buckets import BucketConfig
+from ..data.config import Access, DataConfig
+from ..models.diffusion.conditioning import ConditioningForm
+from ..models.text import TextEncoderKind
+from ..models.vae.config import VAEConfig
+from .experts import Expert, expert_faults
+from .guards import SpikePolicy
+from .initial_weights import initial_faults, initial_kind_fault
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+
+def size_faults(config: "TrainConfig") -> list[str]:
+    """Clip sizes and widths that do not fit each other."""
+    from .config import TaskKind  # which imports this module
+
+    vae, data = config.vae.resolved(), config.data
+    diffusion = config.task is TaskKind.text_to_video
+    patch = config.model.patch_size if diffusion else [1, 1, 1]
+    shapes: dict[str, DataConfig | BucketConfig] = {
+        "data": data,
+        **{f"data.buckets[{i}]": bucket for i, bucket in enumerate(data.buckets)},
+    }
+    found = []
+    for field_name, shape in shapes.items():
+        if (shape.frames - 1) % vae.temporal_stride:
+            found.append(
+                f"{field_name}.frames={shape.frames} must be 1 + a multiple of {vae.temporal_stride} (the autoencoder's stride)"
+            )
+        for name, patch_side in (("height", patch[1]), ("width", patch[2])):
+            value, stride = getattr(shape, name), vae.spatial_stride * patch_side
+            if value % stride:
+                found.append(
+                    f"{field_name}.{name}={value} must be a multiple of {stride} "
+                    f"(the autoencoder's stride {vae.spatial_stride} x the model's patch {patch_side})"
+                )
+        if (1 + (shape.frames - 1) // vae.temporal_stride) % patch[0]:
+            found.append(
+                f"{field_name}.frames={shape.frames} must give a multiple of model.patch_size[0]={patch[0]} latent frames"
+            )
+    return found + (_diffusion_faults(config) if diffusion else _autoencoder_faults(config))
+
+
+def _autoencoder_faults(config: "TrainConfig") -> list[str]:
+    """Settings that only a diffusion run can have."""
+    found = []
+    if config.data.access is Access.latents:
+        found.append("data.access=latents must be raw with task=video_vae (it learns from pixels)")
+    for name, value in (("conditioning.form", config.conditioning.form), ("expert", config.expert)):
+        if value.name != "none":
+            found.append(f"{name}={value.name} must be none with task=video_vae")
+    if config.lora.is_on:
+        found.append(f"lora.rank={config.lora.rank} must be 0 (off) with task=video_vae")
+    return found
+
+
+def _diffusion_faults(config: "TrainConfig") -> list[str]:
+    """The transformer against its autoencoder, text encoder, conditioning, noise levels and initial weights."""
+    vae, model, data = config.vae.resolved(), config.model, config.data
+    found = []
+    if config.vae.path is None:
+        found.append("vae.path must name a trained autoencoder's folder with task=text_to_video")
+    with_image = config.conditioning.form is ConditioningForm.channels
+    found += _channel_faults(config, vae)
+    if config.text.kind is TextEncoderKind.umt5_small and data.access is Access.stream:
+        found.append(
+            "text.kind=umt5_small must not go with data.access=stream: its tokenizer is made of an index's captions"
+        )
+    if model.text_dim != config.text.dim:
+        found.append(f"model.text_dim={model.text_dim} must be text.dim={config.text.dim}")
+    if with_image and data.access is Access.latents:
+        found.append(
+            "data.access=latents must be raw or stream with conditioning.form=channels (image latents are of masked pixels)"
+        )
+    found += config.conditioning.clip_faults(
+        "conditioning",
+        frames=max(data.frames, *(bucket.frames for bucket in data.buckets), 0),
+        temporal_stride=vae.temporal_stride,
+        patch_size=model.patch_size,
+    )
+    if model.image_dim is None and config.conditioning.image_encoder is not None:
+        found.append(
+            f"conditioning.image_encoder={config.conditioning.image_encoder} must be null where model.image_dim is null"
+        )
+    if model.image_dim is not None:
+        if not with_image or config.conditioning.image_encoder is None:
+            found.append(
+                f"model.image_dim={model.image_dim} must come with conditioning.form=channels and conditioning.image_encoder"
+            )
+        if model.pos_embed_seq_len is not None:
+            found.append(
+                f"model.pos_embed_seq_len={model.pos_embed_seq_len} must be null: training gives features of one image"
+            )
+    found += expert_faults(config.objective, config.expert, config.boundary)
+    if config.validation.prompts and (with_image or config.expert is not Expert.none):
+        cause = f"expert={config.expert} (a video takes both)"
+        if with_image:
+            cause = "conditioning.form=channels (a video takes an image)"
+        found.append(f"validation.prompts={list(config.validation.prompts)} must be empty with {cause}")
+    if config.lora.is_on and not config.init_from:
+        found.append(f"init_from must name the weights under the LoRA with lora.rank={config.lora.rank}")
+    if config.init_from:
+        found += initial_faults(config.init_from, model, config.text, expert=config.expert, boundary=config.boundary)
+    if fault := initial_kind_fault(config.init_from, config.init_weights):
+        found.append(fault)
+    return found
+
+
+def _channel_faults(config: "TrainConfig", vae: VAEConfig) -> list[str]:
+    """The transformer's channels against the autoencoder's and those of the conditioning."""
+    model, wanted = config.model, config.input_channels()
+    if model.in_channels == model.out_channels != vae.z_dim:
+        return [
+            f"model.in_channels and out_channels={model.out_channels} must be the autoencoder's z_dim={vae.z_dim}: they "
+            "are of different models (Wan 2.2 TI2V-5B has 48 latent channels, the other Wan models 16)"
+        ]
+    found = []
+    if model.out_channels != vae.z_dim:
+        found.append(f"model.out_channels={model.out_channels} must be the autoencoder's z_dim={vae.z_dim}")
+    if model.in_channels != wanted:
+        rule = f"the autoencoder's z_dim={vae.z_dim}"
+        if config.conditioning.form is ConditioningForm.channels:
+            parts = f"{vae.z_dim} of noise, {vae.temporal_stride} of a mask, {vae.z_dim} of image latents"
+            rule = f"{wanted} with conditioning.form=channels: {parts}"
+        elif model.in_channels == 2 * vae.z_dim + vae.temporal_stride:
+            rule += ", or conditioning.form must be channels (the model also takes a mask and image latents)"
+        found.append(f"model.in_channels={model.in_channels} must be {rule}")
+    return found
+
+
+def reliability_faults(config: "TrainConfig") -> list[str]:
+    """What a run does about faults against what it has for that."""
+    found = []
+    if config.guards.spike_policy is SpikePolicy.roll_back and config.data.access is Access.stream:
+        found.append("guards.spike_policy=roll_back must be another with data.access=stream, which cannot go back")
+    if config.checkpoint.keep_best and not (config.validation.every_steps and config.validation.path):
+        kept = config.checkpoint.keep_best
+        found.append(f"checkpoint.keep_best={kept} must be 0 without validation.path and validation.every_steps")
+    return found
