@@ -7,6 +7,7 @@ function, an operation on a file (Python's audit events, and os.fsync), or the p
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import functools
 import importlib
@@ -77,7 +78,8 @@ class _Strike:
         try:
             if self._fault["at"] != "start":
                 with open(self._events, "a") as file:
-                    file.write(json.dumps({"time": time.monotonic(), "at": self._fault["at"], **found}) + "\n")
+                    shown = {name: found[name] for name in ("text", "operation") if name in found}
+                    file.write(json.dumps({"time": time.monotonic(), "at": self._fault["at"], **shown}) + "\n")
             return ACTIONS[self._fault["do"]](found | {"events": str(self._events)}, **self._fault.get("with", {}))
         finally:
             self._is_busy = False
@@ -93,7 +95,7 @@ def _wrap(target: str, strike: _Strike, *, before: bool) -> None:
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        found = {"text": str((args, kwargs)) if strike._fault.get("of") else ""}
+        found = {"text": str((args, kwargs)) if strike._fault.get("of") else "", "args": args}
         if before:
             strike(found)
             return original(*args, **kwargs)
@@ -123,7 +125,8 @@ def _watch_files(operation: str, strike: _Strike) -> None:
         if event == "open" and not _is_for_writing(args):
             return
         folder = args[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else None
-        text = " -> ".join(_shown(part, folder) for part in args if isinstance(part, str | bytes | os.PathLike))
+        paths = args[:1] if event == "open" else args
+        text = " -> ".join(_shown(path, folder) for path in paths if isinstance(path, str | bytes | os.PathLike))
         strike({"text": text, "operation": event})
 
     sys.addaudithook(hook)
@@ -211,7 +214,7 @@ def fault_the_writer(found: dict[str, Any], faults: list[dict[str, Any]]) -> Non
                 command = [*program, json.dumps(faults), found["events"], *command[3:]]
             super().__init__(command, **options)
 
-    subprocess.Popen = Faulty  # type: ignore[misc]
+    subprocess.Popen = Faulty  # type: ignore[misc, assignment]
 
 
 def sleep(found: dict[str, Any], seconds: float) -> None:
@@ -246,11 +249,20 @@ def mount_small_disk(found: dict[str, Any], folder: str, nbytes: int) -> None:
     """A disk of this size on a folder, seen by this process and its children alone and gone with them."""
     libc = ctypes.CDLL(None, use_errno=True)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS) or libc.mount(
-        b"small", os.fsencode(folder), b"tmpfs", 0, f"size={nbytes}".encode()
-    ):
-        print("NO RIGHT TO MOUNT", os.strerror(ctypes.get_errno()), flush=True)
-        os._exit(79)
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+        _give_up_mounting()
+    # Files get an owner only where that one is known in the new namespace.
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+    Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+    if libc.mount(b"small", os.fsencode(folder), b"tmpfs", 0, f"size={nbytes}".encode()):
+        _give_up_mounting()
+
+
+def _give_up_mounting() -> None:
+    print("NO RIGHT TO MOUNT", os.strerror(ctypes.get_errno()), flush=True)
+    os._exit(79)
 
 
 def start_a_process(found: dict[str, Any], command: list[str]) -> None:
@@ -269,14 +281,65 @@ def wait_for(found: dict[str, Any], path: str) -> None:
         time.sleep(0.01)
 
 
-def poison_loss(found: dict[str, Any]) -> Callable[[Any], Any]:
-    """After the task's losses were computed: they are NaN, and so will be their gradients."""
+def take(found: dict[str, Any], path: str) -> None:
+    """Remove a file."""
+    Path(path).unlink()
 
-    def poison(losses: Any) -> Any:
-        losses.total = losses.total * float("nan")
-        return losses
 
-    return poison
+def fill_disk(found: dict[str, Any], path: str) -> None:
+    """Leave no free byte on the disk that a file lies on."""
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+
+
+def fill_log_disk(found: dict[str, Any]) -> None:
+    """From here on, what is printed meets a full disk."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, 1)
+    os.dup2(full, 2)
+
+
+def write(found: dict[str, Any], path: str, text: str) -> None:
+    """Put this into a file."""
+    Path(path).write_text(text)
+
+
+def show(found: dict[str, Any], path: str) -> None:
+    """Print a file, which may lie where only this process sees it."""
+    print(Path(path).read_text(), flush=True)
+
+
+def scale_loss(found: dict[str, Any], factor: float | str) -> Callable[[Any], Any]:
+    """After the task's losses were computed: each is that many times as large, and so are its gradients."""
+
+    def scale(losses: Any) -> Any:
+        return dataclasses.replace(losses, total=losses.total * float(factor))
+
+    return scale
+
+
+def answer(found: dict[str, Any], value: Any) -> Callable[[Any], Any]:
+    """The function gives this value instead of its own."""
+    return lambda _: value
+
+
+def poison_weights(found: dict[str, Any]) -> None:
+    """One of the master weights is NaN, though no gradient was."""
+    found["args"][0].shards[0].master[0] = float("nan")
+
+
+def flip_weight(found: dict[str, Any]) -> None:
+    """The lowest bit of one weight that the forward uses is another, as after a memory fault."""
+    import torch
+
+    with torch.no_grad():
+        weight = next(found["args"][0].module.parameters())
+        weight.view(-1)[:1].view(torch.int16)[0] ^= 1
 
 
 ACTIONS: dict[str, Callable[..., Any]] = {
@@ -296,5 +359,13 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "start a process": start_a_process,
     "touch": touch,
     "wait for": wait_for,
-    "poison loss": poison_loss,
+    "take": take,
+    "fill disk": fill_disk,
+    "fill log disk": fill_log_disk,
+    "write": write,
+    "show": show,
+    "scale loss": scale_loss,
+    "answer": answer,
+    "poison weights": poison_weights,
+    "flip weight": flip_weight,
 }

@@ -10,6 +10,8 @@ from typing import Any
 
 # Of a row of metrics, what depends on the machine's speed or on how often the run was started.
 NOT_COMPARED = re.compile(r"seconds|per_second|^attempt$")
+# Rows of steps and validations; those of checkpoints come when the disk is done.
+COMPARED_ROWS = ("samples_seen", "validation_loss")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if any(name in row for name in COMPARED_ROWS)]
     return [{name: value for name, value in row.items() if not NOT_COMPARED.search(name)} for row in rows]
 
 

@@ -65,7 +65,6 @@ IN_BACKGROUND = COMMITS | {
         1, [{"at": "call muybridge.train.checkpoint:Checkpointer.commit", "nth": 2, "do": "kill"}], resumes=2
     ),
 }
-NOT_WIRED = pytest.mark.xfail(strict=True, reason="waits for the trainer to save in the background")
 
 
 def cases() -> Iterator[object]:
@@ -75,7 +74,6 @@ def cases() -> Iterator[object]:
             for zero in (1, 2, 3):
                 is_fast = zero == 2 and (mode == BACKGROUND or name not in COMMITS)
                 marks = [] if is_fast else [pytest.mark.faults]
-                marks += [NOT_WIRED] if name.startswith("K9") else []
                 yield pytest.param(mode, name, zero, id=f"{name}, zero{zero}, {mode.partition('=')[2]}", marks=marks)
 
 
@@ -94,7 +92,6 @@ def test_a_rank_killed_in_a_save_costs_at_most_that_save(
 # --- the process that writes in the background -----------------------------------------------------------------------------------
 
 
-@NOT_WIRED
 @pytest.mark.parametrize(
     "strike",
     [

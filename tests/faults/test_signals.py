@@ -84,7 +84,6 @@ def test_a_signal_during_a_save_lets_it_finish(
     finish(server, settings, reference(2))
 
 
-@pytest.mark.xfail(strict=True, reason="waits for the trainer to hear signals during set-up")
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.faults)])
 def test_a_signal_during_set_up_leaves_nothing_to_save(
     server: ForkServer, settings: list[str], reference: Reference, run_dir: Path, rank: int

@@ -1,4 +1,4 @@
-"""The process that writes checkpoints in the background, with faults; its arguments are these, the file of events and the image."""
+"""The process that writes checkpoints in the background, with faults; its arguments are these, a file of events, and its own."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ from muybridge.tests.faults import injections
 from muybridge.train import checkpoint_writer
 
 if __name__ == "__main__":
-    faults, events, image = sys.argv[1:]
+    faults, events, *own = sys.argv[1:]
     for fault in json.loads(faults):
         injections.install(fault, Path(events))
-    sys.argv = ["muybridge.train.checkpoint_writer", image]
+    sys.argv = ["muybridge.train.checkpoint_writer", *own]
     checkpoint_writer.main()
