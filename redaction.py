@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 from urllib.parse import quote
 
@@ -27,13 +28,14 @@ _KEYS = re.compile(
 )
 # In a URL: a user's name and password before the host, and a query that signs or logs in. The user's name may be a token; what
 # Azure's URLs have there is a container.
-_USER_IN_URL = re.compile(r"(\b(?!abfss?:|wasbs?:)[A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s'\"@]+@")
+_USER_IN_URL = re.compile(r"(\b(?!abfss?:|wasbs?:)[A-Za-z][A-Za-z0-9+.-]{0,19}://)[^/?#\s'\"@]+@")
 _SIGNED_QUERY = re.compile(
     r"([?&](sig|[a-z-]*signature|[a-z-]*credential|[a-z_-]*token|[a-z_-]*api_?key|password)=)[^&#\s'\"]{8,}",
     re.IGNORECASE,
 )
 
 
+@cache
 def is_secret_name(name: str) -> bool:
     """Whether a variable or setting of this name holds a secret."""
     return _SECRET_NAME.search(name) is not None and _PLACE_NAME.search(name) is None

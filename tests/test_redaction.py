@@ -97,6 +97,14 @@ def test_urls_keep_their_host_and_lose_who_asks() -> None:
     assert secret_in("https://me@host/a") == "a URL with a user's name or password"
 
 
+@pytest.mark.parametrize(
+    "piece", ["a", "a-", "a?b", "http://", "http://a", "?token", "&sig=", "eyJa", "sk-", "gh", "wandb_v1_"]
+)
+def test_long_lines_take_no_long_time(piece: str) -> None:
+    """Were the time to grow with the square of the length, this would take minutes and run into the suite's limit."""
+    redacted(piece * 500_000)
+
+
 def test_an_environment_without_secrets_keeps_the_rest() -> None:
     given = {"HF_TOKEN": "abcdefgh", "A_KEY": "x", "HOME": "/home/me", "https_proxy": "http://me:pw@proxy", "EMPTY": ""}
     assert environment_without_secrets(given) == {"HOME": "/home/me", "EMPTY": ""}
