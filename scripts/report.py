@@ -32,9 +32,9 @@ again, skipped steps, bad clips, and what its time went into. Writes report.json
 
 Effective time is the share of the wall time, from the first start to the last sign of life, that went into computing steps
 which are part of the run. What counts against it: waiting for data, being held up by checkpoints, validation and samples,
-set-up (from a start to the first step), steps that were done again after a restart or a roll-back, and the time between
-attempts. Steps that a killed attempt did after its last row of metrics.jsonl are known to nobody: their time counts as lost
-up to the last sign of life, as time between attempts from there on."""
+set-up (up to the first step), steps that were done again after a restart or a roll-back, and the time between attempts,
+which includes the start of the processes. What a killed attempt did after its last sign of life, a row of metrics.jsonl or
+a checkpoint, is known to nobody and counts as time between attempts."""
 
 
 @dataclass
@@ -151,7 +151,7 @@ def print_report(times: RunTimes, facts: dict[str, Any], to: Console) -> None:
         "failed checkpoints": facts["failed_checkpoints"],
         "bad clips": facts["bad_clips"],
     }
-    to.print(", ".join(f"{name}: {count}" for name, count in counts.items()))
+    to.print(", ".join(f"{name}: {count}" for name, count in counts.items()), soft_wrap=True)
 
 
 def _attempt_table(attempts: Sequence[AttemptTimes]) -> Table:

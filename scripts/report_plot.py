@@ -22,6 +22,7 @@ COLOURS = {
     Spent.validation: "#3aa675",
     Spent.set_up: "#e0a030",
     Spent.lost: "#d1495b",
+    Spent.other: "#9aa3b2",
     Spent.down: "#e4e6ea",
 }
 # Labels over the time line stand apart by at least this share of its width.
@@ -66,22 +67,20 @@ def duration(seconds: float) -> str:
 def _draw_losses(axes: Axes, times: RunTimes) -> None:
     steps, loss = metric_column(times.rows, "loss")
     smooth = smoothed(loss)
-    axes.plot(
-        *_pieces(times.dropped, "loss"), color=COLOURS[Spent.lost], linewidth=0.9, alpha=0.8, label="done again later"
-    )
+    _draw_dropped(axes, times, "loss")
     axes.plot(steps, loss, color=COLOURS[Spent.training], alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth, color=COLOURS[Spent.training], linewidth=1.8, label="training (smoothed)")
     validation_steps, validation = metric_column(times.rows, "validation_loss")
     if len(validation):
-        line = axes.plot(validation_steps, validation, "o--", color=COLOURS[Spent.validation], linewidth=1.2)
-        line[0].set(markersize=4, label="validation")
+        (line,) = axes.plot(validation_steps, validation, "o--", color=COLOURS[Spent.validation], linewidth=1.2)
+        line.set(markersize=4, label="validation")
     _scale(axes, np.concatenate([smooth, validation]))
     _tidy(axes, "loss")
     axes.tick_params(labelbottom=False)
 
 
 def _draw_norms(axes: Axes, times: RunTimes) -> None:
-    axes.plot(*_pieces(times.dropped, "grad_norm"), color=COLOURS[Spent.lost], linewidth=0.9, alpha=0.8)
+    _draw_dropped(axes, times, "grad_norm")
     steps, norms = metric_column(times.rows, "grad_norm")
     axes.plot(steps, norms, color=COLOURS[Spent.training], linewidth=0.9)
     _scale(axes, norms)
@@ -92,6 +91,13 @@ def _draw_norms(axes: Axes, times: RunTimes) -> None:
         axes.legend(frameon=False, fontsize=8)
     _tidy(axes, "gradient norm")
     axes.set_xlabel("step", color=INK)
+
+
+def _draw_dropped(axes: Axes, times: RunTimes, name: str) -> None:
+    steps, values = _pieces(times.dropped, name)
+    if len(steps):
+        (line,) = axes.plot(steps, values, ".-", color=COLOURS[Spent.lost], linewidth=0.9, markersize=3)
+        line.set(alpha=0.8, label="done again later")
 
 
 def _pieces(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:

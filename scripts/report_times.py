@@ -215,10 +215,18 @@ def _spans(times: Sequence[AttemptTimes]) -> list[Span]:
             if begin < end:
                 found += [Span(position, begin, Spent.training), Span(begin, end, span.spent)]
                 position = end
-        found.append(Span(position, current.end, Spent.training))
+        # After its last row or checkpoint an attempt exports, closes what is open, and ends.
+        last = max(_last_work(current), position)
+        found += [Span(position, last, Spent.training), Span(last, current.end, Spent.other)]
         if index + 1 < len(times):
             found.append(Span(current.end, times[index + 1].begin, Spent.down))
     return [span for span in found if span.begin < span.end]
+
+
+def _last_work(times: AttemptTimes) -> float:
+    attempt = times.attempt
+    events = [*times.rows, *attempt.commits, *attempt.failed_saves, *attempt.roll_backs]
+    return max((event["unix_seconds"] for event in events), default=times.begin)
 
 
 def _union(parts: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -243,5 +251,5 @@ def _sums(times: Sequence[AttemptTimes], spans: Iterable[Span]) -> dict[Spent, f
                 waiting = row.get("data_seconds_per_step", 0.0)
                 seconds[Spent.data] += steps * waiting
                 seconds[Spent.training] += steps * (row["seconds_per_step"] - waiting)
-    seconds[Spent.other] = max(0.0, open_seconds - seconds[Spent.training] - seconds[Spent.data])
+    seconds[Spent.other] += max(0.0, open_seconds - seconds[Spent.training] - seconds[Spent.data])
     return seconds
