@@ -50,12 +50,12 @@ class OneAttempt:
         if self.diary is not None:
             self.diary.begin(step, checkpoint)
 
-    def end(self, code: int, cause: str, *, is_agreed: bool, on_request: bool) -> None:
-        """Write down how it ended, and leave the directory to the next. Unless `is_agreed`, this rank ends the others as well."""
+    def end(self, code: int, cause: str, *, on_request: bool) -> None:
+        """Write down how it ended, and leave the directory to the next. With a cause, the other ranks end as well."""
         if self._ended:
             return
         self._ended = True
-        self.watchdog.stop("" if is_agreed else cause, code)
+        self.watchdog.stop(cause, code)
         if self.diary is not None:
             self.diary.end(step=self.step, exit_code=code, cause=cause, on_request=on_request)
         self.lock.release()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 from ..data.ledger import DataBudgetError
 from ..data.media_bytes import DatasetChangedError
@@ -35,8 +36,8 @@ class Outcome:
 
     code: int
     text: str = ""  # for people, and for the run's diary
-    # Whether all ranks end so together, and rank 0 speaks for them.
-    is_agreed: bool = True
+    # Whether all ranks are expected to end so, and rank 0 speaks for them.
+    is_common: bool = True
 
 
 def train(config: TrainConfig) -> NoReturn:
@@ -51,14 +52,14 @@ def train(config: TrainConfig) -> NoReturn:
         probe(device, Path(config.run_dir))
         outcome = Outcome(Trainer(config, device, attempt).run())
     except BaseException as error:
-        if attempt is not None and isinstance(error, RuntimeError):
+        if attempt is not None and (type(error) is RuntimeError or isinstance(error, dist.DistError)):
             attempt.watchdog.give_way()  # ends the process, if the error is what another rank's end looks like from here
         outcome = _outcome(error, config, device, attempt)
-    if outcome.text and (not outcome.is_agreed or os.environ.get("RANK", "0") == "0"):
+    if outcome.text and (not outcome.is_common or os.environ.get("RANK", "0") == "0"):
         print(f"muybridge: {outcome.text}", file=sys.stderr)
     if attempt is not None:
         on_request = outcome.code == ExitCode.requeue and not outcome.text
-        attempt.end(outcome.code, outcome.text, is_agreed=outcome.is_agreed, on_request=on_request)
+        attempt.end(outcome.code, outcome.text, on_request=on_request)
     exit_process(outcome.code, alone=bool(outcome.text))
 
 
@@ -66,11 +67,11 @@ def _outcome(error: BaseException, config: TrainConfig, device: torch.device, at
     """What an error means for the run, and what there is to do."""
     match error:
         case DatasetChangedError():  # on the rank that reads the clip
-            return Outcome(ExitCode.config, str(error), is_agreed=False)
+            return Outcome(ExitCode.config, str(error), is_common=False)
         case TransientReadError():
-            return Outcome(ExitCode.requeue, f"{error}; {GOES_ON}", is_agreed=False)
+            return Outcome(ExitCode.requeue, f"{error}; {GOES_ON}", is_common=False)
         case DataBudgetError():  # every rank says what it met
-            return Outcome(ExitCode.data_budget, str(error), is_agreed=False)
+            return Outcome(ExitCode.data_budget, str(error), is_common=False)
         case Diverged():
             return Outcome(ExitCode.diverged, str(error))
         case NoProgress():
@@ -78,11 +79,11 @@ def _outcome(error: BaseException, config: TrainConfig, device: torch.device, at
         case RunIsLocked() | ProbeError():
             return Outcome(ExitCode.requeue, str(error))
         case RendezvousError():
-            return Outcome(ExitCode.requeue, str(error), is_agreed=False)
+            return Outcome(ExitCode.requeue, str(error), is_common=False)
         case CheckpointsFail() | RanksDiffer():
             return Outcome(ExitCode.requeue, f"{error}; {GOES_ON}")
         case StoppedInSetUp():
-            return Outcome(ExitCode.requeue, f"stopped by {error} before the first step", is_agreed=False)
+            return Outcome(ExitCode.requeue, f"stopped by {error} before the first step", is_common=False)
         case ValueError():
             if os.environ.get("MUYBRIDGE_TRACEBACK") == "1":
                 traceback.print_exception(error)
@@ -93,11 +94,11 @@ def _outcome(error: BaseException, config: TrainConfig, device: torch.device, at
             ExitCode.out_of_memory,
             f"out of memory{where}, micro_batch={config.micro_batch}, {peak_memory_words(device)} ({_first_line(error)}). Lower "
             "micro_batch, set model.gradient_checkpointing=true, or shard more with deepspeed=zero3 or more processes",
-            is_agreed=False,
+            is_common=False,
         )
     # One rank's failure must end the others too, and a rank that waits for nobody lets the launcher do that.
     traceback.print_exception(error)
-    return Outcome(ExitCode.failed, f"{type(error).__name__}: {_first_line(error)}", is_agreed=False)
+    return Outcome(ExitCode.failed, f"{type(error).__name__}: {_first_line(error)}", is_common=False)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -102,7 +102,7 @@ def train(overrides: list[str], records: str, interruption: dict[str, Any], devi
             trainer.loader.close()
             trainer.engine.destroy()
         if attempt is not None:
-            attempt.end(0, "", is_agreed=True, on_request=True)
+            attempt.end(0, "", on_request=True)
 
 
 def main(plan: Path, out: Path) -> None:

@@ -59,7 +59,7 @@ def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     except (ValueError, Diverged) as error:
         return {type(error).__name__: str(error)}
     finally:
-        attempt.end(0, "", is_agreed=True, on_request=True)
+        attempt.end(0, "", on_request=True)
 
 
 def main(plan: Path, out: Path) -> None:
