@@ -52,8 +52,8 @@ class EngineConfig:
     precision: Precision = Precision.bf16
     # Elements in one gradient reduction (and one all-gather); smaller needs less memory, larger hides more latency.
     bucket_elements: int = 50_000_000
-    # Seconds a collective may take before the run is declared dead.
-    timeout_seconds: int = 1800
+    # Seconds a collective may take; above the limits of `watchdog`, which says more about who is to blame.
+    timeout_seconds: int = 3600
 
     def faults(self, field: str) -> list[str]:
         found = []
