@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         "src",
         metavar="SRC",
         help="folder of tars, one tar, or a quoted pattern such as 's3://bucket/shard-{000000..000999}.tar'; local, http(s), or "
-        "whatever fsspec reads",
+        "s3, gs, az, abfs, hf through fsspec",
     )
     parser.add_argument(
         "out",

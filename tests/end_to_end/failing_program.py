@@ -3,6 +3,7 @@
 import os
 import sys
 from typing import NoReturn
+from unittest.mock import patch
 
 from muybridge.train import trainer
 from muybridge.train.__main__ import main
@@ -15,5 +16,5 @@ def fail(*_: object, **__: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    trainer.Trainer._save_where_due = fail
-    sys.exit(main(sys.argv[1:]))
+    with patch.object(trainer.Trainer, "_save_where_due", fail):
+        sys.exit(main(sys.argv[1:]))
