@@ -1,4 +1,4 @@
-"""`muybridge bench`: what the trainer and the loader cost beyond bare loops, the plan, steps, and the kernels."""
+"""`muybridge bench`: what the trainer and the loader cost beyond bare loops, the plan, steps, checkpoints, and the kernels."""
 
 import argparse
 import contextlib
@@ -27,6 +27,10 @@ PROGRAMS = {
     "code": (".machine_code", "registers, spills and tensor-core instructions of every kernel launch, without a GPU"),
     "plan": (".bench_plan", "time and memory of planning steps over 10.5 million clips in 6 datasets and 40 buckets"),
     "kernels": (".bench_kernels", "the kernels against cuDNN, flash, FlexAttention and torch.compile on a CUDA GPU"),
+    "checkpoint": (
+        ".bench_checkpoint",
+        "time that training stands still for a checkpoint, and until it is on the disk",
+    ),
     "loader": (".bench_loader", "CPU time of reading clips and latents against bare decoding loops and webdataset"),
 }
 
