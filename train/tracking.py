@@ -69,7 +69,7 @@ class Tracker:
         run_config: dict[str, Any],
         total_steps: int,
         start_step: int,
-        attempt: int = 1,
+        attempt: int,
     ) -> None:
         self._run_dir, self._attempt = run_dir, attempt
         _drop_rows_after(run_dir, start_step)
