@@ -14,10 +14,10 @@ IN_VENV := PATH="$(BIN):$$PATH"
 # A suite that neither asks for a network nor lets two workers fight for the cores.
 TEST_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install quickstart test check format gpu clean
+.PHONY: help install quickstart test test-faults check format gpu clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-19s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-19s %s\n' "$$name" "$$text"; done
 	@echo "Variables: VENV=.venv  PYTHON=python3  ARGS='options passed on'"
 
 install: $(VENV)/.dev-installed ## everything that development needs, into .venv
@@ -27,6 +27,9 @@ quickstart: $(VENV)/.core-installed ## data, VAE, DiT and generated videos in ru
 
 test: $(VENV)/.dev-installed ## the whole CPU test suite
 	$(IN_VENV) $(TEST_ENV) python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-faults: $(VENV)/.dev-installed ## more faults done to real runs than `make test` does; minutes
+	$(IN_VENV) $(TEST_ENV) python -m pytest -n 2 --dist loadfile -m faults tests/faults $(ARGS)
 
 check: $(VENV)/.dev-installed .source/muybridge ## lint, format and types, without changing a file
 	$(IN_VENV) ruff check .
