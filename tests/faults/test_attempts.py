@@ -56,7 +56,7 @@ def test_attempts_that_get_nowhere_are_not_repeated_for_ever(
         assert 0 not in killed.codes
     refused = server.run(Attempt(own))
     assert_ended(refused, [93, 93])
-    assert "made no progress: 2 attempts in a row began at step 0" in refused.output
+    assert "made no progress: 2 attempts in a row" in refused.output
     assert "restart_limit=0" in refused.output
     assert "Traceback" not in refused.output
     finish(server, [*settings, "restart_limit=0"], reference(2))

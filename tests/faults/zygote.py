@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from muybridge.tests.faults import injections
+
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 # What a rank has started (decoders, the writer of checkpoints, W&B's service) may take so long to notice that it is gone.
 LINGER_SECONDS = 10.0
@@ -141,8 +143,6 @@ def _become_rank(plan: dict[str, Any]) -> NoReturn:
     os.environ.update(plan["environment"])
     os.chdir(plan["folder"])
     sys.argv = ["muybridge.train", *plan["arguments"]]
-    from muybridge.tests.faults import injections
-
     for fault in plan["faults"]:
         injections.install(fault, Path(plan["events"]))
     sys.modules.pop("muybridge.train.__main__", None)  # or runpy warns
