@@ -179,8 +179,7 @@ def test_a_tokenizer_brings_no_code(tiny_umt5: Path, tmp_path: Path, monkeypatch
 def test_the_writer_of_checkpoints_has_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "canary-0123456789")
     image = os.memfd_create("image")
-    os.truncate(image, 4096)
-    writer = checkpoint_writer.WriterProcess(image, 4096)
+    writer = checkpoint_writer.WriterProcess(image)
     try:
         assert psutil.Process(writer.pid).environ().keys() <= {*checkpoint_writer.ENVIRONMENT}
     finally:

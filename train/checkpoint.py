@@ -44,7 +44,7 @@ from .fragments import (
     FORMAT_VERSION,
 )
 from .ranks import from_all_ranks, from_rank_0
-from .shard_file import Digest, write_shard, write_text
+from .shard_file import Digest, write_part, write_text
 from .snapshot import Part, SharedImage
 
 LEDGER_NAME = "bad_clips.jsonl"
@@ -115,9 +115,6 @@ class _Flight:
     step: int
     staging: Path
     began: float
-    # Of run.json, the ledger, and the validation losses by step.
-    run_state: str
-    bad_clips: str
     validation_loss: dict[int, float]
     nbytes: int = 0
     blocking_seconds: float = 0.0
@@ -154,7 +151,8 @@ class Checkpointer:
             # Now, so that it is loaded and has its memory when the first checkpoint is due.
             self._image, nbytes = SharedImage(), Part.expected_bytes(engine, ema)
             if self._has_room(nbytes):
-                self._writer = WriterProcess(self._image.file, nbytes)
+                self._image.prepare(nbytes)
+                self._writer = WriterProcess(self._image.file)
 
     @property
     def in_flight(self) -> bool:
@@ -183,8 +181,6 @@ class Checkpointer:
             step,
             staging,
             began,
-            run_state=self._run_state(step, run_state),
-            bad_clips=bad_clips,
             validation_loss=dict(validation_loss),
             nbytes=nbytes,
             failure=failure if dist.get_rank() == 0 else "",
@@ -192,7 +188,10 @@ class Checkpointer:
         if failure or part is None:
             flight.files = {}
         else:
-            self._write(flight, part, header)
+            texts = {f"{_shard_name()}.json": json.dumps(part.addresses, indent=1)}
+            if dist.get_rank() == 0:
+                texts |= {"run.json": self._run_state(step, run_state), LEDGER_NAME: bad_clips}
+            self._write(flight, part, header, texts)
         flight.blocking_seconds = time.monotonic() - began
         return before
 
@@ -257,15 +256,14 @@ class Checkpointer:
         name, failure = from_rank_0((staging.name, failure))
         return self._folder / name, failure
 
-    def _write(self, flight: _Flight, part: Part, header: bytes) -> None:
-        stem = flight.staging / f"shard-{dist.get_rank():05d}-of-{dist.get_world_size():05d}"
-        table = json.dumps(part.addresses, indent=1)
+    def _write(self, flight: _Flight, part: Part, header: bytes, texts: dict[str, str]) -> None:
+        shard = flight.staging / f"{_shard_name()}.safetensors"
         try:
             if self._image is not None and self._writer is not None and self._has_room(flight.nbytes):
                 nbytes = self._image.take(part, header)
-                self._writer.submit(stem=str(stem), header_bytes=len(header), image_bytes=nbytes, table=table)
+                self._writer.submit(shard=str(shard), header_bytes=len(header), image_bytes=nbytes, texts=texts)
             else:
-                flight.files = write_shard(stem, header, part.blocks(), table)
+                flight.files = write_part(shard, header, part.blocks(), texts)
         except OSError as error:
             flight.failure, flight.files = str(error), {}
 
@@ -298,8 +296,6 @@ class Checkpointer:
         return json.dumps(facts, indent=1)
 
     def _commit(self, flight: _Flight, final: Path, files: dict[str, Digest]) -> None:
-        files["run.json"] = write_text(flight.staging / "run.json", flight.run_state)
-        files[LEDGER_NAME] = write_text(flight.staging / LEDGER_NAME, flight.bad_clips)
         write_text(flight.staging / MANIFEST_NAME, json.dumps(dict(sorted(files.items())), indent=1))
         if not self._still_ours():
             raise OSError("another attempt at this run has taken over")
@@ -329,3 +325,7 @@ class Checkpointer:
         # In a thread, since all ranks would wait for rank 0, which for a large model takes seconds.
         self._deletion = threading.Thread(target=lambda: list(map(delete_leftover, trash)), daemon=True)
         self._deletion.start()
+
+
+def _shard_name() -> str:
+    return f"shard-{dist.get_rank():05d}-of-{dist.get_world_size():05d}"

@@ -1,7 +1,7 @@
 """The process that brings a rank's snapshot to the disk while training goes on, and the handle that drives it.
 
-`python -m muybridge.train.checkpoint_writer FILE BYTES` gets the open file of the snapshot's memory, of so many bytes. It reads
-requests from stdin and answers on stdout, a line of JSON each. It imports no torch, and ends when its stdin closes.
+`python -m muybridge.train.checkpoint_writer FILE` gets the open file of the snapshot's memory. It reads requests from stdin and
+answers on stdout, a line of JSON each. It imports no torch, and ends when its stdin closes.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .shard_file import blocks_of, write_shard
+from .shard_file import blocks_of, write_part
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # All that it needs of the environment, which may hold keys and passwords.
@@ -27,9 +27,6 @@ _CLOSE_SECONDS = 10.0
 def main() -> None:
     """Answer requests until stdin ends."""
     image, image_file = memoryview(b""), int(sys.argv[1])
-    with contextlib.suppress(OSError):  # who takes the first snapshot will meet it, too
-        # The machine finds and clears the pages while training begins, instead of while it waits for the first snapshot.
-        os.posix_fallocate(image_file, 0, int(sys.argv[2]))
     for line in sys.stdin.buffer:
         request = json.loads(line)
         if len(image) != request["image_bytes"]:
@@ -38,11 +35,11 @@ def main() -> None:
 
 
 def answer_to(image: memoryview, request: dict[str, Any]) -> dict[str, Any]:
-    """Write the bytes of a safetensors file as a shard; its files' digests, or what was wrong."""
+    """Write the bytes of a safetensors file as a rank's part; its files' digests, or what was wrong."""
     header_bytes = request["header_bytes"]
     try:
         blocks = _while_wanted(blocks_of(image[header_bytes:]))
-        return {"files": write_shard(Path(request["stem"]), bytes(image[:header_bytes]), blocks, request["table"])}
+        return {"files": write_part(Path(request["shard"]), bytes(image[:header_bytes]), blocks, request["texts"])}
     except OSError as error:
         return {"failure": str(error)}
 
@@ -60,10 +57,9 @@ def _while_wanted(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
 class WriterProcess:
     """One writer process and its one request; a process that died is replaced at the next request."""
 
-    def __init__(self, image: int, expected_bytes: int) -> None:
-        """Starts it; `image` is the open file of the memory that it writes from, for which it takes so many bytes at once."""
+    def __init__(self, image: int) -> None:
+        """Starts it; `image` is the open file of the memory that it writes from."""
         self._image = image
-        self._expected_bytes = expected_bytes
         self._answer: dict[str, Any] | None = None
         self._process = self._started()
 
@@ -115,7 +111,7 @@ class WriterProcess:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             return subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.checkpoint_writer", str(self._image), str(self._expected_bytes)],
+                [sys.executable, "-m", f"{__package__}.checkpoint_writer", str(self._image)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=(self._image,),

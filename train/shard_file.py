@@ -34,13 +34,13 @@ def shard_header(numels: Mapping[str, int]) -> bytes:
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def write_shard(stem: Path, header: bytes, blocks: Iterable[memoryview], table: str) -> dict[str, Digest]:
-    """Write STEM.safetensors of a header and its elements, then STEM.json with `table`; both are on the disk at the end.
+def write_part(shard: Path, header: bytes, blocks: Iterable[memoryview], texts: Mapping[str, str]) -> dict[str, Digest]:
+    """Write a shard of a header and its elements, then texts, by file name, next to it; all is on the disk at the end.
 
-    Returns the digests of both by file name. Raises OSError where the disk fails or an element is not finite.
+    Returns the digests of all by file name. Raises OSError where the disk fails or an element is not finite.
     """
-    shard, addresses = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
-    return {shard.name: _write_blocks(shard, header, blocks), addresses.name: write_text(addresses, table)}
+    digests = {shard.name: _write_blocks(shard, header, blocks)}
+    return digests | {name: write_text(shard.parent / name, text) for name, text in texts.items()}
 
 
 def blocks_of(data: memoryview) -> Iterator[memoryview]:

@@ -1,7 +1,9 @@
 """A rank's part of a checkpoint: which tensors it is made of, and a copy of them in memory that the writer process shares."""
 
+import contextlib
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,9 +77,23 @@ class SharedImage:
         self.file = os.memfd_create("muybridge-checkpoint")
         self._memory: Tensor | None = None
         self._is_locked = False
+        self._preparation: threading.Thread | None = None
+
+    def prepare(self, nbytes: int) -> None:
+        """Take memory for `nbytes` in a thread: to clear its pages costs the first snapshot several times what a copy does."""
+
+        def take() -> None:
+            with contextlib.suppress(OSError):  # the first snapshot will meet it, too
+                memory = self._mapped(nbytes)
+                memory.numpy()[:: mmap.PAGESIZE] = 0  # a look at each page puts it into the table of this process
+                self._memory = memory
+
+        self._preparation = threading.Thread(target=take, daemon=True)
+        self._preparation.start()
 
     def fault(self, nbytes: int) -> str:
         """What speaks against taking memory for `nbytes` on each process of this machine, or an empty string."""
+        self._wait_until_prepared()
         held = 512 * os.fstat(self.file).st_blocks
         wanted = max(0, nbytes - held) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = available_memory()
@@ -104,22 +120,32 @@ class SharedImage:
 
     def close(self) -> None:
         """Give the memory back."""
+        self._wait_until_prepared()
         self._release()
         if self.file >= 0:
             os.close(self.file)
             self.file = -1
 
     def _reserved(self, nbytes: int) -> Tensor:
+        self._wait_until_prepared()
         if self._memory is None or len(self._memory) < nbytes:
             self._release()
-            # Now and not page by page in the copy, where a lack of memory would be a SIGBUS.
-            os.posix_fallocate(self.file, 0, nbytes)
-            self._memory = torch.frombuffer(mmap.mmap(self.file, nbytes), dtype=torch.uint8)
-            if torch.cuda.is_available():
-                # Page-locked, a GPU copies to it at full speed; where the limits forbid that, it copies anyway.
-                status = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), nbytes, 0)
-                self._is_locked = int(status) == 0
+            self._memory = self._mapped(nbytes)
+        if torch.cuda.is_available() and not self._is_locked:
+            # Page-locked, a GPU copies to it at full speed; where the limits forbid that, it copies anyway.
+            status = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), len(self._memory), 0)
+            self._is_locked = int(status) == 0
         return self._memory
+
+    def _mapped(self, nbytes: int) -> Tensor:
+        # Now and not page by page in the copy, where a lack of memory would be a SIGBUS.
+        os.posix_fallocate(self.file, 0, nbytes)
+        return torch.frombuffer(mmap.mmap(self.file, nbytes), dtype=torch.uint8)
+
+    def _wait_until_prepared(self) -> None:
+        if self._preparation is not None:
+            self._preparation.join()
+            self._preparation = None
 
     def _release(self) -> None:
         if self._is_locked and self._memory is not None:

@@ -60,8 +60,8 @@ KILL_POINTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "before staging": lambda patch: patch.setattr(Path, "mkdir", kill),
     "in a shard": kill_in_shard,
     "in a shard's table": kill_in_text(shard_file, "shard"),
-    "in run.json": kill_in_text(checkpoint, "run"),
-    "in the ledger": kill_in_text(checkpoint, "bad_clips"),
+    "in run.json": kill_in_text(shard_file, "run"),
+    "in the ledger": kill_in_text(shard_file, "bad_clips"),
     "in the manifest": kill_in_text(checkpoint, "MANIFEST"),
     "before the rename": lambda patch: patch.setattr(Path, "rename", kill),
 }
@@ -142,7 +142,7 @@ def test_a_failing_disk_fails_the_save_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fault: OSError
 ) -> None:
     previous = save(tmp_path, 1)
-    module = shard_file if name == "shard" else checkpoint
+    module = checkpoint if name == "MANIFEST" else shard_file
     write = module.write_text
 
     def write_or_fail(path: Path, text: str) -> Any:

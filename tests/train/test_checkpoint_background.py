@@ -142,7 +142,7 @@ def test_the_writer_ends_with_its_checkpointer(checkpointer: Checkpointer) -> No
 def test_the_writer_ends_when_training_is_killed(tmp_path: Path) -> None:
     program = (
         "import os, signal; from muybridge.train.checkpoint_writer import WriterProcess;"
-        "writer = WriterProcess(os.memfd_create('test'), 1); print(writer.pid, flush=True);"
+        "writer = WriterProcess(os.memfd_create('test')); print(writer.pid, flush=True);"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     answer = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=False)
