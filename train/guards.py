@@ -123,7 +123,7 @@ class StepGuard:
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
-        self.roll_backs = 0
+        self.roll_backs = 0  # counted by whoever goes back
         # Bucket -> finding -> steps, of what was not fine.
         self.counts: dict[str, dict[str, int]] = {}
         self._records: dict[str, _BucketRecord] = {}
@@ -196,12 +196,6 @@ class StepGuard:
             record.loss.add(relative_loss)
         self._spikes_in_a_row = record.spikes_in_a_row = 0
         return Verdict(Finding.fine)
-
-    def roll_back(self, state: dict[str, Any]) -> None:
-        """Go on as a checkpoint's guard would, but for how often the run went back."""
-        roll_backs = self.roll_backs + 1
-        self.restore(state)
-        self.roll_backs = roll_backs
 
     def state(self) -> dict[str, Any]:
         """All that later verdicts depend on, as JSON; the same on every rank."""
