@@ -150,6 +150,7 @@ def _figures(first: "Saved", found: dict[str, list[float]]) -> dict[str, Any]:
         **{f"{name}_of_each_turn": [round(value, 4) for value in values] for name, values in found.items()},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "cpus": os.cpu_count() or 0,
+        "load_average": os.getloadavg()[0],  # with more than one waiting for each CPU, figures say little
         "torch": torch.__version__,
     }
 
