@@ -38,6 +38,8 @@ class Outcome:
     text: str = ""  # for people, and for the run's diary
     # Whether all ranks are expected to end so, and rank 0 speaks for them.
     is_common: bool = True
+    # Whether a person or a scheduler asked for it.
+    on_request: bool = False
 
 
 def train(config: TrainConfig) -> NoReturn:
@@ -50,7 +52,8 @@ def train(config: TrainConfig) -> NoReturn:
         device = initialise_distributed(config.deepspeed)
         attempt = OneAttempt(config)
         probe(device, Path(config.run_dir))
-        outcome = Outcome(Trainer(config, device, attempt).run())
+        code = Trainer(config, device, attempt).run()
+        outcome = Outcome(code, on_request=code == ExitCode.requeue)
     except BaseException as error:
         if attempt is not None and (type(error) is RuntimeError or isinstance(error, dist.DistError)):
             attempt.watchdog.give_way()  # ends the process, if the error is what another rank's end looks like from here
@@ -58,8 +61,7 @@ def train(config: TrainConfig) -> NoReturn:
     if outcome.text and (not outcome.is_common or os.environ.get("RANK", "0") == "0"):
         print(f"muybridge: {outcome.text}", file=sys.stderr)
     if attempt is not None:
-        on_request = outcome.code == ExitCode.requeue and not outcome.text
-        attempt.end(outcome.code, outcome.text, on_request=on_request)
+        attempt.end(outcome.code, outcome.text, on_request=outcome.on_request)
     exit_process(outcome.code, alone=bool(outcome.text))
 
 
@@ -83,7 +85,8 @@ def _outcome(error: BaseException, config: TrainConfig, device: torch.device, at
         case CheckpointsFail() | RanksDiffer():
             return Outcome(ExitCode.requeue, f"{error}; {GOES_ON}")
         case StoppedInSetUp():
-            return Outcome(ExitCode.requeue, f"stopped by {error} before the first step", is_common=False)
+            text = f"stopped by {error} before the first step"
+            return Outcome(ExitCode.requeue, text, is_common=False, on_request=True)
         case ValueError():
             if os.environ.get("MUYBRIDGE_TRACEBACK") == "1":
                 traceback.print_exception(error)

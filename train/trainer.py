@@ -226,8 +226,11 @@ class Trainer:
 
     def _take_up(self, saved: Saved) -> None:
         """What became of a save, for the people who watch."""
+        diary = self.attempt.diary
         if saved.failure:
             self._note(f"muybridge: {saved.failure}; training goes on")
+            if diary is not None:
+                diary.save_failed(saved.step, blocking_seconds=saved.blocking_seconds, cause=saved.failure)
             return
         self._log(
             {
@@ -237,8 +240,8 @@ class Trainer:
             },
             step=saved.step,
         )
-        if self.attempt.diary is not None:
-            self.attempt.diary.commit(
+        if diary is not None:
+            diary.commit(
                 saved.step,
                 blocking_seconds=saved.blocking_seconds,
                 total_seconds=saved.total_seconds,
