@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import torch.distributed as dist
+
 from ..data.config import Access
 from ..data.loader import VideoLoader
 from ..data.stream import NOT_EXACT, StreamLoader
 from .config import TaskKind, TrainConfig
+from .fragments import read_run_state
+from .provenance import changed_settings_note, changed_versions_note
 from .save_schedule import SaveSchedule
 from .tasks import next_command
 
@@ -15,21 +19,23 @@ GHOST_SHARE_WORTH_A_NOTE = 0.03
 def first_notes(
     config: TrainConfig,
     loader: VideoLoader | StreamLoader,
-    *,
-    world: int,
-    step: int,
-    resume_from: Path | None,
-    data_changed: bool,
     schedule: SaveSchedule,
+    resume_from: Path | None,
+    *,
+    data_changed: bool,
 ) -> list[str]:
-    """Before the first step of an attempt, which begins at `step`."""
+    """Before the first step of an attempt, and before it writes its own settings."""
     notes = []
     if resume_from is not None:
         notes.append(f"resumed from {resume_from}")
+        facts = read_run_state(resume_from)
+        changes = changed_settings_note(config), changed_versions_note(facts["versions"])
+        notes += [f"muybridge: {change}" for change in changes if change]
+        if data_changed:
+            notes.append(f"muybridge: the data changed: a new order of samples begins at step {facts['step']}")
     if config.data.access is Access.stream:
         notes.append(f"muybridge: {NOT_EXACT}")
-    if data_changed:
-        notes.append(f"muybridge: the data changed: a new order of samples begins at step {step}")
+    world = dist.get_world_size()
     if (share := loader.ghost_share()) > GHOST_SHARE_WORTH_A_NOTE:
         uneven = ", ".join(
             f"{bucket.name}: {bucket.global_batch} of {bucket.micro_batch} x {world}"

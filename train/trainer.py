@@ -30,7 +30,7 @@ from .one_attempt import OneAttempt
 from .optimizer import build_optimizer, learning_rate
 from .preemption import Requests, StopAgreed
 from .probe import refuse_different_settings
-from .provenance import setting_texts, write_provenance
+from .provenance import setting_texts, versions, write_provenance
 from .ranks import on_rank_0
 from .save_schedule import SaveSchedule
 from .saving import Saver
@@ -89,7 +89,6 @@ class Trainer:
 
         self.tracker: Tracker | None = None
         if self.rank == 0:
-            write_provenance(config, data_fingerprint=self.loader.fingerprint)
             self.tracker = Tracker(
                 self.run_dir,
                 config.tracking,
@@ -98,16 +97,9 @@ class Trainer:
                 start_step=self.step,
                 attempt=attempt.number,
             )
-            for note in first_notes(
-                config,
-                self.loader,
-                world=self.world,
-                step=self.step,
-                resume_from=resume_from,
-                data_changed=data_changed,
-                schedule=self.saver.schedule,
-            ):
+            for note in first_notes(config, self.loader, self.saver.schedule, resume_from, data_changed=data_changed):
                 self.tracker.note(note)
+            write_provenance(config, data_fingerprint=self.loader.fingerprint)
         # Last: up to here, a signal ends the process at once.
         self.requests = Requests(self.run_dir)
 
@@ -218,7 +210,7 @@ class Trainer:
             **self.feed.state(self.step),
             "metrics_window": self.window.state(),
             "guard": self.guard.state(),
-            "versions": {"torch": torch.__version__},
+            "versions": versions(),
             **({"lora": self.lora_facts} if self.lora_facts else {}),
         }
         losses = self.tracker.validation_losses() if self.tracker is not None else {}
