@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
-# What is known of a moment: "text", such as a path; "file", the number of an open one; "args" of a call; "events", where it is noted.
+# What is known of a moment: "text", such as a path; "file", an open one's number; "args" of a call; "events", a file for notes.
 Moment = dict[str, Any]
 
 
