@@ -146,9 +146,10 @@ class Watchdog:
         """Ends the watch. With a cause, this rank ends for a reason of its own: the others end with this exit code, too."""
         if self._stopped.is_set():
             return
-        self._stopped.set()
+        # First of all: the thread closes the link once it knows of the stop, and without a word this rank would be gone.
         if self._link is not None:
             self._link.send({"kind": "bye", "rank": self._rank, "cause": cause, "code": code})
+        self._stopped.set()
         self._wake()
         self._thread.join(2 * _LOOK_SECONDS)
 
