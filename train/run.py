@@ -3,9 +3,10 @@
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,7 @@ class Outcome:
 def train(config: TrainConfig) -> NoReturn:
     """Run or resume training and end the process with the run's exit code."""
     leave_on_signal()
+    _print_what_can_be_printed()
     attempt: OneAttempt | None = None
     device = torch.device("cpu")
     try:
@@ -63,6 +65,23 @@ def train(config: TrainConfig) -> NoReturn:
     if attempt is not None:
         attempt.end(outcome.code, outcome.text, on_request=outcome.on_request)
     exit_process(outcome.code, alone=bool(outcome.text))
+
+
+def _print_what_can_be_printed() -> None:
+    """From here on, output that meets an error, such as a full disk under the log, is lost and ends nothing."""
+
+    def tried(call: Callable[..., Any]) -> Callable[..., Any]:
+        def call_or_lose(*arguments: Any) -> Any:
+            try:
+                return call(*arguments)
+            except OSError:
+                return len(arguments[0]) if arguments else None  # as if it were written
+
+        return call_or_lose
+
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    for stream in streams:
+        stream.write, stream.flush = tried(stream.write), tried(stream.flush)
 
 
 def _outcome(error: BaseException, config: TrainConfig, device: torch.device, attempt: OneAttempt | None) -> Outcome:

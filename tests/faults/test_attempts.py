@@ -67,8 +67,8 @@ def test_attempts_that_get_somewhere_are_repeated(
     server: ForkServer, settings: list[str], reference: Reference, run_dir: Path
 ) -> None:
     own = [*settings, "restart_limit=1", "checkpoint.every_steps=1", "checkpoint.in_background=false"]
-    for _ in range(3):
-        server.run(Attempt(own, faults={1: [after_step(2, "kill")]}))
+    for _ in range(3):  # each commits a step more
+        server.run(Attempt(own, faults={1: [after_step(3, "kill")]}))
     assert read_rows(run_dir)[:3] == reference(2).rows[:3]
     outcome = server.run(Attempt(own))
     assert_ended(outcome, [0, 0])

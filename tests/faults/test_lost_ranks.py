@@ -108,7 +108,11 @@ def test_a_rank_that_hangs_in_a_step_is_named(
             id="validation",
         ),
         pytest.param(
-            "setup_seconds", "is in the start", [], hang("call muybridge.train.trainer:build_optimizer"), id="set-up"
+            "setup_seconds",
+            "is in setup, step 0",
+            [],
+            hang("call muybridge.train.trainer:build_optimizer"),
+            id="set-up",
         ),
     ],
 )
@@ -163,7 +167,8 @@ def test_a_rank_that_never_comes_is_not_waited_for_without_end(server: ForkServe
 
 
 @pytest.mark.faults
-def test_a_world_that_does_not_fit_is_refused(server: ForkServer, settings: list[str]) -> None:
-    outcome = server.run(Attempt([*settings, "deepspeed.timeout_seconds=5"], environment={"WORLD_SIZE": "1"}))
-    assert 0 not in outcome.codes
-    assert not outcome.is_late
+def test_a_world_of_more_ranks_than_come_is_refused(server: ForkServer, settings: list[str]) -> None:
+    outcome = server.run(Attempt([*settings, "deepspeed.timeout_seconds=5"], environment={"WORLD_SIZE": "3"}))
+    assert_ended(outcome, [75, 75])
+    assert "WORLD_SIZE=3" in outcome.output
+    assert "Traceback" not in outcome.output
