@@ -11,6 +11,8 @@ GPU_HOURS_PER_FAILURE = 8100
 CPU_HOURS_PER_FAILURE = 7 * 24
 # Before the first checkpoint has told what it costs.
 ASSUMED_COST_SECONDS = 1.0
+# When that comes at the latest: it measures the cost, shows early that saving works, and makes a short attempt worth something.
+FIRST_SECONDS = 300.0
 MIN_SECONDS = 60.0
 
 
@@ -62,12 +64,13 @@ class SaveSchedule:
             self._cost_seconds, self._total_seconds = saved.blocking_seconds, saved.total_seconds
 
     def interval_seconds(self) -> float:
-        """Seconds between checkpoints where they go by time."""
+        """Seconds to the next checkpoint where they go by time."""
         if self._config.every_minutes is not None:
             return 60 * self._config.every_minutes
         cost = ASSUMED_COST_SECONDS if self._cost_seconds is None else self._cost_seconds
         # The disk must come to rest: half of the time at most goes to writing.
-        return max(young_daly_seconds(cost, self._failures_per_second), MIN_SECONDS, 2 * self._total_seconds)
+        seconds = max(young_daly_seconds(cost, self._failures_per_second), MIN_SECONDS, 2 * self._total_seconds)
+        return min(seconds, FIRST_SECONDS) if self._cost_seconds is None else seconds
 
     def explanation(self) -> str:
         """How far checkpoints lie apart, and why, for the log."""
@@ -80,12 +83,14 @@ class SaveSchedule:
             )
         if config.every_samples is not None:
             return f"a checkpoint every {config.every_samples} samples"
-        every = f"a checkpoint every {self.interval_seconds() / 60:.3g} minutes"
+        minutes = f"{self.interval_seconds() / 60:.3g} minutes"
         if config.every_minutes is not None:
-            return every
-        cost = "assumed" if self._cost_seconds is None else "measured"
-        seconds = ASSUMED_COST_SECONDS if self._cost_seconds is None else self._cost_seconds
+            return f"a checkpoint every {minutes}"
+        if self._cost_seconds is None:
+            every = f"a checkpoint after {minutes}, and then as often as what it costs suggests"
+        else:
+            every = f"a checkpoint every {minutes}: training stands still for {self._cost_seconds:.2g} s at each"
         return (
-            f"{every}: training stands still for {seconds:.2g} s at each ({cost}), and {self._failure} is expected (Young and "
-            "Daly; checkpoint.every_minutes, every_steps or every_samples sets another interval)"
+            f"{every}; {self._failure} is expected (Young and Daly; checkpoint.every_minutes, every_steps or every_samples sets "
+            "another interval)"
         )

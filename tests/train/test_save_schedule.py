@@ -84,6 +84,16 @@ def test_saves_leave_the_disk_time_to_rest() -> None:
     assert asked.interval_seconds() == 200.0
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_the_first_save_of_an_attempt_comes_soon(on_gpu: bool) -> None:
+    asked = schedule(on_gpu=on_gpu)
+    assert asked.interval_seconds() == 300.0
+    asked.saved(saved(blocking=1.0, total=2.0))
+    assert asked.interval_seconds() > 1000
+    assert schedule(processes=16_384).interval_seconds() == 60.0
+    assert schedule(every_minutes=20.0).interval_seconds() == 1200.0
+
+
 def test_a_failed_save_tells_nothing_of_the_cost() -> None:
     asked = schedule()
     before = asked.interval_seconds()
@@ -97,8 +107,10 @@ def test_the_explanation_says_what_the_interval_rests_on() -> None:
     assert schedule(every_samples=20).explanation() == "a checkpoint every 20 samples"
     assert schedule(every_minutes=2.5).explanation() == "a checkpoint every 2.5 minutes"
     asked = schedule(processes=64)
-    assert "still for 1 s at each (assumed), and a failure every 127 hours" in asked.explanation()
+    expected = "a checkpoint after 5 minutes, and then as often as what it costs suggests; a failure every 127 hours is"
+    assert asked.explanation().startswith(expected)
     asked.saved(saved(blocking=0.25, total=9.0))
-    assert asked.explanation().startswith("a checkpoint every 7.95 minutes: training stands still for 0.25 s")
-    assert "0.25 s at each (measured)" in asked.explanation()
+    assert asked.explanation().startswith(
+        "a checkpoint every 7.95 minutes: training stands still for 0.25 s at each; a"
+    )
     assert "a failure every 168 hours" in schedule(processes=64, on_gpu=False).explanation()
