@@ -35,14 +35,15 @@ _HELD_SECONDS, _REARM_SECONDS = 1800.0, 10.0
 
 
 class Phase(Enum):
-    """What a rank is at, in the order of a step; the value is a word for people."""
+    """What a rank is at, in the order in which it comes to that at a count of steps; the value is a word for people."""
 
     setup = "setup"
+    # After a step, which it counts.
+    save = "the checkpoint"
+    validation = "the validation"
     data = "the wait for data"
     agreement = "the wait for the others' data"  # it has its own
     step = "the step"
-    save = "the checkpoint"
-    validation = "the validation"
     export = "the export"
 
     @property

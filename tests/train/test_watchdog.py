@@ -153,7 +153,8 @@ def standing(rank: int, step: int, phase: Phase, *, waits: bool = False, begun: 
     ("standings", "late"),
     [
         ([standing(0, 5, Phase.data), standing(1, 4, Phase.save), standing(2, 5, Phase.data)], [1]),
-        ([standing(0, 5, Phase.step), standing(1, 5, Phase.data), standing(2, 5, Phase.save)], [1]),
+        ([standing(0, 5, Phase.step), standing(1, 5, Phase.data), standing(2, 6, Phase.save)], [1]),
+        ([standing(0, 5, Phase.agreement, waits=True), standing(1, 5, Phase.save)], [1]),
         ([standing(0, 5, Phase.step, waits=True), standing(1, 5, Phase.step), standing(2, 6, Phase.data)], [1]),
         ([standing(0, 5, Phase.data, waits=True), standing(1, 6, Phase.data)], [0]),
         ([standing(0, 5, Phase.step), standing(1, 5, Phase.step, begun=8)], [1]),
