@@ -40,9 +40,7 @@ from .checkpoint_folder import (
 from .checkpoint_writer import WriterProcess
 from .ema import EMA
 from .engine import Engine
-from .fragments import (
-    FORMAT_VERSION,
-)
+from .fragments import FORMAT_VERSION
 from .ranks import from_all_ranks, from_rank_0
 from .shard_file import Digest, write_part, write_text
 from .snapshot import Part, SharedImage
@@ -67,7 +65,7 @@ class CheckpointConfig:
     keep_last: int = 2
     # Those at multiples of so many steps stay, too; 0 is off.
     keep_every: int = 0
-    # So many of the lowest validation loss stay, too; 0 is off.
+    # So many of the lowest validation loss stay, too; 0 is off. Takes every_steps, in step with validation.every_steps.
     keep_best: int = 0
     # Write from a copy in memory while training goes on. Off: training waits for the disk, and the copy's memory is saved.
     in_background: bool = True

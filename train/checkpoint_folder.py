@@ -12,6 +12,7 @@ Decisions go by content and by what rank 0 sees: another machine's clock or view
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -137,7 +138,9 @@ def retained(
     kept = set(sorted(steps)[-keep_last:])
     if keep_every:
         kept |= {step for step in steps if step % keep_every == 0}
-    judged = sorted((step for step in steps if step in validation_loss), key=lambda step: (validation_loss[step], step))
+    # NaN compares as neither more nor less, and would stand anywhere in the order.
+    judged = [step for step in steps if math.isfinite(validation_loss.get(step, math.nan))]
+    judged.sort(key=lambda step: (validation_loss[step], step))
     return kept | set(judged[:keep_best])
 
 

@@ -141,4 +141,17 @@ def reliability_faults(config: "TrainConfig") -> list[str]:
     if config.checkpoint.keep_best and not (config.validation.every_steps and config.validation.path):
         kept = config.checkpoint.keep_best
         found.append(f"checkpoint.keep_best={kept} must be 0 without validation.path and validation.every_steps")
+    elif config.checkpoint.keep_best and not _coincide(config.checkpoint.every_steps, config.validation.every_steps):
+        found.append(
+            f"checkpoint.every_steps={config.checkpoint.every_steps} must divide validation.every_steps="
+            f"{config.validation.every_steps} or be a multiple of it with checkpoint.keep_best={config.checkpoint.keep_best}: only "
+            "a checkpoint of a validation's step has a loss to be kept for"
+        )
     return found
+
+
+def _coincide(checkpoint_steps: int | None, validation_steps: int) -> bool:
+    # A null goes by samples or time, and meets a validation by chance; a 0 leaves the last checkpoint only.
+    if not checkpoint_steps:
+        return False
+    return checkpoint_steps % validation_steps == 0 or validation_steps % checkpoint_steps == 0

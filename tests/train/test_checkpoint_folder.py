@@ -1,6 +1,7 @@
 """The folder of checkpoints: which one a run resumes from, what damage does, and what is kept, set aside and deleted."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,13 @@ def test_retention_is_a_function_of_steps_and_losses() -> None:
     # One without a loss cannot be among the best; the later one of equal losses goes.
     losses = {10: 0.2, 30: 0.2, 60: 0.0}
     assert retained(steps, keep_last=2, keep_every=0, keep_best=1, validation_loss=losses) == {10, 40, 50}
+
+
+@pytest.mark.parametrize("worst", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_not_the_lowest(worst: float) -> None:
+    losses = {10: worst, 20: 0.1, 30: worst}
+    kept = retained([10, 20, 30, 40, 50], keep_last=2, keep_every=0, keep_best=2, validation_loss=losses)
+    assert kept == {20, 40, 50}
 
 
 def test_room_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:

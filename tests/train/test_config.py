@@ -57,6 +57,23 @@ MISTAKES = {
         ["validation.path=null", "validation.prompts=[]"],
         "must be 0 where neither path nor prompts is set",
     ),
+    "best checkpoints by chance": (
+        [
+            "validation.path=clips",
+            "checkpoint.keep_best=1",
+            "checkpoint.every_minutes=20",
+            "checkpoint.every_steps=null",
+        ],
+        "checkpoint.every_steps=None must divide validation.every_steps=10",
+    ),
+    "best checkpoints of few steps": (
+        ["validation.path=clips", "checkpoint.keep_best=1", "checkpoint.every_steps=15"],
+        "checkpoint.every_steps=15 must divide validation.every_steps=10 or be a multiple",
+    ),
+    "best checkpoints of the end": (
+        ["validation.path=clips", "checkpoint.keep_best=1", "checkpoint.every_steps=0"],
+        "checkpoint.every_steps=0 must divide validation.every_steps=10",
+    ),
     "no value": (["steps"], "'steps' is not KEY=VALUE"),
     "a sweep": (["steps=1,2"], "'steps=1,2': a sweep needs --multirun"),
     "a deletion": (["~steps"], "'~steps': deleting a key is not supported"),
