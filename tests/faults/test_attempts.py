@@ -142,6 +142,16 @@ def test_a_run_can_go_back_to_an_older_checkpoint(
     assert aside.name.startswith("step-00000004-")
 
 
+@pytest.mark.usefixtures("stopped")
+def test_a_way_back_that_is_refused_costs_no_newer_checkpoint(
+    server: ForkServer, settings: list[str], reference: Reference, run_dir: Path
+) -> None:
+    outcome = server.run(Attempt([*settings, "resume=2", "seed=7"]))
+    assert_ended(outcome, [64, 64])
+    assert checkpoint_names(run_dir) == ["step-00000002", "step-00000004"]
+    assert resumed_step(finish(server, settings, reference(2)).output) == 4
+
+
 @pytest.mark.faults
 @pytest.mark.usefixtures("stopped")
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def limited_at(path: str, nbytes: int) -> Fault:
             {0: [fail("fsync", r"step-00000004\.tmp.*/MANIFEST", "EIO")]},
             "Input/output error",
             id="manifest",
+            marks=pytest.mark.faults,
         ),
         pytest.param(
             [],
@@ -271,7 +273,5 @@ def test_times_and_what_another_rank_sees_of_the_disk_do_not_matter(
 
 
 def set_times_back(folder: Path) -> None:
-    import os
-
     for path in [*folder.iterdir(), folder]:
         os.utime(path, (1, 1))

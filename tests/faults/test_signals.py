@@ -97,6 +97,18 @@ def test_a_signal_during_set_up_leaves_nothing_to_save(
 
 
 @pytest.mark.faults
+def test_two_signals_at_once_are_one_request_during_set_up(
+    server: ForkServer, settings: list[str], reference: Reference
+) -> None:
+    once = {"at": "call muybridge.train.trainer:build_task", "do": "send", "with": {"name": "SIGINT"}}
+    again = {"at": "call muybridge.train.one_attempt:OneAttempt.end", "do": "send", "with": {"name": "SIGTERM"}}
+    stopped = server.run(Attempt(settings, faults={rank: [once, again] for rank in range(2)}))
+    assert_ended(stopped, [75, 75])
+    assert "Traceback" not in stopped.output
+    finish(server, settings, reference(2))
+
+
+@pytest.mark.faults
 def test_two_signals_at_once_are_one_request(
     server: ForkServer, settings: list[str], reference: Reference, run_dir: Path
 ) -> None:
