@@ -14,7 +14,7 @@ import hashlib
 import json
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,12 @@ class Attempt:
 
     @property
     def is_fruitless(self) -> bool:
-        """It left no new checkpoint, and neither a person nor a scheduler nor a mistake in the settings is why."""
+        """It left no new checkpoint, and neither a person, a scheduler, a mistake in the settings nor a broken machine is why."""
         if self.commits:
             return False
         end = self.end or {}
-        return not end.get("on_request") and end.get("exit_code") not in (ExitCode.done, ExitCode.config)
+        is_excused = end.get("on_request") or end.get("failed_probe")
+        return not is_excused and end.get("exit_code") not in (ExitCode.done, ExitCode.config)
 
 
 class Attempts:
@@ -99,9 +100,12 @@ class Attempts:
         """Steps that were done are done again, within this attempt."""
         self._write("roll_back", from_step=from_step, to_step=to_step, cause=cause)
 
-    def end(self, *, step: int, exit_code: int, cause: str, on_request: bool = False) -> None:
-        """The last event; `on_request` where a person or a scheduler asked for the stop."""
-        self._write("end", step=step, exit_code=int(exit_code), cause=cause, on_request=on_request)
+    def end(
+        self, *, step: int, exit_code: int, cause: str, on_request: bool = False, failed_probe: bool = False
+    ) -> None:
+        """The last event; `on_request` where somebody asked for the stop, `failed_probe` where a machine is broken."""
+        excuses = {"on_request": on_request, **({"failed_probe": True} if failed_probe else {})}
+        self._write("end", step=step, exit_code=int(exit_code), cause=cause, **excuses)
 
     def _write(self, event: str, **facts: Any) -> None:
         row = {"event": event, "attempt": self.number, "unix_seconds": round(time.time(), 3), **facts}
@@ -154,14 +158,16 @@ def no_progress_message(run_dir: Path, code: str, restart_limit: int) -> str:
     causes = "; ".join(f"attempt {attempt.number}: {attempt.cause}" for attempt in found)
     return (
         f"{run_dir} made no progress: {len(found)} attempts in a row left no new checkpoint ({causes}). Another attempt is made "
-        "once the settings or the code have changed, or with restart_limit=0"
+        "once the settings, data, number of processes or code have changed, or with restart_limit=0"
     )
 
 
-def code_fingerprint(settings: Mapping[str, Any]) -> str:
-    """Changes with the settings of a run and with the package's source files, committed or not."""
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=8)
-    for path in _sources():
+def code_fingerprint(settings: Mapping[str, Any], *, world_size: int, manifests: Iterable[Path]) -> str:
+    """Changes with what decides how an attempt goes: settings, processes, datasets (by the `manifests` that are there), and the
+    package's source files, committed or not."""
+    facts = json.dumps([settings, world_size], sort_keys=True, default=str)
+    digest = hashlib.blake2b(facts.encode(), digest_size=8)
+    for path in [*_sources(), *(path for path in manifests if path.is_file())]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

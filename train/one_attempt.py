@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ..data.index import MANIFEST_NAME
 from .attempts import Attempts, code_fingerprint, no_progress_message
 from .compose import plain
 from .config import TrainConfig
@@ -26,7 +27,10 @@ class OneAttempt:
         self._ended = False
         # What decides about the run; where a copy of it lies, and whether it may be tried again, does not.
         settings = {name: value for name, value in plain(config).items() if name not in ("run_dir", "restart_limit")}
-        self._code = code_fingerprint(settings) if dist.get_rank() == 0 else ""
+        datasets = [source.path for source in config.training_data().sources().values() if source.path]
+        manifests = [Path(path) / MANIFEST_NAME for path in datasets]
+        world = dist.get_world_size()
+        self._code = code_fingerprint(settings, world_size=world, manifests=manifests) if dist.get_rank() == 0 else ""
         self.lock = RunLock(run_dir)
         self.lock.acquire()
         self.diary: Attempts | None = None
@@ -50,14 +54,15 @@ class OneAttempt:
         if self.diary is not None:
             self.diary.begin(step, checkpoint)
 
-    def end(self, code: int, cause: str, *, on_request: bool) -> None:
+    def end(self, code: int, cause: str, *, on_request: bool, failed_probe: bool = False) -> None:
         """Write down how it ended, and leave the directory to the next. With a cause, the other ranks end as well."""
         if self._ended:
             return
         self._ended = True
         self.watchdog.stop(cause, code)
         if self.diary is not None:
-            self.diary.end(step=self.step, exit_code=code, cause=cause, on_request=on_request)
+            excuses = {"on_request": on_request, "failed_probe": failed_probe}
+            self.diary.end(step=self.step, exit_code=code, cause=cause, **excuses)
         self.lock.release()
 
     def _end_of_the_watchdog(self, text: str, code: int) -> None:

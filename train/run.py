@@ -41,6 +41,8 @@ class Outcome:
     is_common: bool = True
     # Whether a person or a scheduler asked for it.
     on_request: bool = False
+    # Whether a machine failed its test: the next attempt may be on another.
+    failed_probe: bool = False
 
 
 def train(config: TrainConfig) -> NoReturn:
@@ -63,7 +65,8 @@ def train(config: TrainConfig) -> NoReturn:
     if outcome.text and (not outcome.is_common or os.environ.get("RANK", "0") == "0"):
         print(f"muybridge: {outcome.text}", file=sys.stderr)
     if attempt is not None:
-        attempt.end(outcome.code, outcome.text, on_request=outcome.on_request)
+        excuses = {"on_request": outcome.on_request, "failed_probe": outcome.failed_probe}
+        attempt.end(outcome.code, outcome.text, **excuses)
     exit_process(outcome.code, alone=bool(outcome.text))
 
 
@@ -97,8 +100,10 @@ def _outcome(error: BaseException, config: TrainConfig, device: torch.device, at
             return Outcome(ExitCode.diverged, str(error))
         case NoProgress():
             return Outcome(ExitCode.no_progress, str(error))
-        case RunIsLocked() | ProbeError():
+        case RunIsLocked():
             return Outcome(ExitCode.requeue, str(error))
+        case ProbeError():
+            return Outcome(ExitCode.requeue, str(error), failed_probe=True)
         case RendezvousError():
             return Outcome(ExitCode.requeue, str(error), is_common=False)
         case CheckpointsFail() | RanksDiffer():

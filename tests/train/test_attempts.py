@@ -93,9 +93,12 @@ def test_attempts_that_get_nowhere_are_counted(tmp_path: Path) -> None:
         {"exit_code": 0},
         {"exit_code": 64},
         {"exit_code": 75, "on_request": True},
+        {"exit_code": 75, "failed_probe": True},
     ],
 )
-def test_a_run_that_was_stopped_or_set_wrong_may_begin_again(end: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_set_wrong_or_on_a_broken_machine_may_begin_again(
+    end: dict[str, Any], tmp_path: Path
+) -> None:
     for _ in range(3):
         fail(tmp_path)
     fail(tmp_path, **end)
@@ -139,14 +142,28 @@ def test_a_new_checkpoint_is_progress(tmp_path: Path) -> None:
     assert [attempt.number for attempt in fruitless_attempts(tmp_path, "c0de")] == [5]
 
 
+@pytest.mark.parametrize("exit_code", [1, 75, 76, 77, 78])
+def test_other_ends_count(exit_code: int, tmp_path: Path) -> None:
+    fail(tmp_path, exit_code=exit_code)
+    assert len(fruitless_attempts(tmp_path, "c0de")) == 1
+
+
 def test_code_that_changed_gets_new_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "a.py"
     source.write_text("step = 1")
     assert attempts._sources()
     assert all(path.is_file() for path in attempts._sources())
     monkeypatch.setattr(attempts, "_sources", lambda: [source])
-    fingerprints = [code_fingerprint({"lr": 1e-3}), code_fingerprint({"lr": 2e-3})]
+    manifest, missing = tmp_path / "manifest.json", tmp_path / "missing.json"
+    manifest.write_text("{}")
+
+    def found(lr: float = 1e-3, world_size: int = 2) -> str:
+        return code_fingerprint({"lr": lr}, world_size=world_size, manifests=[missing, manifest])
+
+    fingerprints = [found(), found(lr=2e-3), found(world_size=1)]
     source.write_text("step = 2")
-    fingerprints.append(code_fingerprint({"lr": 1e-3}))
-    assert len(set(fingerprints)) == 3
-    assert code_fingerprint({"lr": 1e-3}) == fingerprints[2]
+    fingerprints.append(found())
+    manifest.write_text('{"clips": 9}')
+    fingerprints.append(found())
+    assert len(set(fingerprints)) == 5
+    assert found() == fingerprints[-1]
