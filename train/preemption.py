@@ -59,6 +59,9 @@ def leave_on_signal() -> None:
     """Until there is a `Requests`, a signal raises StoppedInSetUp."""
 
     def leave(number: int, frame: FrameType | None) -> None:
+        # The launcher's copy of the same signal must not cut short what ends the attempt in order.
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
         raise StoppedInSetUp(signal.Signals(number).name)
 
     for number in SIGNALS:

@@ -104,5 +104,7 @@ def test_a_signal_during_set_up_ends_it(tmp_path: Path) -> None:
     leave_on_signal()
     with pytest.raises(StoppedInSetUp, match="SIGTERM"):
         signal.raise_signal(signal.SIGTERM)
+    for number in SIGNALS:
+        signal.raise_signal(number)  # copies of the first one, while the attempt ends
     Requests(tmp_path)
     signal.raise_signal(signal.SIGTERM)  # from here on it asks
