@@ -49,7 +49,7 @@ def choose_checkpoint(folder: Path, resume: str = "auto") -> Path | None:
     """The checkpoint to resume from, the same on every rank; None for a fresh run. Collective.
 
     `auto` takes the newest whose files are all complete and unchanged, if there is any checkpoint; `must` asks for one; `never`
-    asks that there is none; a number takes that step's. What is newer than the chosen one is set aside; leftovers are deleted.
+    asks that there is none; a number takes that step's. Changes nothing on the disk: the run may yet be refused.
     Raises ValueError where that cannot be had: starting over, or from elsewhere, would silently lose a run.
     """
     if fault := resume_fault("resume", resume):
@@ -67,8 +67,31 @@ def choose_checkpoint(folder: Path, resume: str = "auto") -> Path | None:
     if candidates and chosen is None:
         what = "no checkpoint" if resume in RESUME_WORDS else f"resume={resume}: no checkpoint of that step"
         raise ValueError(f"{what} under {folder} is valid: {'; '.join(reasons)}")
-    on_rank_0(lambda: _sweep(folder, chosen))
     return chosen
+
+
+def set_aside_newer(folder: Path, chosen: Path) -> None:
+    """Once a run goes on from `chosen`: what is newer, or is damaged, must not win later. Collective. Raises OSError."""
+
+    def move() -> None:
+        for newer in committed_checkpoints(folder):
+            if newer.name > chosen.name:
+                print(f"muybridge: {newer} was set aside as {set_aside(newer)}", flush=True)
+
+    on_rank_0(move)
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete what attempts that were killed left behind; to be called while nothing is saved. Collective. Raises OSError."""
+
+    def delete() -> None:
+        for path in folder.iterdir() if folder.is_dir() else []:
+            if _LEFTOVER.match(path.name) and not path.is_symlink():
+                delete_leftover(path)
+            elif re.match(r"^LATEST\.tmp-[0-9a-f]{12}$", path.name):
+                path.unlink()
+
+    on_rank_0(delete)
 
 
 def resume_fault(field: str, resume: str) -> str:
@@ -173,19 +196,6 @@ def _candidates(folder: Path, resume: str) -> list[str]:
     if wanted not in found:
         raise ValueError(f"resume={resume}: there is no checkpoint of that step under {folder}; there are: {listed}")
     return [wanted]
-
-
-def _sweep(folder: Path, chosen: Path | None) -> None:
-    for newer in committed_checkpoints(folder) if chosen is not None else []:
-        if chosen is not None and newer.name > chosen.name:
-            print(f"muybridge: {newer} was set aside as {set_aside(newer)}", flush=True)
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if _LEFTOVER.match(path.name) and not path.is_symlink():
-            delete_leftover(path)
-        elif re.match(r"^LATEST\.tmp-[0-9a-f]{12}$", path.name):
-            path.unlink()
 
 
 def _agreed_fault(folder: Path) -> str:

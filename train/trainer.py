@@ -13,7 +13,13 @@ import torch.distributed as dist
 
 from ..data.batch import VideoBatch
 from .checkpoint import Checkpointer, Saved
-from .checkpoint_folder import choose_checkpoint, committed_checkpoints, space_fault
+from .checkpoint_folder import (
+    choose_checkpoint,
+    committed_checkpoints,
+    delete_leftovers,
+    set_aside_newer,
+    space_fault,
+)
 from .compose import plain
 from .config import TaskKind, TrainConfig
 from .ema import EMA
@@ -86,6 +92,8 @@ class Trainer:
         self.exported: Path | None = None  # on rank 0, at the end
         data_changed = resume_from is not None and self._restore(resume_from)
         self.saver = self._build_saver(device, resume_from)
+        if resume_from is not None:  # nothing can refuse this attempt any more
+            set_aside_newer(self.checkpoints, resume_from)
 
         self.tracker: Tracker | None = None
         if self.rank == 0:
@@ -259,6 +267,7 @@ class Trainer:
             if folder is None:
                 raise Diverged(f"{verdict.text}, but there is none yet")
             self._restore(folder)
+            set_aside_newer(self.checkpoints, folder)
         self.guard.roll_backs = roll_backs + 1
         self.feed.skipped_steps = skipped + from_step + 1 - self.step
         self.feed.start(self.step)
@@ -317,6 +326,7 @@ class Trainer:
         checkpointer = Checkpointer(
             self.checkpoints, self.config.checkpoint, self.engine, self.ema, still_ours=self.attempt.lock.still_ours
         )
+        delete_leftovers(self.checkpoints)
         nbytes = checkpointer.expected_bytes()
         if fault := on_rank_0(lambda: space_fault(self.checkpoints, nbytes)):
             checkpointer.close()

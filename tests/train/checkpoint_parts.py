@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from muybridge.train.checkpoint import CheckpointConfig, Checkpointer, Saved
+from muybridge.train.checkpoint_folder import choose_checkpoint, delete_leftovers, set_aside_newer
 from muybridge.train.engine import FlatShard, Fragment
 from muybridge.train.fragments import OPTIMIZER_STATES
 
@@ -88,6 +89,15 @@ def save_at_once(folder: Path, *, step: int, engine: Any, ema: Any, run_state: d
     if saved.failure:
         raise OSError(saved.failure)
     return saved.folder
+
+
+def go_on(folder: Path, resume: str = "auto") -> Path | None:
+    """What a run goes on from, the folder left as a start leaves it."""
+    chosen = choose_checkpoint(folder, resume)
+    delete_leftovers(folder)
+    if chosen is not None:
+        set_aside_newer(folder, chosen)
+    return chosen
 
 
 def names(folder: Path) -> list[str]:

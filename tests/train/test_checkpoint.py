@@ -15,6 +15,7 @@ from muybridge.tests.train.checkpoint_parts import (
     AVERAGE,
     Killed,
     fake_one_rank,
+    go_on,
     kill,
     make_checkpointer,
     make_parts,
@@ -76,7 +77,7 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(
         KILL_POINTS[point](patch)
         with pytest.raises(Killed):
             save(tmp_path, 2)
-    assert choose_checkpoint(tmp_path) == previous
+    assert go_on(tmp_path) == previous
     assert names(tmp_path) == [previous.name]
     # The same step can be saved by the next attempt.
     assert choose_checkpoint(tmp_path) != save(tmp_path, 2) == choose_checkpoint(tmp_path)
@@ -99,7 +100,7 @@ def test_a_kill_after_the_commit_leaves_the_new_checkpoint_and_nothing_half_vali
         AFTER_THE_COMMIT[point](patch)
         with pytest.raises(Killed):
             save(tmp_path, 3, keep_last=2)
-    newest = choose_checkpoint(tmp_path)
+    newest = go_on(tmp_path)
     assert newest is not None
     assert newest.name == "step-00000003"
     # The oldest may still be there, whole.
@@ -121,7 +122,7 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_half_valid(
         newest = save(tmp_path, 3, keep_last=2)
     assert len(names(tmp_path)) == 3
     assert names(tmp_path)[0].startswith(".trash-step-00000001-")
-    assert choose_checkpoint(tmp_path) == newest
+    assert go_on(tmp_path) == newest
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 

@@ -10,6 +10,7 @@ from muybridge.tests.train.checkpoint_parts import (
     DAMAGES,
     fake_one_rank,
     flip_a_bit,
+    go_on,
     make_checkpointer,
     names,
     save,
@@ -37,7 +38,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_older_one_used(
 ) -> None:
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     DAMAGES[damage](newer / name)
-    assert choose_checkpoint(tmp_path) == older
+    assert go_on(tmp_path) == older
     assert str(newer / name) in capsys.readouterr().out
     # It must not win once a file of it is put right, nor be deleted as if it were old.
     assert names(tmp_path) == ["set_aside", "step-00000001"]
@@ -87,12 +88,23 @@ def test_a_fresh_start_that_must_be_does_not_bury_a_run(tmp_path: Path) -> None:
 
 def test_a_run_can_go_back_to_a_step(tmp_path: Path) -> None:
     saved = [save(tmp_path, step) for step in (10, 20, 30)]
-    assert choose_checkpoint(tmp_path, "20") == saved[1]
+    assert go_on(tmp_path, "20") == saved[1]
     assert names(tmp_path) == ["set_aside", "step-00000010", "step-00000020"]
     (aside,) = (tmp_path / "set_aside").iterdir()
     assert check_checkpoint(aside) == ""
     # What it did after that step must not win later.
     assert choose_checkpoint(tmp_path) == saved[1]
+
+
+@pytest.mark.parametrize("resume", ["auto", "10"])
+def test_a_choice_alone_changes_nothing(tmp_path: Path, resume: str) -> None:
+    for step in (10, 20):
+        save(tmp_path, step)
+    flip_a_bit(tmp_path / "step-00000020" / "run.json")
+    (tmp_path / "step-00000030.tmp-0123456789ab").mkdir()
+    before = names(tmp_path)
+    assert choose_checkpoint(tmp_path, resume) == tmp_path / "step-00000010"
+    assert names(tmp_path) == before
 
 
 def test_going_back_to_a_step_takes_no_other(tmp_path: Path) -> None:
@@ -122,7 +134,7 @@ def test_only_our_own_leftovers_are_deleted(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(exist_ok=True)
     (tmp_path / "step-00000003.tmp-0123456789ab").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "LATEST.tmp-0123456789ab").write_text("half")
-    assert choose_checkpoint(tmp_path) == folder
+    assert go_on(tmp_path) == folder
     assert names(tmp_path) == sorted([*kept, folder.name, "step-00000003.tmp-0123456789ab"])
 
 
