@@ -45,9 +45,10 @@ class GuardConfig:
     spike_threshold: float = 7.0
     # Steps with clips of a shape that say what is usual for the next one; nothing is judged before 48 of them.
     spike_history: int = 128
-    # Going back that often ends the run instead (exit 77).
+    # Where an attempt would go back more often than that, it ends the run (exit 77).
     max_roll_backs: int = 3
-    # More steps left out than that one after another, or than that share of the last 1000, end the run (exit 77).
+    # More steps left out than that one after another, or than that share of the last 1000, end the run (exit 77). Each attempt
+    # begins to count anew.
     max_skipped_in_a_row: int = 20
     max_skipped_share: float = 0.05
     # Steps between two checks that all processes hold the same weights; 0 is off.
@@ -124,8 +125,6 @@ class StepGuard:
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self.roll_backs = 0  # counted by whoever goes back
-        # Bucket -> finding -> steps, of what was not fine.
-        self.counts: dict[str, dict[str, int]] = {}
         self._records: dict[str, _BucketRecord] = {}
         self._spikes_in_a_row = 0
         self._skipped: list[int] = []  # the steps left out among the last SHARE_STEPS
@@ -159,9 +158,6 @@ class StepGuard:
                 Finding.not_finite,
                 f"step {self._step} ({self._bucket}) is left out: its {what} is not finite; {self._name_samples()}",
             )
-        if verdict.finding is not Finding.fine:
-            counts = self.counts.setdefault(self._bucket, {})
-            counts[verdict.finding.value] = counts.get(verdict.finding.value, 0) + 1
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         self._skipped = [step for step in self._skipped if step > self._step - SHARE_STEPS]
         if not applied:
@@ -198,25 +194,18 @@ class StepGuard:
         return Verdict(Finding.fine)
 
     def state(self) -> dict[str, Any]:
-        """All that later verdicts depend on, as JSON; the same on every rank."""
+        """What is known of the steps so far, as JSON; the same on every rank. How often a run was in trouble is not in it: who runs
+        it again after that has decided to go on."""
         return {
             "buckets": {bucket: record.state() for bucket, record in self._records.items()},
             "spikes_in_a_row": self._spikes_in_a_row,
-            "skipped": list(self._skipped),
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "counts": {bucket: dict(counts) for bucket, counts in self.counts.items()},
-            "roll_backs": self.roll_backs,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on as the guard with this state would."""
+        """Judge as the guard with this state would."""
         history = self.config.spike_history
         self._records = {bucket: _BucketRecord.of(history, kept) for bucket, kept in state["buckets"].items()}
         self._spikes_in_a_row = state["spikes_in_a_row"]
-        self._skipped = list(state["skipped"])
-        self._skipped_in_a_row = state["skipped_in_a_row"]
-        self.counts = {bucket: dict(counts) for bucket, counts in state["counts"].items()}
-        self.roll_backs = state["roll_backs"]
 
     def _is_spike(self, standing: Standing, min_ratio: float) -> bool:
         return standing.ratio >= min_ratio and standing.deviations >= self.config.spike_threshold

@@ -79,7 +79,6 @@ def test_a_guarded_run_leaves_out_what_is_wrong_on_one_rank_and_says_what_it_was
         found = rank["guard"]
         assert found["ranks_agree"]
         assert [step for step, applied in enumerate(found["applied"]) if not applied] == [55, 57, 59]
-        assert found["counts"] == {"5x8x8": {"spike": 1, "not_finite": 2}}
         assert "step 55 (5x8x8) stands out: its gradient norm" in found["texts"]["55"]
         # The gradient of step 57 is finite, its loss is not.
         assert found["texts"]["57"].startswith(

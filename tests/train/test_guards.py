@@ -254,7 +254,6 @@ def test_the_policy_decides_what_comes_of_a_spike(
     if text:
         assert "its gradient norm of 5 is 4.81 times the usual 1.04 (" in text
         assert "its loss of 5.75 is 5.52 times the 1.04 that is usual at its noise levels (" in text
-        assert guard.counts == {"a": {"spike": 1}}
 
 
 def test_a_loss_that_is_not_finite_is_left_out_whatever_the_gradient(alone: None) -> None:
@@ -264,7 +263,6 @@ def test_a_loss_that_is_not_finite_is_left_out_whatever_the_gradient(alone: None
     assert (applied, finding) == (False, Finding.not_finite)
     assert "its gradient is not finite; samples whose loss is not: slot 3 (row 30 of dataset 0, 'clip\\x1b3')" in text
     assert run_step(guard, 9, loss=1.0, norm=None)[2].endswith("the losses of all samples are")
-    assert guard.counts == {"a": {"not_finite": 3}}
 
 
 def test_too_many_steps_left_out_in_a_row_end_the_run(alone: None) -> None:
@@ -280,7 +278,8 @@ def test_too_many_steps_left_out_in_a_row_end_the_run(alone: None) -> None:
     with pytest.raises(
         Diverged, match=r"4 steps in a row.*guards\.max_skipped_in_a_row; lower .* The last: step 8 \(a\)"
     ):
-        run_step(resumed, 8, loss=1.0, norm=None)
+        run_step(guard, 8, loss=1.0, norm=None)
+    run_step(resumed, 8, loss=1.0, norm=None)  # with what somebody has changed meanwhile
 
 
 def test_too_large_a_share_of_steps_left_out_ends_the_run(alone: None) -> None:
