@@ -1,4 +1,4 @@
-"""What a run writes into its directory, and that all of it stays there."""
+"""What a run writes into its directory, whole, and that all of it stays there."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,13 @@ OUTPUTS = (
     *("wandb_run_id.txt", "checkpoints", "validation", "stacks", "tokenizer", "model", "wandb"),
 )
 _FOLDERS = ("checkpoints", "validation", "stacks", "model")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file, which holds what was there before or all of the text, whatever happens meanwhile."""
+    staging = path.with_name(f"{path.name}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    staging.replace(path)
 
 
 def link_fault(run_dir: Path) -> str:

@@ -14,15 +14,16 @@ import yaml
 from .. import __version__
 from .compose import plain
 from .config import TrainConfig
+from .outputs import replace_text
 
 
 def write_provenance(config: TrainConfig, *, data_fingerprint: str) -> None:
     """Write config.yaml and provenance.json."""
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    replace_text(run_dir / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
     facts = {"git_commit": git_commit(), "data_fingerprint": data_fingerprint, "versions": versions()}
-    (run_dir / "provenance.json").write_text(json.dumps(facts, indent=1))
+    replace_text(run_dir / "provenance.json", json.dumps(facts, indent=1))
 
 
 def setting_texts(config: TrainConfig) -> dict[str, str]:
@@ -31,11 +32,15 @@ def setting_texts(config: TrainConfig) -> dict[str, str]:
 
 
 def changed_settings_note(config: TrainConfig) -> str:
-    """What differs from the settings that the last attempt wrote, or an empty string."""
+    """What differs from the settings that the last attempt wrote, or an empty string, also where they cannot be read."""
     path = Path(config.run_dir) / "config.yaml"
-    if not path.is_file():
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
         return ""
-    before = dict(_flat(yaml.safe_load(path.read_text()) or {}, ""))
+    if not isinstance(settings, dict):
+        return ""
+    before = dict(_flat(settings, ""))
     now = dict(_flat(plain(config), ""))
     names = [name for name in {**before, **now} if name != "run_dir" and before.get(name) != now.get(name)]
     changes = [f"{name}: {before.get(name)} before, {now.get(name)} now" for name in names]

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..data.captions import clean_caption, printable
 from ..redaction import is_secret_name, redacted
 from .json_lines import JsonLines, read_json_lines
+from .outputs import replace_text
 
 METRICS_NAME = "metrics.jsonl"
 DROPPED_NAME = "metrics_dropped.jsonl"
@@ -217,11 +218,13 @@ def _package_logger() -> logging.Logger:
 
 
 def _run_id(run_dir: Path) -> str:
-    """The W&B id of this run directory, the same after every resume."""
+    """The W&B id of this run directory, the same after every resume; an empty file is as good as none."""
     path = run_dir / "wandb_run_id.txt"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4))
-    return path.read_text().strip()
+    run_id = path.read_text().strip() if path.exists() else ""
+    if not run_id:
+        run_id = secrets.token_hex(4)
+        replace_text(path, run_id)
+    return run_id
 
 
 def _drop_rows_after(run_dir: Path, step: int) -> None:

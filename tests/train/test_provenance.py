@@ -22,6 +22,29 @@ def test_an_attempt_says_which_settings_are_others_than_before(tmp_path: Path) -
     )
 
 
+@pytest.mark.parametrize("content", ["steps: [10", "", "nothing", "\0"])
+def test_settings_of_which_a_part_was_written_are_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    assert changed_settings_note(TrainConfig(run_dir=str(tmp_path))) == ""
+
+
+def test_a_disk_that_fails_leaves_the_settings_of_the_last_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(run_dir=str(tmp_path), steps=10)
+    write_provenance(config, data_fingerprint="data")
+
+    def half(path: Path, text: str, **options: str) -> None:
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(OSError, match="No space left"):
+            write_provenance(replace(config, steps=20), data_fingerprint="data")
+    assert changed_settings_note(config) == ""
+
+
 def test_an_attempt_says_which_versions_are_others_than_before(monkeypatch: pytest.MonkeyPatch) -> None:
     saved = versions()
     assert {"muybridge", "python", "torch", "deepspeed"} <= saved.keys()

@@ -170,6 +170,12 @@ def test_the_run_id_stays(tmp_path: Path) -> None:
     assert other.run_id != first.run_id
 
 
+def test_a_run_id_of_which_nothing_was_written_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "wandb_run_id.txt").touch()  # a kill, or a full disk
+    assert len(make_tracker(tmp_path).run_id) == 8
+    assert make_tracker(tmp_path).run_id == make_tracker(tmp_path).run_id
+
+
 def test_wandb_goes_on_in_the_same_run_after_a_resume_and_a_roll_back(tmp_path: Path) -> None:
     tracker = make_tracker(tmp_path, wandb=WandbMode.offline)
     for step in (10, 20, 30):
