@@ -28,9 +28,9 @@ def fixed_settings(config: TrainConfig) -> dict[str, str]:
 
 
 def changed_settings(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
-    """Those of them that differ from what a checkpoint has in its run.json; older ones do not have them all."""
+    """Those of them that differ from what a checkpoint has in its run.json."""
     return [
-        f"{name}: {saved[name]} saved, {value} now"
+        f"{name}: {saved.get(name, 'nothing')} saved, {value} now"
         for name, value in fixed_settings(config).items()
-        if name in saved and saved[name] != value
+        if saved.get(name) != value
     ]

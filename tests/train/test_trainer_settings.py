@@ -37,10 +37,11 @@ def test_the_boundary_is_free_without_experts() -> None:
     assert changed_settings(TrainConfig(boundary=0.9), fixed_settings(TrainConfig())) == []
 
 
-def test_an_older_checkpoint_is_held_to_what_it_has() -> None:
-    older = {name: fixed_settings(HIGH)[name] for name in ("seed", "global_batch", "task")}
-    assert changed_settings(replace(HIGH, expert=Expert.low), older) == []
-    assert changed_settings(replace(HIGH, seed=3), older) == ["seed: 0 saved, 3 now"]
+def test_a_setting_that_a_checkpoint_does_not_have_is_another_one() -> None:
+    assert changed_settings(HIGH, fixed_settings(TrainConfig())) == [
+        "expert: none saved, high now",
+        "boundary: nothing saved, 0.875 now",
+    ]
 
 
 def test_the_next_command_is_one_that_works_on_the_run() -> None:
