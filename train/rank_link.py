@@ -81,7 +81,10 @@ class RankLink:
             data = b""
         *lines, rest = (self._received[rank] + data).split(b"\n")
         self._received[rank] = rest
-        messages: list[Message | None] = [json.loads(line) for line in lines]
+        messages: list[Message | None] = []
+        for line in lines:
+            with suppress(ValueError):  # cut short by a time limit of the sender
+                messages.append(json.loads(line))
         if not data or len(rest) > _MOST_BYTES:
             self._selector.unregister(self._peers[rank])
             self._peers.pop(rank).close()

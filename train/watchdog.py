@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -30,7 +30,8 @@ _LOOK_SECONDS = 0.5
 _ANSWER_SECONDS = 3.0  # in which each rank says where it is
 _WRITE_SECONDS = 5.0  # for the stacks, on a file system that may be what hangs
 _GRACE_SECONDS = 15.0  # in which the others may come to the same end by themselves after one has left
-# Without a single turn of this thread: something holds the interpreter, and only faulthandler can end the process.
+# Without a single turn of this thread something holds the interpreter, and only faulthandler's own thread can say where. It cannot
+# end the process: it would also end one that was suspended for so long. The others do, for which this one does not answer.
 _HELD_SECONDS, _REARM_SECONDS = 1800.0, 10.0
 
 
@@ -74,7 +75,7 @@ class WatchdogConfig:
     step_seconds: float = 900.0
     # Writing a checkpoint, or the model at the end.
     save_seconds: float = 1800.0
-    # One validation with its sample videos.
+    # One batch of a validation, or one step of the sampler that makes its videos.
     validation_seconds: float = 1800.0
 
     def faults(self, field: str) -> list[str]:
@@ -83,7 +84,7 @@ class WatchdogConfig:
         return [
             f"{field}.{name}={value} must be 0 (no limit) or more seconds"
             for name, value in values.items()
-            if value < 0
+            if not value >= 0  # also what is no number
         ]
 
 
@@ -176,6 +177,20 @@ class Watchdog:
     # In the thread.
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:
+            print(f"muybridge: the watch failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            if self._ending.is_set():
+                os._exit(ExitCode.requeue)
+            if self._link is not None:  # a run that is well goes on without it
+                self._link.send({"kind": "bye", "rank": self._rank, "cause": "", "code": ExitCode.requeue})
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            if self._link is not None:
+                self._link.close()
+
+    def _watch(self) -> None:
         while not self._stopped.is_set():
             if self._link is None:
                 self._stopped.wait(_LOOK_SECONDS)
@@ -184,9 +199,6 @@ class Watchdog:
                     self._hear(rank, message)
             if not self._stopped.is_set():
                 self._look(time.monotonic())
-        faulthandler.cancel_dump_traceback_later()
-        if self._link is not None:
-            self._link.close()
 
     def _hear(self, rank: int, message: Message | None) -> None:
         if message is None:
@@ -204,12 +216,13 @@ class Watchdog:
 
     def _look(self, now: float) -> None:
         if now - self._armed > _REARM_SECONDS:
-            faulthandler.dump_traceback_later(_HELD_SECONDS, exit=True)
+            with suppress(OSError, ValueError, RuntimeError, AttributeError):  # without a stderr that is a file
+                faulthandler.dump_traceback_later(_HELD_SECONDS)
             self._armed = now
         # A process that was suspended has not used its time, so only what this thread saw of it counts.
         if self._position is not self._known:
             self._known, self._age = self._position, 0.0
-        self._age += min(now - self._looked, 2 * _LOOK_SECONDS)
+        self._age += min(now - max(self._looked, self._known.since), 2 * _LOOK_SECONDS)
         self._looked = now
         if self._left is not None and (self._gives_way.is_set() or now - self._left[0] > _GRACE_SECONDS):
             self._end_all(self._left[1])

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 Rank = Callable[[int, Path], None]
-DEADLINE = 60.0  # of a group that should have ended long before
+DEADLINE = 120.0  # of a group that should have ended long before
 
 
 @dataclass
@@ -38,6 +38,8 @@ class Group:
                     self.seconds[rank] = time.monotonic() - self.began
                 elif time.monotonic() - self.began > DEADLINE:
                     self.kill(rank)
+                    with open(self.folder / f"said-{rank}", "a") as said:
+                        said.write(f"killed by its test: it did not end within {DEADLINE:g} s\n")
         return len(self.codes) == len(self.pids)
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:

@@ -1,6 +1,7 @@
 """A run of which a rank hangs, dies or leaves ends on all ranks, and says which one it was; runs watchdog_program.py."""
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_a_rank_that_hangs_is_named_and_all_ask_to_be_started_again(
     assert found[case]["codes"] == [75, 75]
     said, silence = found[case]["said"]
     assert f"behind is rank 1 ({socket.gethostname()}), in {phase}" in said
-    assert f"for more than the 1 s of watchdog.{setting} (raise" in said
+    assert f"for more than the 2 s of watchdog.{setting} (raise" in said
     assert f"({case})" in said.split("others wait")[0], "where it hangs"
     assert "such as rank 0 in" in said
     assert "(meet), which called distributed_c10d.py" in said, "where the other waits"
@@ -65,7 +66,7 @@ def test_the_death_of_a_rank_is_noticed_by_the_others(found: dict[str, Facts], c
     assert "rank 1 (" in found[case]["said"][0]
     assert "is gone: its process was killed" in found[case]["said"][0]
     assert "Traceback" not in found[case]["said"][0], "what the failed collective says must not hide the cause"
-    assert found[case]["seconds"][0] - found[case]["seconds"][1] < 5
+    assert found[case]["seconds"][0] - found[case]["seconds"][1] < 15
 
 
 def test_the_death_of_rank_0_is_noticed_by_each_of_the_others(found: dict[str, Facts]) -> None:
@@ -115,7 +116,8 @@ def test_ranks_that_wait_for_each_other_in_different_collectives_are_told_apart(
 
 
 def test_time_in_which_all_were_suspended_does_not_count(found: dict[str, Facts]) -> None:
-    assert found["is_suspended"] == {**found["is_suspended"], "codes": [0, 0], "said": [""] * 2}
+    assert found["is_suspended"]["codes"] == [0, 0]
+    assert "muybridge" not in "".join(found["is_suspended"]["said"])
 
 
 def test_a_single_process_is_watched_too(found: dict[str, Facts]) -> None:
@@ -140,8 +142,13 @@ def test_nobody_else_can_speak_for_a_rank(found: dict[str, Facts]) -> None:
     assert found["is_visited_by_strangers"] == {**found["is_visited_by_strangers"], "codes": [0, 0], "said": [""] * 2}
 
 
-def test_a_held_interpreter_ends_with_its_stack(found: dict[str, Facts]) -> None:
-    assert found["holds_the_interpreter"]["codes"] == [1]
+def test_a_watch_that_fails_says_so_and_ends_nothing(found: dict[str, Facts]) -> None:
+    assert found["loses_its_watch"]["codes"] == [0, 0]
+    assert found["loses_its_watch"]["said"] == ["", "muybridge: the watch failed: KeyError: 'kind'\n"]
+
+
+def test_a_held_interpreter_shows_its_stack(found: dict[str, Facts]) -> None:
+    assert found["holds_the_interpreter"]["codes"] == [0]
     assert "in holds_the_interpreter" in found["holds_the_interpreter"]["said"][0]
 
 
@@ -171,6 +178,7 @@ def test_behind_are_those_who_are_first_in_the_order_of_a_step_and_wait_for_nobo
 
 def test_a_negative_limit_is_a_fault() -> None:
     assert WatchdogConfig().faults("watchdog") == []
-    assert WatchdogConfig(step_seconds=-1, setup_seconds=0).faults("watchdog") == [
-        "watchdog.step_seconds=-1 must be 0 (no limit) or more seconds"
+    assert WatchdogConfig(step_seconds=-1, setup_seconds=0, data_seconds=math.nan).faults("watchdog") == [
+        "watchdog.data_seconds=nan must be 0 (no limit) or more seconds",
+        "watchdog.step_seconds=-1 must be 0 (no limit) or more seconds",
     ]

@@ -19,7 +19,8 @@ from muybridge.train import rank_link
 from muybridge.train import watchdog as module
 from muybridge.train.watchdog import Phase, Watchdog, WatchdogConfig
 
-FOREVER, LIMIT = 300.0, 1.0
+# A limit that is to be exceeded, and one with room for a machine on which everything takes long.
+FOREVER, LIMIT, ROOM = 300.0, 2.0, 10.0
 
 
 def watch(folder: Path, **limits: float) -> Watchdog:
@@ -133,7 +134,7 @@ def fails_on_its_own(rank: int, folder: Path) -> None:
 
 
 def ends_well(rank: int, folder: Path) -> None:
-    dog = watch(folder, step_seconds=LIMIT)
+    dog = watch(folder, step_seconds=ROOM)
     for step in range(8):
         dog.enter(Phase.step, step)
         with dog.phase(Phase.save, step):
@@ -166,12 +167,28 @@ def goes_another_way(rank: int, folder: Path) -> None:
 
 
 def is_suspended(rank: int, folder: Path) -> None:
-    dog = watch(folder, step_seconds=2 * LIMIT)
+    module._HELD_SECONDS, module._REARM_SECONDS = LIMIT, LIMIT / 10
+    dog = watch(folder, step_seconds=ROOM)
     dog.enter(Phase.step, 3)
     (folder / f"asleep-{rank}").touch()
     os.kill(os.getpid(), signal.SIGSTOP)  # as a scheduler does with all of them
     meet()
     time.sleep(LIMIT / 2)
+    dog.stop()
+
+
+def loses_its_watch(rank: int, folder: Path) -> None:
+    dog = watch(folder, step_seconds=ROOM)
+
+    def fail(now: float) -> None:
+        raise KeyError("kind")
+
+    if rank == 1:
+        dog._look = fail  # type: ignore[method-assign]
+        dog._thread.join()
+    meet()
+    time.sleep(LIMIT / 2)
+    meet()
     dog.stop()
 
 
@@ -212,7 +229,7 @@ def is_visited_by_strangers(rank: int, folder: Path) -> None:
         return join(addresses, port)
 
     rank_link._join = come_behind_others
-    dog = watch(folder, step_seconds=LIMIT)
+    dog = watch(folder, step_seconds=ROOM)
     assert dog._link is not None
     assert dog._link.ranks == [1 - rank]
     meet()
@@ -221,9 +238,10 @@ def is_visited_by_strangers(rank: int, folder: Path) -> None:
 
 def holds_the_interpreter(rank: int, folder: Path) -> None:
     module._HELD_SECONDS = LIMIT
-    watch(folder)
+    dog = watch(folder)
     time.sleep(1.0)
-    ctypes.PyDLL(None).sleep(int(FOREVER))
+    ctypes.PyDLL(None).sleep(int(3 * LIMIT))
+    dog.stop()
 
 
 CASES: dict[Callable[[int, Path], None], int] = {
@@ -231,7 +249,7 @@ CASES: dict[Callable[[int, Path], None], int] = {
     **dict.fromkeys(
         [is_stopped, rank_0_is_stopped, leaves, leaves_for_the_same_reason, fails_on_its_own, ends_well], 2
     ),
-    **dict.fromkeys([compiles_in_the_first_step, goes_another_way, is_suspended], 2),
+    **dict.fromkeys([compiles_in_the_first_step, goes_another_way, is_suspended, loses_its_watch], 2),
     **dict.fromkeys([cannot_reach_rank_0, is_visited_by_strangers], 2),
     **dict.fromkeys([is_alone, hangs_behind_a_block, holds_the_interpreter], 1),
 }
@@ -244,7 +262,7 @@ def main(root: Path) -> None:
     while any(not group.has_ended() for group in groups.values()):
         time.sleep(0.02)
         if wake_at is None and all(path.exists() for path in asleep):
-            wake_at = time.monotonic() + 5 * LIMIT
+            wake_at = time.monotonic() + ROOM + LIMIT
         if wake_at is not None and time.monotonic() > wake_at:
             wake_at = math.inf
             for rank in range(2):
