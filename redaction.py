@@ -12,9 +12,11 @@ from functools import cache
 from typing import Any
 from urllib.parse import quote
 
-# A part of a variable's name that ends in one of these says that its value is a secret: HF_TOKEN, PGPASSWORD, AWS_ACCESS_KEY_ID.
+# A part of a variable's name that ends in one of these says that its value is a secret: HF_TOKEN, PGPASSWORD, AWS_ACCESS_KEY_ID;
+# but not MONKEY, PROXY_BYPASS, MAX_TOKENS.
 _SECRET_NAME = re.compile(
-    r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS|CREDENTIAL|COOKIE|JWT|_PWD|(^|_)(AUTH|PAT)|CONNECTION_STRING)S?(_|$)",
+    r"((?<!MON)KEY|(?<!MAX_)(?<!NUM_)TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|(?<!BY)(?<!COM)PASS|CREDENTIAL|COOKIE|JWT|_PWD"
+    r"|(^|_)(AUTH|PAT|SAS)|CONNECTION_STRING)S?(_|$)",
     re.IGNORECASE,
 )
 # Unless it says that the value is a place where one lies.
@@ -23,7 +25,7 @@ _PLACE_NAME = re.compile(r"_(FILE|PATH|DIR|SOCK|URL|URI)$", re.IGNORECASE)
 MIN_SECRET_CHARACTERS = 8
 # How keys begin that say by themselves what they are.
 _KEYS = re.compile(
-    r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{20,}|(AKIA|ASIA)[A-Z0-9]{16}|gh[opsur]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+    r"\b(hf_[A-Za-z0-9]{30,}|sk-((proj|ant|or|svcacct|admin)-[\w-]{20,}|\w{20,})|(AKIA|ASIA)[A-Z0-9]{16}|gh[opsur]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
     r"|xox[abeoprs]-[\w-]{10,}|AIza[\w-]{30,}|wandb_v\d_\w{20,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
 )
 # In a URL: a user's name and password before the host, and a query that signs or logs in. The user's name may be a token; what
@@ -33,6 +35,8 @@ _SIGNED_QUERY = re.compile(
     r"([?&](sig|[a-z-]*signature|[a-z-]*credential|[a-z_-]*token|[a-z_-]*api_?key|password)=)[^&#\s'\"]{8,}",
     re.IGNORECASE,
 )
+# In the header of a request.
+_LOGIN = re.compile(r"\b((authorization['\"]?\s?[:=]\s?['\"]?\w{1,20}|bearer)\s)[\w.~+/=-]{16,}", re.IGNORECASE)
 
 
 @cache
@@ -54,8 +58,19 @@ def redacted(text: str) -> str:
     for name, value in _secrets():
         for form in {value, quote(value, safe=""), json.dumps(value)[1:-1]}:
             text = text.replace(form, f"[{name}]")
-    text = _KEYS.sub("[hidden]", text)
+    text = _LOGIN.sub(r"\1[hidden]", _KEYS.sub("[hidden]", text))
     return _SIGNED_QUERY.sub(r"\1[hidden]", _USER_IN_URL.sub(r"\1[hidden]@", text))
+
+
+def without_secrets(value: Any) -> Any:
+    """What JSON is to be made of, with all its texts `redacted`; numbers and the names of fields stay."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, Mapping):
+        return {name: without_secrets(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(part) for part in value]
+    return value
 
 
 def secret_in(text: str) -> str:

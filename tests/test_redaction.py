@@ -29,14 +29,22 @@ SECRET_NAMES = [
         "SSHPASS",
         "DB_PWD",
     ),
-    *("GITLAB_PAT", "GOOGLE_CREDENTIALS", "BASIC_AUTH", "APIKEY", "client_secret"),
+    *("STORAGE_SAS", "GITLAB_PAT", "GOOGLE_CREDENTIALS", "BASIC_AUTH", "APIKEY", "client_secret"),
 ]
 OTHER_NAMES = [
     *("PWD", "OLDPWD", "PATH", "KEYBOARD", "TOKENIZERS_PARALLELISM", "TOKENIZER", "SSH_AUTH_SOCK", "HOME"),
     *("GOOGLE_CREDENTIALS_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "SECRETARY", "MASTER_PORT", "AUTHOR", "COMPATIBLE"),
+    *("MONKEY", "PROXY_BYPASS", "MAX_TOKENS", "COMPASS"),
 ]
 LOOK_LIKE_KEYS = [
-    *("hf_" + "a1B2" * 9, "sk-proj-" + "x1_-" * 8, "AKIA" + "ABCD" * 4, "ghp_" + "z9" * 18, "github_pat_" + "a_1" * 9),
+    *(
+        "hf_" + "a1B2" * 9,
+        "sk-proj-" + "x1_-" * 8,
+        "sk-" + "x1" * 24,
+        "AKIA" + "ABCD" * 4,
+        "ghp_" + "z9" * 18,
+        "github_pat_" + "a_1" * 9,
+    ),
     *("glpat-" + "a-1_" * 5, "xoxb-1234567890-abc", "AIza" + "Sy_-" * 9, "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.abc-123"),
     "wandb_v1_" + "Ab3" * 20,
 ]
@@ -47,6 +55,8 @@ NOT_KEYS = [
     "https://host:8080/shard-{000..127}.tar?versionId=12345678",
     "abfs://container@account.dfs.core.windows.net/shards/a.tar",
     "user@host:/path and <a@b.c>",
+    "runs/sk-baseline-lr1e-4-seed0001",
+    "the bearer of a red flag",
     "s3://bucket/a@b/c.tar",
 ]
 
@@ -88,6 +98,12 @@ def test_other_texts_stay_as_they_are(text: str) -> None:
     assert not secret_in(text)
 
 
+def test_a_login_in_a_header_is_hidden() -> None:
+    token = "abcd.EFGH-0123~456+/="
+    assert redacted(f"{{'Authorization': 'Bearer {token}'}}") == "{'Authorization': 'Bearer [hidden]'}"
+    assert redacted(f"authorization: Basic {token}\nx") == "authorization: Basic [hidden]\nx"
+
+
 def test_urls_keep_their_host_and_lose_who_asks() -> None:
     assert redacted("GET https://me:pass%40@host:80/a.tar (404)") == "GET https://[hidden]@host:80/a.tar (404)"
     assert redacted("https://onlyatoken@host/a?x=1") == "https://[hidden]@host/a?x=1"
@@ -98,7 +114,7 @@ def test_urls_keep_their_host_and_lose_who_asks() -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["a", "a-", "a?b", "http://", "http://a", "?token", "&sig=", "eyJa", "sk-", "gh", "wandb_v1_"]
+    "piece", ["a", "a-", "a?b", "http://", "http://a", "?token", "&sig=", "eyJa", "sk-", "gh", "wandb_v1_", "bearer "]
 )
 def test_long_lines_take_no_long_time(piece: str) -> None:
     """Were the time to grow with the square of the length, this would take minutes and run into the suite's limit."""

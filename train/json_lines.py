@@ -2,11 +2,12 @@
 
 import json
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..redaction import redacted
+from ..redaction import without_secrets
 
 
 class JsonLines:
@@ -16,17 +17,20 @@ class JsonLines:
         self._path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the run's life)
         self._waiting = b""
+        self._writing = threading.Lock()  # the watchdog's thread writes the end of an attempt
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line that a kill cut short
 
     def append(self, row: dict[str, Any], *, sync: bool = False) -> str:
         """Write a row without secrets, with `sync` down to the disk; returns what went wrong, else an empty string."""
-        self._waiting += redacted(json.dumps(row)).encode() + b"\n"  # the cause of a failure may be any text
-        try:
-            self._write()
-            if sync:
-                os.fsync(self._file.fileno())
-        except OSError as error:
-            return f"{self._path}: {error.strerror or error}"
+        line = json.dumps(without_secrets(row)).encode() + b"\n"  # the cause of a failure may be any text
+        with self._writing:
+            self._waiting += line
+            try:
+                self._write()
+                if sync:
+                    os.fsync(self._file.fileno())
+            except OSError as error:
+                return f"{self._path}: {error.strerror or error}"
         return ""
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 import resource
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,29 @@ def test_rows_come_back_in_their_order(tmp_path: Path) -> None:
         assert rows.append({"number": number, "text": "a\nb"}, sync=True) == ""
         rows.close()
     assert read_json_lines(path) == [{"number": 1, "text": "a\nb"}, {"number": 2, "text": "a\nb"}]
+
+
+def test_rows_are_written_without_secrets_and_stay_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "17634567")
+    monkeypatch.setenv("HF_TOKEN", "unix_seconds")
+    rows = JsonLines(tmp_path / "rows.jsonl")
+    rows.append({"unix_seconds": 1763456789.1, "cause": ["by 17634567", {"a": "unix_seconds"}]})
+    expected = {"unix_seconds": 1763456789.1, "cause": ["by [DB_PASSWORD]", {"a": "[HF_TOKEN]"}]}
+    assert read_json_lines(tmp_path / "rows.jsonl") == [expected]
+
+
+def test_threads_may_write_at_the_same_time(tmp_path: Path) -> None:
+    rows = JsonLines(tmp_path / "rows.jsonl")
+    write = rows._write
+
+    def slow_write() -> None:
+        time.sleep(0.001)
+        write()
+
+    rows._write = slow_write  # type: ignore[method-assign]
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda number: rows.append({"number": number}), range(40))) == {""}
+    assert sorted(row["number"] for row in read_json_lines(tmp_path / "rows.jsonl")) == list(range(40))
 
 
 @pytest.mark.parametrize("torn", ['{"number": 9, "te', '{"number": 9}', "\x00\x00", "[1]"])
