@@ -1,7 +1,7 @@
 """The diary of a run, RUN_DIR/attempts.jsonl: what each attempt began with, committed and ended with. Rank 0 writes it.
 
     {"event": "start", "attempt": 2, "unix_seconds": .., "world_size": 8, "host": "n01", "code": "9f3c.."}
-    {"event": "begin", "attempt": 2, "unix_seconds": .., "step": 400, "from": "step-00000400"}
+    {"event": "begin", "attempt": 2, "unix_seconds": .., "step": 400, "from": "step-00000400", "resume": "auto"}
     {"event": "commit", "attempt": 2, "unix_seconds": .., "step": 600, "blocking_seconds": 0.3, "total_seconds": 9.1, "bytes": 5000}
     {"event": "save_failed", "attempt": 2, "unix_seconds": .., "step": 650, "blocking_seconds": 0.3, "cause": "No space left .."}
     {"event": "roll_back", "attempt": 2, "unix_seconds": .., "from_step": 655, "to_step": 600, "cause": "the loss .."}
@@ -78,9 +78,9 @@ class Attempts:
         """The first event, before anything that can fail; `code` as of `code_fingerprint`."""
         self._write("start", world_size=world_size, host=socket.gethostname(), code=code)
 
-    def begin(self, step: int, checkpoint: Path | None) -> None:
-        """Once it is known where this attempt goes on: at `step`, from a checkpoint or from nothing."""
-        self._write("begin", step=step, **{"from": checkpoint.name if checkpoint else None})
+    def begin(self, step: int, checkpoint: Path | None, *, resume: str = "auto") -> None:
+        """Once it is known where this attempt goes on: at `step`, from a checkpoint or from nothing; `resume` is what was asked."""
+        self._write("begin", step=step, **{"from": checkpoint.name if checkpoint else None}, resume=resume)
 
     def commit(self, step: int, *, blocking_seconds: float, total_seconds: float, nbytes: int) -> None:
         """A checkpoint of `step` is there: what it kept training from, what it took in all, and its size over all ranks."""
@@ -132,6 +132,23 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
         elif event == "end":
             attempt.end = row
     return list(found.values())
+
+
+def resume_in_force(run_dir: Path, resume: str) -> str:
+    """`resume` or, where an attempt has done as it says, auto: a scheduler repeats a command as it was, and means to go on.
+
+    Asked before an attempt writes its begin. To go back to a step is done once a checkpoint followed it, to start anew at once.
+    """
+    for attempt in read_attempts(run_dir):
+        is_same = attempt.begin is not None and attempt.begin.get("resume") == resume
+        if is_same and (resume == "never" or (resume.isdigit() and attempt.commits)):
+            print(
+                f"muybridge: resume={resume} was done by attempt {attempt.number}; this one goes on from the newest checkpoint "
+                f"(another run_dir starts anew; to go back again, move what is newer out of {run_dir / 'checkpoints'})",
+                flush=True,
+            )
+            return "auto"
+    return resume
 
 
 def fruitless_attempts(run_dir: Path, code: str) -> list[Attempt]:

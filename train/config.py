@@ -96,7 +96,8 @@ class TrainConfig:
     # The noise level at which two experts change over, 0.875 in Wan 2.2 T2V and 0.9 in I2V.
     boundary: float = 0.875
     # Where to go on from: auto takes the newest valid checkpoint of run_dir, if there are any; must asks for one; never asks for
-    # none; a number is the step of the checkpoint to take, and newer ones are set aside.
+    # none; a number is the step of the checkpoint to take, and newer ones are set aside. never and a number are done once: when the
+    # same command is repeated, it goes on as auto.
     resume: str = "auto"
     # Attempts in a row that may end without a new checkpoint before the next one refuses to begin (exit 93); 0 is without a limit.
     restart_limit: int = 3

@@ -25,6 +25,7 @@ class OneAttempt:
         self.step = 0  # which the loop has reached
         self.shape_name = ""  # of the clips it works on
         self._ended = False
+        self._resume = config.resume
         # What decides about the run; where a copy of it lies, and whether it may be tried again, does not.
         settings = {name: value for name, value in plain(config).items() if name not in ("run_dir", "restart_limit")}
         datasets = [source.path for source in config.training_data().sources().values() if source.path]
@@ -52,7 +53,7 @@ class OneAttempt:
         """Where the attempt begins: at a checkpoint, or from nothing."""
         self.step = step
         if self.diary is not None:
-            self.diary.begin(step, checkpoint)
+            self.diary.begin(step, checkpoint, resume=self._resume)
 
     def end(self, code: int, cause: str, *, on_request: bool, failed_probe: bool = False) -> None:
         """Write down how it ended, and leave the directory to the next. With a cause, the other ranks end as well."""

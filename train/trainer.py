@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..data.batch import VideoBatch
+from .attempts import resume_in_force
 from .checkpoint import Checkpointer, Saved
 from .checkpoint_folder import (
     choose_checkpoint,
@@ -67,7 +68,8 @@ class Trainer:
         self.loader, self.validation_loader = build_loaders(config, self.buckets)
         refuse_different_settings({**setting_texts(config), "data": self.loader.fingerprint})
         self.feed = Feed(self.loader, max_bad_share=config.data.max_bad_share)
-        resume_from = choose_checkpoint(self.checkpoints, config.resume)
+        resume = on_rank_0(lambda: resume_in_force(self.run_dir, config.resume))
+        resume_from = choose_checkpoint(self.checkpoints, resume)
         attempt.start(read_run_state(resume_from)["step"] if resume_from is not None else 0, resume_from)
         if resume_from is not None:
             refuse_changed_settings(config, resume_from)

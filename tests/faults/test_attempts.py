@@ -143,6 +143,28 @@ def test_a_run_can_go_back_to_an_older_checkpoint(
 
 
 @pytest.mark.usefixtures("stopped")
+def test_a_command_that_went_back_goes_on_when_it_is_repeated(
+    server: ForkServer, settings: list[str], reference: Reference, run_dir: Path
+) -> None:
+    own = [*settings, "resume=2", "checkpoint.keep_every=2"]
+    stopped_again = server.run(Attempt(own, faults={0: [after_step(3, "send", name="SIGTERM")]}))
+    assert_ended(stopped_again, [75, 75])
+    assert resumed_step(stopped_again.output) == 2
+    outcome = finish(server, own, reference(2))
+    assert resumed_step(outcome.output) == 5
+    assert "resume=2 was done by attempt 2" in outcome.output
+
+
+@pytest.mark.faults
+def test_a_command_that_started_anew_goes_on_when_it_is_repeated(
+    server: ForkServer, settings: list[str], reference: Reference
+) -> None:
+    own = [*settings, "resume=never"]
+    assert_ended(server.run(Attempt(own, faults={0: [after_step(4, "send", name="SIGTERM")]})), [75, 75])
+    assert resumed_step(finish(server, own, reference(2)).output) == 4
+
+
+@pytest.mark.usefixtures("stopped")
 def test_a_way_back_that_is_refused_costs_no_newer_checkpoint(
     server: ForkServer, settings: list[str], reference: Reference, run_dir: Path
 ) -> None:

@@ -15,6 +15,7 @@ from muybridge.train.attempts import (
     fruitless_attempts,
     no_progress_message,
     read_attempts,
+    resume_in_force,
 )
 
 
@@ -68,6 +69,26 @@ def test_a_diary_that_a_kill_cut_short_goes_on(tmp_path: Path) -> None:
     assert read_attempts(tmp_path)[0].end is None
     start(tmp_path, step=600)
     assert [attempt.number for attempt in read_attempts(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("resume", "after_begin"), [("200", "200"), ("never", "auto"), ("must", "must"), ("auto", "auto")]
+)
+def test_a_request_to_go_back_or_to_start_anew_is_done_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], resume: str, after_begin: str
+) -> None:
+    assert resume_in_force(tmp_path, resume) == resume
+    diary = Attempts(tmp_path)
+    diary.start(world_size=2, code="c0de")
+    assert resume_in_force(tmp_path, resume) == resume
+    diary.begin(200, None, resume=resume)
+    # Killed before its first save, the run is where it was, and newer checkpoints may still be there.
+    assert resume_in_force(tmp_path, resume) == after_begin
+    commit(diary, 400)
+    assert resume_in_force(tmp_path, resume) == ("must" if resume == "must" else "auto")
+    is_said = f"resume={resume} was done by attempt 1" in capsys.readouterr().out
+    assert is_said == (resume in ("200", "never"))
+    assert resume_in_force(tmp_path, "400") == "400"
 
 
 def test_attempts_that_get_nowhere_are_counted(tmp_path: Path) -> None:
