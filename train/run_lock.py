@@ -21,7 +21,8 @@ from .ranks import on_rank_0
 
 LOCK_NAME = "lock.json"
 BEAT_SECONDS = 5.0
-_WATCHED_BEATS = 3  # in which a holder that lives shows it
+# In which a holder that lives shows it; of another machine's files one may see an older state for most of a minute.
+_WATCHED_BEATS, _WATCHED_BEATS_ELSEWHERE = 3, 12
 _SETTLE_SECONDS = 0.5  # in which two who take over the same lock find out which of them has it
 
 _log = logging.getLogger(__name__)
@@ -54,10 +55,12 @@ class RunLock:
         self._path = run_dir / LOCK_NAME
         self._own = _this_process()
         self._released = threading.Event()
+        self._lost = threading.Event()
+        self._asking = threading.Lock()  # the beat and whoever commits
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lock; takes three beats where nobody can say whether its holder lives. Collective.
+        """Take the lock; takes up to a minute where nobody can say whether its holder lives. Collective.
 
         Raises RunIsLocked where another attempt holds it, and OSError where the file cannot be written, on all ranks.
         """
@@ -66,7 +69,12 @@ class RunLock:
 
     def still_ours(self) -> bool:
         """Whether the file still says so, to be asked before anything is committed; the answer of rank 0 is the one that counts."""
-        return dist.get_rank() != 0 or self._is_ours()
+        return dist.get_rank() != 0 or self._is_still_ours()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether rank 0 has seen that another attempt took over; asks no file, and is known a beat after it happened."""
+        return self._lost.is_set()
 
     def release(self) -> None:
         """Let the next attempt begin at once."""
@@ -88,8 +96,11 @@ class RunLock:
             is_alive = _is_alive(holder) if holder is not None else None
             who = holder.words() if holder is not None else "somebody who has not said yet who it is"
             if is_alive is None:
-                _log.warning("muybridge: %s is locked by %s; watching whether that still lives", self._path, who)
-                is_alive = self._changes(content)
+                is_elsewhere = holder is not None and holder.host != self._own.host
+                seconds = BEAT_SECONDS * (_WATCHED_BEATS_ELSEWHERE if is_elsewhere else _WATCHED_BEATS)
+                text = "muybridge: %s is locked by %s; watching for %.0f s whether that still lives"
+                _log.warning(text, self._path, who, seconds)
+                is_alive = self._changes(content, seconds)
             if is_alive:
                 return (
                     f"run_dir={self._path.parent} is in use by another attempt ({who}, in {LOCK_NAME}); stop that, or wait for "
@@ -110,9 +121,9 @@ class RunLock:
             opened.write(json.dumps(asdict(self._own)))
         return True
 
-    def _changes(self, content: str) -> bool:
+    def _changes(self, content: str, seconds: float) -> bool:
         # Whether somebody writes to the lock; a lock that goes away is nobody's.
-        end = time.monotonic() + _WATCHED_BEATS * BEAT_SECONDS
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(BEAT_SECONDS / 10)
             now = self._read()
@@ -132,7 +143,7 @@ class RunLock:
         has_failed = False
         while not self._released.wait(BEAT_SECONDS):
             try:
-                if not self._is_ours():
+                if not self._is_still_ours():
                     _log.warning("muybridge: %s was taken over by another attempt", self._path)
                     return
                 self._own = replace(self._own, beat=self._own.beat + 1)
@@ -144,6 +155,13 @@ class RunLock:
                         "muybridge: %s cannot be kept up, another attempt may take it over: %s", self._path, error
                     )
                 has_failed = True
+
+    def _is_still_ours(self) -> bool:
+        with self._asking:
+            # One that a person has removed is nobody's, and ours again if nobody else was first.
+            if not self._is_ours() and not (self._read() is None and self._create()):
+                self._lost.set()
+            return not self._lost.is_set()
 
     def _is_ours(self) -> bool:
         holder = _parsed(self._read() or "")
