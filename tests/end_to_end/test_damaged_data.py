@@ -98,7 +98,8 @@ def runs(
 
 
 def curve(run_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").open()]
+    rows = map(json.loads, (run_dir / "metrics.jsonl").open())
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 def ledger(run_dir: Path) -> list[dict[str, Any]]:

@@ -208,7 +208,7 @@ def test_the_losses_are_those_of_the_uninterrupted_run(
 ) -> None:
     curves = []
     for run in ("reference", "history"):
-        rows = [json.loads(line) for line in (runs[0] / run / "metrics.jsonl").open()]
+        rows = [row for row in map(json.loads, (runs[0] / run / "metrics.jsonl").open()) if "loss" in row]
         curves.append({name: [row[name] for row in rows] for name in ("step", "samples_seen", "loss", "grad_norm")})
     expected, found = curves
     assert found["step"] == expected["step"] == list(range(1, STEPS + 1))

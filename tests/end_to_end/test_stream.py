@@ -57,7 +57,7 @@ def runs(
     plan = {
         "begin": [*tiny_run, *own, "steps=6"],
         "go on": [*tiny_run, *own, "steps=10"],
-        "nothing there": [*tiny_run, *own, f"data.path={root / 'none'}", f"run_dir={root / 'none'}"],
+        "nothing there": [*tiny_run, *own, f"data.path={root / 'none'}", f"run_dir={root / 'failed'}"],
     }
     (root / "plan.json").write_text(json.dumps(plan))
     program = [str(Path(__file__).with_name("train_program.py")), str(root / "plan.json"), str(root / "found.json")]
