@@ -135,6 +135,8 @@ class SharedImage:
             # Page-locked, a GPU copies to it at full speed; where the limits forbid that, it copies anyway.
             status = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), len(self._memory), 0)
             self._is_locked = int(status) == 0
+            if not self._is_locked:
+                _take_up_cuda_error()
         return self._memory
 
     def _mapped(self, nbytes: int) -> Tensor:
@@ -152,3 +154,9 @@ class SharedImage:
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
             self._is_locked = False
         self._memory = None
+
+
+def _take_up_cuda_error() -> None:
+    # CUDA keeps the error of a call for whoever asks next, and torch asks after each kernel: this one hears it for the rest.
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")

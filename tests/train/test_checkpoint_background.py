@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from muybridge.tests.train.checkpoint_parts import AVERAGE, fake_one_rank, make_checkpointer, names, save
 from muybridge.train import checkpoint, snapshot
@@ -173,6 +175,28 @@ def test_without_room_for_the_copy_training_waits_for_the_disk(
             assert checkpointer.is_written()
             assert checkpointer.commit().failure == ""
     assert caplog.text.count("training waits for its checkpoints to be written: the copies of this machine's") == 1
+
+
+def test_memory_that_cuda_will_not_lock_costs_no_later_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointer: Checkpointer
+) -> None:
+    waiting = []  # as CUDA's last error, which the next kernel raises
+
+    class Runtime:
+        def cudaHostRegister(self, *_: int) -> int:
+            waiting.append("operation not permitted")
+            return 800
+
+    def kernel(*_: object, **__: object) -> None:
+        if waiting:
+            raise RuntimeError(waiting.pop())
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=kernel))
+    monkeypatch.setattr(torch, "ones", kernel)
+    checkpointer.begin(1, {}, "", {})
+    assert checkpointer.commit().failure == ""
 
 
 def test_a_full_disk_in_the_writer_fails_the_save(tmp_path: Path, checkpointer: Checkpointer) -> None:
