@@ -67,7 +67,8 @@ class CheckpointConfig:
     keep_every: int = 0
     # So many of the lowest validation loss stay, too; 0 is off. Takes every_steps, in step with validation.every_steps.
     keep_best: int = 0
-    # Write from a copy in memory while training goes on. Off: training waits for the disk, and the copy's memory is saved.
+    # Write from a copy in memory while training goes on. Off, or with every_steps=0: training waits for the disk, and the copy's
+    # memory is saved.
     in_background: bool = True
 
     def faults(self, field: str) -> list[str]:
@@ -133,7 +134,7 @@ class Checkpointer:
         *,
         still_ours: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`still_ours` is asked on rank 0 right before a commit: whether the run belongs to this attempt still."""
+        """Collective. `still_ours` is asked on rank 0 right before a commit: whether the run belongs to this attempt still."""
         self._folder = folder
         self._config = config
         self._engine = engine
@@ -145,10 +146,14 @@ class Checkpointer:
         self._image: SharedImage | None = None
         self._writer: WriterProcess | None = None
         self._deletion: threading.Thread | None = None
-        if config.in_background and self._has_part:
-            # Now, so that it is loaded and has its memory when the first checkpoint is due.
-            self._image, nbytes = SharedImage(), Part.expected_bytes(engine, ema)
-            if self._has_room(nbytes):
+        # The same on every rank. A checkpoint of the end has no training to keep out of the way of.
+        self._in_background = config.in_background and config.every_steps != 0
+        if self._in_background:
+            self._image = SharedImage() if self._has_part else None
+            nbytes = Part.expected_bytes(engine, ema) if self._has_part else 0
+            self._look_for_room(nbytes)
+            if self._image is not None:
+                # Now, so that it is loaded and has its memory when the first checkpoint is due.
                 self._image.prepare(nbytes)
                 self._writer = WriterProcess(self._image.file)
 
@@ -156,6 +161,11 @@ class Checkpointer:
     def in_flight(self) -> bool:
         """Whether a save was begun and is not committed."""
         return self._flight is not None
+
+    @property
+    def in_background(self) -> bool:
+        """Whether saves are written beside training; the same on every rank, and may end where memory gets short."""
+        return self._in_background
 
     def expected_bytes(self) -> int:
         """Bytes of a checkpoint of all ranks, before the first step, too. Collective."""
@@ -174,6 +184,8 @@ class Checkpointer:
         part = Part.of(self._engine, self._ema) if self._has_part else None
         header = part.header() if part is not None else b""
         nbytes = len(header) + part.data_bytes() if part is not None else 0
+        if self._in_background:
+            self._look_for_room(nbytes)
         staging, failure = self._stage(step, sum(from_all_ranks(nbytes)))
         flight = self._flight = _Flight(
             step,
@@ -247,7 +259,11 @@ class Checkpointer:
         staging, failure = self._folder / f"step-{step:08d}.tmp-{uuid.uuid4().hex[:12]}", ""
         if dist.get_rank() == 0:
             try:
-                if not (failure := space_fault(self._folder, nbytes)):
+                failure = space_fault(self._folder, nbytes)
+                if failure and self._deletion is not None:
+                    self._deletion.join()  # which makes room
+                    failure = space_fault(self._folder, nbytes)
+                if not failure:
                     staging.mkdir(parents=True)
             except OSError as error:
                 failure = str(error)
@@ -257,7 +273,7 @@ class Checkpointer:
     def _write(self, flight: _Flight, part: Part, header: bytes, texts: dict[str, str]) -> None:
         shard = flight.staging / f"{_shard_name()}.safetensors"
         try:
-            if self._image is not None and self._writer is not None and self._has_room(flight.nbytes):
+            if self._image is not None and self._writer is not None:
                 nbytes = self._image.take(part, header)
                 self._writer.submit(shard=str(shard), header_bytes=len(header), image_bytes=nbytes, texts=texts)
             else:
@@ -265,13 +281,14 @@ class Checkpointer:
         except OSError as error:
             flight.failure, flight.files = str(error), {}
 
-    def _has_room(self, nbytes: int) -> bool:
-        # Whether the copy fits into memory; if not, this is said once, and the run does without.
-        assert self._image is not None, "there is no background to leave"
-        if fault := self._image.fault(nbytes):
-            logger.warning("muybridge: training waits for its checkpoints to be written: %s", fault)
+    def _look_for_room(self, nbytes: int) -> None:
+        # Before any rank takes memory: what one took is no longer free for the next to count. One that waits for the disk keeps
+        # the others waiting, so all do, or none. Collective.
+        faults = from_all_ranks(self._image.fault(nbytes) if self._image is not None else "")
+        if found := [f"rank {rank}: {fault}" for rank, fault in enumerate(faults) if fault]:
+            if dist.get_rank() == 0:
+                logger.warning("muybridge: training waits for its checkpoints to be written: %s", found[0])
             self._leave_background()
-        return not fault
 
     def _leave_background(self) -> None:
         if self._writer is not None:
@@ -279,6 +296,7 @@ class Checkpointer:
         if self._image is not None:
             self._image.close()
         self._writer = self._image = None
+        self._in_background = False
 
     def _run_state(self, step: int, run_state: dict[str, Any]) -> str:
         facts = {

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,29 @@ def test_too_little_room_fails_the_save_before_anything_is_written(
     saved = try_to_save(tmp_path, 2)
     assert f"{tmp_path} has {usage.free / 1e9:.3g} GB free" in saved.failure
     assert names(tmp_path) == ["step-00000001"]
+
+
+def test_room_that_a_deletion_is_about_to_make_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, was_asked = shutil.disk_usage(tmp_path), threading.Event()
+
+    def delete_once_asked(path: Path) -> None:
+        assert was_asked.wait(60)
+        checkpoint_folder.delete_leftover(path)
+
+    def full_while_there_is_trash(path: Path) -> Any:
+        if not list(tmp_path.glob(".trash-*")):
+            return usage
+        was_asked.set()
+        return usage._replace(free=0)
+
+    monkeypatch.setattr(checkpoint, "delete_leftover", delete_once_asked)
+    monkeypatch.setattr(shutil, "disk_usage", full_while_there_is_trash)
+    checkpointer = make_checkpointer(tmp_path, keep_last=2)
+    for step in range(1, 5):
+        checkpointer.begin(step, {}, "", {})
+        assert checkpointer.commit().failure == ""
+    assert was_asked.is_set()
+    checkpointer.close()
 
 
 def test_a_step_saved_twice_is_the_later_one_and_the_other_is_kept(tmp_path: Path) -> None:

@@ -174,7 +174,31 @@ def test_without_room_for_the_copy_training_waits_for_the_disk(
             checkpointer.begin(step, {}, "", {})
             assert checkpointer.is_written()
             assert checkpointer.commit().failure == ""
-    assert caplog.text.count("training waits for its checkpoints to be written: the copies of this machine's") == 1
+    assert (
+        caplog.text.count("training waits for its checkpoints to be written: rank 0: the copies of this machine's") == 1
+    )
+
+
+def test_all_ranks_have_room_for_their_copies_or_none_takes_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpoint, "WriterProcess", None)
+    monkeypatch.setattr(checkpoint, "from_all_ranks", lambda own: [own, "no memory"] if own == "" else [own, own])
+    with caplog.at_level(logging.WARNING):
+        checkpointer = make_checkpointer(tmp_path, in_background=True)
+    assert not checkpointer.in_background
+    assert checkpointer._image is None
+    assert "rank 1: no memory" in caplog.text
+
+
+def test_a_run_that_saves_at_its_end_only_takes_no_memory_for_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SharedImage", None)
+    monkeypatch.setattr(checkpoint, "WriterProcess", None)
+    checkpointer = make_checkpointer(tmp_path, in_background=True, every_steps=0)
+    checkpointer.begin(1, {}, "", {})
+    assert checkpointer.commit().failure == ""
 
 
 def test_memory_that_cuda_will_not_lock_costs_no_later_kernel(
