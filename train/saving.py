@@ -28,9 +28,10 @@ class Saver:
         self._failures_in_a_row = 0
 
     def begin(self, step: int, state: dict[str, Any], *, bad_clips: str, validation_losses: dict[int, float]) -> None:
-        """Save the state of the run after `step` steps. Collective. Raises CheckpointsFail."""
-        if before := self._checkpointer.begin(step, state, bad_clips, validation_losses):
-            self._take_up(before)
+        """Save the state of the run after `step` steps, beside training where that is on. Collective. Raises CheckpointsFail."""
+        self._begin(step, state, bad_clips, validation_losses)
+        if not self._checkpointer.in_background:
+            self.finish()  # it is complete, and a crash in the next step would lose it
 
     def is_written(self) -> bool:
         """Whether this rank has written its part of what is in flight; also where nothing is."""
@@ -50,7 +51,7 @@ class Saver:
         self, step: int, state: dict[str, Any], *, bad_clips: str, validation_losses: dict[int, float]
     ) -> None:
         """Save and wait for it. Collective. Raises CheckpointsFail where that fails."""
-        self.begin(step, state, bad_clips=bad_clips, validation_losses=validation_losses)
+        self._begin(step, state, bad_clips, validation_losses)
         saved = self._checkpointer.commit()
         self._take_up(saved)
         if saved.failure:
@@ -59,6 +60,10 @@ class Saver:
     def close(self) -> None:
         """End the writer process; what is in flight is lost."""
         self._checkpointer.close()
+
+    def _begin(self, step: int, state: dict[str, Any], bad_clips: str, validation_losses: dict[int, float]) -> None:
+        if before := self._checkpointer.begin(step, state, bad_clips, validation_losses):
+            self._take_up(before)
 
     def _take_up(self, saved: Saved) -> None:
         self.schedule.saved(saved)
