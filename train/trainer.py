@@ -40,7 +40,7 @@ from .probe import refuse_different_settings
 from .provenance import setting_texts, versions, write_provenance
 from .ranks import on_rank_0
 from .save_schedule import SaveSchedule
-from .saving import Saver
+from .saving import CheckpointsFail, Saver
 from .slow_ranks import ComputeClock, SlowRanks
 from .tasks import build_task
 from .throughput import MetricsWindow
@@ -223,7 +223,9 @@ class Trainer:
             "versions": versions(),
             **({"lora": self.lora_facts} if self.lora_facts else {}),
         }
-        losses = self.tracker.validation_losses() if self.tracker is not None else {}
+        losses: dict[int, float] = {}
+        if self.tracker is not None and self.config.checkpoint.keep_best:  # takes the longer, the more rows there are
+            losses = self.tracker.validation_losses()
         return {"state": state, "bad_clips": self.feed.shared_ledger(), "validation_losses": losses}
 
     def _take_up(self, saved: Saved) -> None:
@@ -330,9 +332,11 @@ class Trainer:
         )
         delete_leftovers(self.checkpoints)
         nbytes = checkpointer.expected_bytes()
-        if fault := on_rank_0(lambda: space_fault(self.checkpoints, nbytes)):
+        saves = self.step < self.config.steps
+        if fault := on_rank_0(lambda: space_fault(self.checkpoints, nbytes) if saves else ""):
             checkpointer.close()
-            raise ValueError(fault)
+            # Where a run had room for checkpoints before, it may have it again.
+            raise CheckpointsFail(fault) if resume_from is not None else ValueError(fault)
         schedule = SaveSchedule(self.config.checkpoint, processes=self.world, on_gpu=device.type == "cuda")
         saved_step = self.step if resume_from is not None else None
         return Saver(checkpointer, schedule, step=saved_step, taken_up=self._take_up)

@@ -194,6 +194,20 @@ def two_checkpoints(server: ForkServer, settings: list[str], run_dir: Path) -> P
     return run_dir / "checkpoints"
 
 
+@pytest.mark.faults
+def test_a_disk_that_is_full_at_a_resume_ends_the_attempt_and_not_the_run(
+    server: ForkServer, settings: list[str], reference: Reference, two_checkpoints: Path
+) -> None:
+    full = {"at": "after muybridge.train.trainer:space_fault", "nth": 0, "do": "answer", "with": {"value": "no room"}}
+    outcome = server.run(Attempt(settings, faults={0: [full]}))
+    assert_ended(outcome, [75, 75])
+    assert "no room; the same command goes on" in outcome.output
+    assert "Traceback" not in outcome.output
+    finish(server, settings, reference(2))
+    # With all steps done there is nothing to save.
+    assert_ended(server.run(Attempt(settings, faults={0: [full]})), [0, 0])
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
