@@ -304,11 +304,11 @@ class Trainer:
                         self.task,
                         self.validation_loader,
                         clips=config.clips,
-                        may_stop=self.requests.check,
+                        may_stop=self._may_stop,
                     )
                 if self.config.task is TaskKind.text_to_video and config.prompts:
                     folder = self.run_dir / "validation" / f"step-{self.step:08d}"
-                    videos = sample_videos(self.engine, self.task, self.config, folder, may_stop=self.requests.check)
+                    videos = sample_videos(self.engine, self.task, self.config, folder, may_stop=self._may_stop)
         except StopAgreed:
             return False
         seconds = time.perf_counter() - began
@@ -317,6 +317,11 @@ class Trainer:
             self.tracker.log_videos(self.step, videos)
         self._log({**row, VALIDATION_SECONDS: seconds})
         return True
+
+    def _may_stop(self) -> None:
+        # Between two clips or two steps of the sampler, which the limit of a validation is for. Raises StopAgreed.
+        self.requests.check()
+        self.watchdog.enter(Phase.validation, self.step)
 
     def _export(self) -> None:
         """Write the EMA weights for use elsewhere, from the checkpoint: no rank has to hold what the others own."""

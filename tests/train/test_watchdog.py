@@ -6,10 +6,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from muybridge.train.trainer import Trainer
 from muybridge.train.verdict import Standing, behind
 from muybridge.train.watchdog import Phase, WatchdogConfig
 
@@ -128,6 +130,17 @@ def test_a_single_process_is_watched_too(found: dict[str, Facts]) -> None:
 def test_behind_a_block_its_surroundings_are_watched_again(found: dict[str, Facts]) -> None:
     assert found["hangs_behind_a_block"]["codes"] == [75]
     assert found["hangs_behind_a_block"]["said"][0].startswith("saved\n")
+
+
+def test_a_validation_that_gets_on_has_its_limit_anew() -> None:
+    done: list[Any] = []
+    trainer = SimpleNamespace(
+        step=7,
+        requests=SimpleNamespace(check=lambda: done.append("asked")),
+        watchdog=SimpleNamespace(enter=lambda *position: done.append(position)),
+    )
+    Trainer._may_stop(trainer)  # type: ignore[arg-type]
+    assert done == ["asked", (Phase.validation, 7)]
 
 
 def test_ranks_that_cannot_tell_each_other_are_watched_on_their_own(found: dict[str, Facts]) -> None:
