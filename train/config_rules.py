@@ -147,6 +147,12 @@ def reliability_faults(config: "TrainConfig") -> list[str]:
             f"{config.validation.every_steps} or be a multiple of it with checkpoint.keep_best={config.checkpoint.keep_best}: only "
             "a checkpoint of a validation's step has a loss to be kept for"
         )
+    limit, name = max((seconds, name) for name, seconds in vars(config.watchdog).items())
+    if config.deepspeed.timeout_seconds <= limit:
+        found.append(
+            f"deepspeed.timeout_seconds={config.deepspeed.timeout_seconds} must be above watchdog.{name}={limit:g}: the watchdog "
+            "says who is to blame, a collective that ends before it does not"
+        )
     return found
 
 

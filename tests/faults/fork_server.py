@@ -13,6 +13,9 @@ from typing import Any
 
 Fault = dict[str, Any]
 
+# How much longer everything may take than on a machine of one's own; MUYBRIDGE_TEST_PATIENCE sets it, CI machines are slow.
+PATIENCE = int(os.environ.get("MUYBRIDGE_TEST_PATIENCE", "3" if os.environ.get("CI") else "1"))
+
 # All that takes long to import in a run, also what DeepSpeed and torch import late; none starts a thread that a fork would lose.
 PRELOADED = [
     *(
@@ -79,7 +82,9 @@ class ForkServer:
     def pid(self) -> int:
         return self._start().pid
 
-    def run(self, *attempts: Attempt, deadline_seconds: float = 60.0, linger_seconds: float = 10.0) -> Outcome:
+    def run(
+        self, *attempts: Attempt, deadline_seconds: float = 80.0 * PATIENCE, linger_seconds: float = 10.0 * PATIENCE
+    ) -> Outcome:
         """Run attempts side by side until all their processes ended, or were killed at the deadline."""
         process = self._start()
         self._cases += 1

@@ -212,3 +212,9 @@ def test_cfg_prints_every_setting_and_a_mistake_ends_the_command(
         "  - modle is not a setting of TrainConfig, did you mean model?",
         "  - data.frames=8 must be 1 + a multiple of 4 (the autoencoder's temporal stride)",
     ]
+
+
+def test_collectives_outlast_the_limits_of_the_watchdog() -> None:
+    with pytest.raises(ValueError, match=r"deepspeed\.timeout_seconds=100 must be above watchdog\.step_seconds=7200"):
+        load_train_config([*QUICK, "watchdog.step_seconds=7200", "deepspeed.timeout_seconds=100"])
+    load_train_config([*QUICK, "watchdog.step_seconds=0", "deepspeed.timeout_seconds=1801"])
