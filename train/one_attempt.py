@@ -8,7 +8,7 @@ from ..data.index import MANIFEST_NAME
 from .attempts import Attempts, code_fingerprint, no_progress_message
 from .compose import plain
 from .config import TrainConfig
-from .ranks import from_rank_0, on_rank_0
+from .ranks import on_rank_0
 from .run_lock import RunLock
 from .watchdog import Watchdog
 
@@ -31,7 +31,7 @@ class OneAttempt:
         datasets = [source.path for source in config.training_data().sources().values() if source.path]
         manifests = [Path(path) / MANIFEST_NAME for path in datasets]
         world = dist.get_world_size()
-        self._code = code_fingerprint(settings, world_size=world, manifests=manifests) if dist.get_rank() == 0 else ""
+        self._code = on_rank_0(lambda: code_fingerprint(settings, world_size=world, manifests=manifests))
         self.lock = RunLock(run_dir)
         self.lock.acquire()
         self.diary: Attempts | None = None
@@ -39,15 +39,17 @@ class OneAttempt:
             message = on_rank_0(lambda: no_progress_message(run_dir, self._code, config.restart_limit))
             if message:
                 raise NoProgress(message)
-            if dist.get_rank() == 0:
-                self.diary = Attempts(run_dir)
-                self.diary.start(world_size=dist.get_world_size(), code=self._code)
-            self.number = from_rank_0(self.diary.number if self.diary is not None else 0)
+            self.number = on_rank_0(lambda: self._open_diary(run_dir))
             stacks = run_dir / "stacks" / f"attempt-{self.number}"
             self.watchdog = Watchdog(config.watchdog, stacks, on_end=self._end_of_the_watchdog)
         except BaseException:
             self.lock.release()
             raise
+
+    def _open_diary(self, run_dir: Path) -> int:
+        self.diary = Attempts(run_dir)
+        self.diary.start(world_size=dist.get_world_size(), code=self._code)
+        return self.diary.number
 
     def start(self, step: int, checkpoint: Path | None) -> None:
         """Where the attempt begins: at a checkpoint, or from nothing."""
