@@ -1,5 +1,6 @@
 """Validation during training: the loss on held-out clips with fixed noise, and sample videos, both with the EMA weights."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,11 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from .ranks import from_all_ranks
+
 if TYPE_CHECKING:
     from ..data.loader import VideoLoader
     from .config import TrainConfig
     from .engine import Engine
     from .tasks import Task
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -69,9 +74,9 @@ def validation_losses(
 def sample_videos(
     engine: "Engine", task: "Task", config: "TrainConfig", folder: Path, *, may_stop: Callable[[], None]
 ) -> list[tuple[Path, str]]:
-    """Sample `config.validation.prompts` into `folder`, spread over the ranks; rank 0 gets all paths. Collective.
+    """Sample `config.validation.prompts` into `folder`, spread over the ranks; rank 0 gets the paths and prompts. Collective.
 
-    `may_stop` is called after each step of the sampler, and may raise.
+    `may_stop` is called after each step of the sampler, and may raise. What a disk refuses is reported and left out.
     """
     from .generate import NEGATIVE_PROMPT, VideoModels, decode_frames, generate_latents, prompt_noise, write_clips
     from .tasks import TextToVideoTask
@@ -93,8 +98,14 @@ def sample_videos(
         progress=lambda done, steps: may_stop(),
     )
     engine.train()
-    paths = write_clips(folder, decode_frames(task.vae, latents), mine, numbers, fps=config.data.fps)
-    found: list[list[tuple[int, str]]] = [[] for _ in range(world)]
-    dist.all_gather_object(found, list(zip(numbers, map(str, paths), strict=True)))
-    by_number = {number: path for part in found for number, path in part}
-    return [(Path(by_number[number]), prompts[number]) for number in range(len(prompts))]
+    frames, written, failure = decode_frames(task.vae, latents), {}, ""
+    try:
+        paths = write_clips(folder, frames, mine, numbers, fps=config.data.fps)
+        written = dict(zip(numbers, paths, strict=True))
+    except OSError as error:  # a full disk costs no training
+        failure = str(error)
+    found = from_all_ranks((written, failure))
+    if rank == 0 and (failures := [failure for _, failure in found if failure]):
+        _log.warning("muybridge: not all sample videos were written: %s", "; ".join(failures))
+    by_number = {number: path for part, _ in found for number, path in part.items()}
+    return [(by_number[number], prompts[number]) for number in sorted(by_number)]
