@@ -41,6 +41,9 @@ class Ledger:
     def __init__(self) -> None:
         self._clips: dict[tuple[str, int], BadClip] = {}
         self._shared: dict[tuple[str, int], BadClip] = {}  # what all ranks know
+        self._before: dict[
+            tuple[str, int], BadClip | None
+        ] = {}  # what stood for those that the unfinished step has entered
         self._replaced = 0
         self._in_a_row = 0
 
@@ -56,14 +59,26 @@ class Ledger:
         """Enters the bad clips of one sample, in the order in which they were tried; none where it was read at once."""
         for clip in found:
             known = self._clips.get((clip.dataset, clip.row))
+            self._before.setdefault((clip.dataset, clip.row), known)
             self._clips[clip.dataset, clip.row] = _together(known, clip, times=known.times + 1) if known else clip
         self._replaced += bool(found)
         self._in_a_row = self._in_a_row + 1 if found else 0
 
     def take_replaced(self) -> int:
-        """Samples with a replacement since the last call."""
+        """Samples with a replacement since the last call: those of a step, which ends with this."""
         replaced, self._replaced = self._replaced, 0
+        self._before.clear()
         return replaced
+
+    def forget_unfinished(self) -> None:
+        """Be as at the end of the last step: what was entered since belongs to one that is not done."""
+        for key, known in self._before.items():
+            if known is None:
+                del self._clips[key]
+            else:
+                self._clips[key] = known
+        self._before.clear()
+        self._replaced = 0
 
     @property
     def has_long_run(self) -> bool:
@@ -85,6 +100,7 @@ class Ledger:
             elif new_times := clip.times - (shared.times if shared else 0):
                 merged[key] = _together(known, clip, times=known.times + new_times)
         self._clips, self._shared = dict(merged), merged
+        self._before.clear()
 
     def summary(self) -> str:
         """The first few, for a message."""

@@ -12,7 +12,7 @@ from ..data.loader import VideoLoader
 from ..data.stream import StreamLoader
 from .ahead import BackgroundNext
 from .checkpoint import LEDGER_NAME
-from .preemption import Agreement, Requests
+from .preemption import Agreement, Requests, StopAgreed
 from .ranks import from_all_ranks
 
 # How long a rank looks only at its own data before it hears whether the others were asked to stop.
@@ -79,14 +79,23 @@ class Feed:
         while not are_all_ready:
             if not is_ready and (is_ready := self._batches.ready(POLL_SECONDS)):
                 arrived()
-            are_all_ready = requests.all_ready(is_ready)
+            try:
+                are_all_ready = requests.all_ready(is_ready)
+            except StopAgreed:
+                # Who goes on reads the step anew: what was found for it must not be in the checkpoint's ledger.
+                self._batches.close(POLL_SECONDS)
+                self.loader.ledger.forget_unfinished()
+                raise
         return self._batches.take()
 
-    def agree(self, requests: Requests, step: int, *, is_written: bool) -> Agreement:
+    def agree(self, requests: Requests, step: int, *, is_written: bool, is_lost: bool) -> Agreement:
         """Hear the other ranks after step - 1, and count what could not be read. Collective; raises DataBudgetError on all."""
         ledger = self.loader.ledger
         found = requests.agree(
-            replaced_samples=ledger.take_replaced(), is_unreadable=ledger.has_long_run, is_written=is_written
+            replaced_samples=ledger.take_replaced(),
+            is_unreadable=ledger.has_long_run,
+            is_written=is_written,
+            is_lost=is_lost,
         )
         is_over = self._budget.add(self.samples_before(step), found.replaced_samples)
         if is_over or found.is_unreadable:

@@ -26,7 +26,7 @@ def build_loaders(config: TrainConfig, buckets: list[Bucket]) -> tuple[VideoLoad
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             seed=config.seed,
-            gather=gather_over_gloo(),
+            gather=gather_over_gloo(config.deepspeed.timeout_seconds),
         )
         return stream, _validation_loader(config, buckets, fingerprints)
     videos = {name: dataset.path for name, dataset in config.data.sources().items()}

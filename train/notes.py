@@ -1,4 +1,4 @@
-"""What a run says to people at its start and its end."""
+"""What a run says to people: at its start, of its checkpoints, and at its end."""
 
 from pathlib import Path
 
@@ -7,11 +7,14 @@ import torch.distributed as dist
 from ..data.config import Access
 from ..data.loader import VideoLoader
 from ..data.stream import NOT_EXACT, StreamLoader
+from .attempts import Attempts
+from .checkpoint import Saved
 from .config import TaskKind, TrainConfig
 from .fragments import read_run_state
 from .provenance import changed_settings_note, changed_versions_note
 from .save_schedule import SaveSchedule
 from .tasks import next_command
+from .tracking import Tracker
 
 GHOST_SHARE_WORTH_A_NOTE = 0.03
 
@@ -47,6 +50,28 @@ def first_notes(
             f"micro_batch x processes: {uneven}"
         )
     return [*notes, f"muybridge: {schedule.explanation()}"]
+
+
+def tell_of_save(saved: Saved, tracker: Tracker, diary: Attempts) -> None:
+    """What became of a save, for the people who watch and in the run's diary."""
+    if saved.failure:
+        tracker.note(f"muybridge: {saved.failure}")
+        diary.save_failed(saved.step, blocking_seconds=saved.blocking_seconds, cause=saved.failure)
+        return
+    tracker.log(
+        saved.step,
+        {
+            "checkpoint_blocking_seconds": saved.blocking_seconds,
+            "checkpoint_seconds": saved.total_seconds,
+            "checkpoint_bytes": float(saved.nbytes),
+        },
+    )
+    diary.commit(
+        saved.step,
+        blocking_seconds=saved.blocking_seconds,
+        total_seconds=saved.total_seconds,
+        nbytes=saved.nbytes,
+    )
 
 
 def last_notes(config: TrainConfig, *, step: int, exported: Path | None) -> list[str]:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -37,13 +38,14 @@ class Agreement:
     replaced_samples: int  # of the step, over all ranks
     is_unreadable: bool  # one of them has read nothing but bad clips for long
     is_written: bool  # all have written their part of the checkpoint in flight
+    is_lost: bool  # another attempt has taken the run over
     seconds: float  # since the start of the run, on the clock of rank 0
 
 
-def gather_over_gloo() -> Callable[[list[int]], list[list[int]]]:
+def gather_over_gloo(timeout_seconds: float) -> Callable[[list[int]], list[list[int]]]:
     """A function that gives every rank the rows of all, equally long, in the order of the ranks. Both are collective."""
     world = dist.get_world_size()
-    group = dist.new_group(backend="gloo") if world > 1 else None
+    group = _gloo_group(timeout_seconds)
 
     def gather(row: list[int]) -> list[list[int]]:
         if group is None:
@@ -53,6 +55,15 @@ def gather_over_gloo() -> Callable[[list[int]], list[list[int]]]:
         return [part.tolist() for part in rows]
 
     return gather
+
+
+def _gloo_group(timeout_seconds: float) -> dist.ProcessGroup | None:
+    # A new group has torch's 30 minutes and not those of the first one: a rank that waits here must outlast the watchdog.
+    return (
+        dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        if dist.get_world_size() > 1
+        else None
+    )
 
 
 def leave_on_signal() -> None:
@@ -71,7 +82,7 @@ def leave_on_signal() -> None:
 class Requests:
     """Remembers what somebody asked the run for; a second request to stop, later, ends the process at once."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, timeout_seconds: float) -> None:
         """Collective. From here on, signals ask for a stop; so does a file STOP in the run directory, and SAVE for a checkpoint."""
         self._stop_file, self._save_file = run_dir / "STOP", run_dir / "SAVE"
         self._asked_at: float | None = None
@@ -79,19 +90,19 @@ class Requests:
         # One process's view of a shared folder is enough, and a stat of every rank at every step much for a file server.
         self._looks_at_files = dist.get_rank() == 0
         # Over gloo: asking over NCCL would make every step wait for the GPU.
-        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._group = _gloo_group(timeout_seconds)
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
-    def agree(self, *, replaced_samples: int, is_unreadable: bool, is_written: bool) -> Agreement:
+    def agree(self, *, replaced_samples: int, is_unreadable: bool, is_written: bool, is_lost: bool) -> Agreement:
         """Puts together what each rank knows after a step; the same answer on every rank. Collective."""
         wants_save = self._looks_at_files and self._save_file.exists()
         seconds = time.monotonic() - self._began if self._looks_at_files else 0.0
-        numbers = [self._asks(), wants_save, replaced_samples, is_unreadable, not is_written, seconds]
-        asking, saving, replaced, unreadable, unwritten, seconds = self._sum(numbers)
+        numbers = [self._asks(), wants_save, replaced_samples, is_unreadable, not is_written, is_lost, seconds]
+        asking, saving, replaced, unreadable, unwritten, lost, seconds = self._sum(numbers)
         if wants_save:
             self._save_file.unlink(missing_ok=True)
-        return Agreement(asking > 0, saving > 0, int(replaced), unreadable > 0, unwritten == 0, seconds)
+        return Agreement(asking > 0, saving > 0, int(replaced), unreadable > 0, unwritten == 0, lost > 0, seconds)
 
     def all_ready(self, is_ready: bool) -> bool:
         """Whether every rank is ready to go on. Raises StopAgreed on all of them where one was asked to stop first. Collective."""

@@ -16,7 +16,9 @@ class MetricsWindow:
     The sums travel with the checkpoints: the row after a resume is the same as without the interruption.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """`device` is where the ranks add their sums."""
+        self._device = device
         self._reset()
 
     def _reset(self) -> None:
@@ -69,7 +71,10 @@ class MetricsWindow:
         names = list(self._sums)
         row = {}
         if names:  # on all ranks or, where every step was left out, on none
-            totals = torch.stack([*self._sums.values(), torch.as_tensor(self._samples)])
+            # What a checkpoint held is on the CPU, where no step has moved it since.
+            totals = torch.stack(
+                [total.to(self._device) for total in (*self._sums.values(), torch.as_tensor(self._samples))]
+            )
             dist.all_reduce(totals)
             *sums, samples = totals.tolist()
             row = {name: total / (samples or 1.0) for name, total in zip(names, sums, strict=True)}
@@ -100,9 +105,11 @@ class MetricsWindow:
         """Take up the sums of a checkpoint: one's own, or those of all ranks on rank 0 if there were more or fewer."""
         rank, world = dist.get_rank(), dist.get_world_size()
         parts = [everyone[rank]] if len(everyone) == world else everyone if rank == 0 else []
+        # The same names on all ranks, also on those without a part: all must take part in the next sum, or none.
+        self._sums = {name: torch.zeros(()) for part in everyone for name in part["sums"]}
         for part in parts:
             for name, total in part["sums"].items():
-                self._sums[name] = self._sums.get(name, torch.zeros(())) + total
+                self._sums[name] = self._sums[name] + total
             self._samples += part["samples"]
             self._skipped = part["skipped"]
 

@@ -5,6 +5,7 @@ weights, the optimizer and one number.
 """
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,10 @@ import torch
 import torch.distributed as dist
 
 from ..data.batch import VideoBatch
+from ..data.ledger import DataBudgetError
 from .attempts import resume_in_force
 from .checkpoint import Checkpointer, Saved
-from .checkpoint_folder import (
-    choose_checkpoint,
-    committed_checkpoints,
-    delete_leftovers,
-    set_aside_newer,
-    space_fault,
-)
+from .checkpoint_folder import choose_checkpoint, committed_checkpoints, delete_leftovers, set_aside_newer, space_fault
 from .compose import plain
 from .config import TaskKind, TrainConfig
 from .ema import EMA
@@ -32,13 +28,14 @@ from .fragments import load_checkpoint, read_run_state, read_weights
 from .guards import Diverged, Finding, StepGuard, Verdict
 from .loaders import build_loaders
 from .model_hash import check_same_weights
-from .notes import first_notes, last_notes
+from .notes import first_notes, last_notes, tell_of_save
 from .one_attempt import OneAttempt
 from .optimizer import build_optimizer, learning_rate
 from .preemption import Requests, StopAgreed
 from .probe import refuse_different_settings
 from .provenance import setting_texts, versions, write_provenance
 from .ranks import on_rank_0
+from .run_lock import RunIsLocked
 from .save_schedule import SaveSchedule
 from .saving import CheckpointsFail, Saver
 from .slow_ranks import ComputeClock, SlowRanks
@@ -88,7 +85,7 @@ class Trainer:
         )
         self.ema = EMA(self.engine, config.ema)
         self.guard = StepGuard(config.guards)
-        self.window = MetricsWindow()
+        self.window = MetricsWindow(device)
         self.compute_clock, self.slow_ranks = ComputeClock(device), SlowRanks()
         self.step = 0
         self.exported: Path | None = None  # on rank 0, at the end
@@ -98,39 +95,51 @@ class Trainer:
             set_aside_newer(self.checkpoints, resume_from)
 
         self.tracker: Tracker | None = None
-        if self.rank == 0:
-            self.tracker = Tracker(
-                self.run_dir,
-                config.tracking,
-                run_config=plain(config),
-                total_steps=config.steps,
-                start_step=self.step,
-                attempt=attempt.number,
-            )
-            for note in first_notes(config, self.loader, self.saver.schedule, resume_from, data_changed=data_changed):
-                self.tracker.note(note)
-            write_provenance(config, data_fingerprint=self.loader.fingerprint)
-        # Last: up to here, a signal ends the process at once.
-        self.requests = Requests(self.run_dir)
+        try:
+            if self.rank == 0:
+                self.tracker = Tracker(
+                    self.run_dir,
+                    config.tracking,
+                    run_config=plain(config),
+                    total_steps=config.steps,
+                    start_step=self.step,
+                    attempt=attempt.number,
+                )
+                notes = first_notes(config, self.loader, self.saver.schedule, resume_from, data_changed=data_changed)
+                self.tracker.note("\n".join(notes))
+                write_provenance(config, data_fingerprint=self.loader.fingerprint)
+            # Last: up to here, a signal ends the process at once.
+            self.requests = Requests(self.run_dir, timeout_seconds=config.deepspeed.timeout_seconds)
+        except BaseException:
+            self._close()
+            raise
 
     def run(self) -> ExitCode:
         """Train to the last step, or to an agreed stop; returns the exit code."""
         try:
             self._train_steps()
+            self.watchdog.enter(Phase.export, self.step)
             done = self.step >= self.config.steps
             if done:
-                with self.watchdog.phase(Phase.export, self.step):
-                    self._export()
+                self._export()
             self.feed.close()
-            if not done:
-                self.requests.clear()
+            self.requests.clear()
             for note in last_notes(self.config, step=self.step, exported=self.exported):
                 self._note(note)
-        finally:  # the terminal gets its cursor back and W&B its last rows however a run ends
-            self.saver.close()
-            if self.tracker is not None:
-                self.tracker.close()
+        except (Diverged, DataBudgetError):  # on all ranks: what they have begun to save is not lost
+            with self.watchdog.phase(Phase.save, self.step), suppress(CheckpointsFail):
+                self.saver.finish()
+            raise
+        finally:
+            self.watchdog.enter(Phase.end, self.step)
+            self._close()
         return ExitCode.done if done else ExitCode.requeue
+
+    def _close(self) -> None:
+        """Give the terminal its cursor back and W&B its last rows, however a run ends; what is being saved is lost."""
+        self.saver.close()
+        if self.tracker is not None:
+            self.tracker.close()
 
     def _train_steps(self) -> None:
         """The loop, up to the last step or an agreed stop, and the checkpoint of where it ends."""
@@ -155,11 +164,10 @@ class Trainer:
         self.attempt.shape_name = micro_batches[0].shape_name
         lr = learning_rate(self.config.optimizer, self.step, self.config.steps)
         result, verdict = self._optimizer_step(micro_batches, lr)
-        if verdict.finding is not Finding.fine:
-            self._note(f"muybridge: {verdict.text}")
-        if verdict.rolls_back:
-            self._roll_back(verdict)
+        if verdict.rolls_back and self._roll_back(verdict):
             return True
+        if verdict.finding is not Finding.fine and not verdict.rolls_back:
+            self._note(f"muybridge: {verdict.text}")
         if result.applied:
             self.ema.update(self.step + 1)
         self.window.end_step(samples=micro_batches[0].step_samples, applied=result.applied)
@@ -171,7 +179,10 @@ class Trainer:
             for text in self.slow_ranks.add(self.compute_clock.take()):
                 self._note(f"muybridge: {text}")
         # Before the checkpoint: it must count this step's bad clips, and none may be of a step that was one too many.
-        agreed = self.feed.agree(self.requests, self.step, is_written=self.saver.is_written())
+        is_written, is_lost = self.saver.is_written(), self.attempt.lock.is_lost
+        agreed = self.feed.agree(self.requests, self.step, is_written=is_written, is_lost=is_lost)
+        if agreed.is_lost:
+            raise RunIsLocked(f"run_dir={self.run_dir} was taken over by another attempt, and this one ends")
         if self._is_due(self.config.guards.hash_every_steps):
             check_same_weights(self.engine, self.step)
         self._save_where_due(seconds=agreed.seconds, is_asked=agreed.save, is_written=agreed.is_written)
@@ -229,50 +240,33 @@ class Trainer:
         return {"state": state, "bad_clips": self.feed.shared_ledger(), "validation_losses": losses}
 
     def _take_up(self, saved: Saved) -> None:
-        """What became of a save, for the people who watch."""
-        diary = self.attempt.diary
-        if saved.failure:
-            self._note(f"muybridge: {saved.failure}; training goes on")
-            if diary is not None:
-                diary.save_failed(saved.step, blocking_seconds=saved.blocking_seconds, cause=saved.failure)
-            return
-        self._log(
-            {
-                "checkpoint_blocking_seconds": saved.blocking_seconds,
-                "checkpoint_seconds": saved.total_seconds,
-                "checkpoint_bytes": float(saved.nbytes),
-            },
-            step=saved.step,
-        )
-        if diary is not None:
-            diary.commit(
-                saved.step,
-                blocking_seconds=saved.blocking_seconds,
-                total_seconds=saved.total_seconds,
-                nbytes=saved.nbytes,
-            )
+        if self.tracker is not None and self.attempt.diary is not None:
+            tell_of_save(saved, self.tracker, self.attempt.diary)
 
     def _restore(self, folder: Path) -> bool:
         """Take up everything that a checkpoint holds; whether the data are others by now. Collective. Raises ValueError."""
         facts = load_checkpoint(folder, engine=self.engine, ema=self.ema)
         data_changed = self.feed.resume(folder, facts)
         self.step = facts["step"]
-        self.window = MetricsWindow()
+        self.window = MetricsWindow(self.task.device)
         self.window.restore(facts["metrics_window"])
         self.guard.restore(facts["guard"])
         return data_changed
 
-    def _roll_back(self, verdict: Verdict) -> None:
-        """Go back to the newest checkpoint, and on with the samples behind those of the step that stood out. Collective."""
-        from_step, skipped, roll_backs = self.step, self.feed.skipped_steps, self.guard.roll_backs
+    def _roll_back(self, verdict: Verdict) -> bool:
+        """Go back to the newest checkpoint, if any, and on behind the samples of the step that stood out. Collective."""
+        from_step, skipped = self.step, self.feed.skipped_steps
         with self.watchdog.phase(Phase.save, from_step):
             self.saver.finish()
             folder = choose_checkpoint(self.checkpoints)
             if folder is None:
-                raise Diverged(f"{verdict.text}, but there is none yet")
+                self._note(f"muybridge: {verdict.text}; as there is none yet, the step is left out instead")
+                return False
+            self._note(f"muybridge: {verdict.text}")
             self._restore(folder)
             set_aside_newer(self.checkpoints, folder)
-        self.guard.roll_backs = roll_backs + 1
+        self.saver.saved_step = self.step
+        self.guard.roll_backs += 1
         self.feed.skipped_steps = skipped + from_step + 1 - self.step
         self.feed.start(self.step)
         self.window.begin()
@@ -282,6 +276,7 @@ class Trainer:
         if self.attempt.diary is not None:
             self.attempt.diary.roll_back(from_step=from_step, to_step=self.step, cause=verdict.text)
         self._note(f"muybridge: back at step {self.step}; the samples up to step {from_step} are left out")
+        return True
 
     def _validates_here(self) -> bool:
         every = self.config.validation.every_steps
@@ -310,6 +305,8 @@ class Trainer:
                     folder = self.run_dir / "validation" / f"step-{self.step:08d}"
                     videos = sample_videos(self.engine, self.task, self.config, folder, may_stop=self._may_stop)
         except StopAgreed:
+            if self.step == self.config.steps:
+                self._note("muybridge: the last validation was cut short by the request to stop, and is left out")
             return False
         seconds = time.perf_counter() - began
         self.window.leave_out(seconds)
@@ -350,9 +347,9 @@ class Trainer:
         if self.tracker is not None:
             self.tracker.note(text)
 
-    def _log(self, row: dict[str, float], *, step: int | None = None) -> None:
+    def _log(self, row: dict[str, float]) -> None:
         if self.tracker is not None:
-            self.tracker.log(self.step if step is None else step, row)
+            self.tracker.log(self.step, row)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -46,6 +46,7 @@ class Phase(Enum):
     agreement = "the wait for the others' data"  # it has its own
     step = "the step"
     export = "the export"
+    end = "the end of the run"  # uploads, and the deletion of old checkpoints
 
     @property
     def order(self) -> int:
@@ -60,6 +61,7 @@ _SETTINGS = {
     Phase.save: "save_seconds",
     Phase.validation: "validation_seconds",
     Phase.export: "save_seconds",
+    Phase.end: "save_seconds",
 }
 
 
@@ -73,7 +75,7 @@ class WatchdogConfig:
     data_seconds: float = 600.0
     # One optimizer step.
     step_seconds: float = 900.0
-    # Writing a checkpoint, or the model at the end.
+    # Writing a checkpoint, or the model at the end; what is left to do after that.
     save_seconds: float = 1800.0
     # One batch of a validation, or one step of the sampler that makes its videos.
     validation_seconds: float = 1800.0

@@ -44,6 +44,20 @@ def test_samples_are_counted_and_not_tries() -> None:
     assert ledger.take_replaced() == 0
 
 
+def test_what_an_unfinished_step_has_entered_can_be_taken_back() -> None:
+    ledger = Ledger()
+    ledger.add([bad(1)])
+    ledger.take_replaced()
+    before = ledger.clips()
+    ledger.add([bad(1, step=1, passes=(1,)), bad(2, step=1)])
+    ledger.add([bad(2, step=1, passes=(1,))])
+    ledger.forget_unfinished()
+    assert ledger.clips() == before
+    assert ledger.take_replaced() == 0
+    ledger.forget_unfinished()
+    assert ledger.clips() == before
+
+
 def test_a_long_run_of_replaced_samples_is_noticed_and_ends_with_a_good_one() -> None:
     ledger = Ledger()
     for number in range(MAX_IN_A_ROW):

@@ -1,5 +1,6 @@
 import signal
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,21 +30,33 @@ def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def agreed(request: Requests) -> bool:
-    return request.agree(replaced_samples=0, is_unreadable=False, is_written=True).stop
+    return request.agree(replaced_samples=0, is_unreadable=False, is_written=True, is_lost=False).stop
 
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_asks_for_a_stop(tmp_path: Path, number: signal.Signals) -> None:
-    request = Requests(tmp_path)
+    request = Requests(tmp_path, timeout_seconds=60)
     assert not agreed(request)
     signal.raise_signal(number)
     assert agreed(request)
 
 
 @pytest.mark.usefixtures("handlers")
+def test_what_ranks_wait_for_is_not_cut_short_by_the_time_limit_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[timedelta] = []
+    monkeypatch.setattr(preemption.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(preemption.dist, "new_group", lambda backend, timeout: limits.append(timeout))
+    Requests(tmp_path, timeout_seconds=7200)
+    preemption.gather_over_gloo(7200)
+    assert limits == [timedelta(hours=2)] * 2
+
+
+@pytest.mark.usefixtures("handlers")
 def test_a_stop_file_asks_until_it_is_cleared(tmp_path: Path) -> None:
-    request = Requests(tmp_path)
+    request = Requests(tmp_path, timeout_seconds=60)
     (tmp_path / "STOP").touch()
     assert agreed(request)
     request.clear()
@@ -57,7 +70,7 @@ def test_copies_of_a_signal_are_one_request_and_a_later_one_ends_the_process(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(preemption, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    request = Requests(tmp_path)
+    request = Requests(tmp_path, timeout_seconds=60)
     deadly: list[Any] = []
     fake: Callable[[int, Any], None] = lambda number, handler: deadly.append((number, handler))  # noqa: E731
     for seconds in (0.0, 0.1, ONE_REQUEST_SECONDS - 0.1):
@@ -78,7 +91,7 @@ def test_copies_of_a_signal_are_one_request_and_a_later_one_ends_the_process(
 
 @pytest.mark.usefixtures("handlers")
 def test_a_wait_ends_when_everything_is_there_or_a_stop_is_asked_for(tmp_path: Path) -> None:
-    requests = Requests(tmp_path)
+    requests = Requests(tmp_path, timeout_seconds=60)
     assert not requests.all_ready(is_ready=False)
     assert requests.all_ready(is_ready=True)
     requests.check()
@@ -92,9 +105,11 @@ def test_a_wait_ends_when_everything_is_there_or_a_stop_is_asked_for(tmp_path: P
 
 @pytest.mark.usefixtures("handlers")
 def test_a_save_file_asks_for_one_checkpoint(tmp_path: Path) -> None:
-    requests = Requests(tmp_path)
+    requests = Requests(tmp_path, timeout_seconds=60)
     (tmp_path / "SAVE").touch()
-    answers = [requests.agree(replaced_samples=0, is_unreadable=False, is_written=True) for _ in range(2)]
+    answers = [
+        requests.agree(replaced_samples=0, is_unreadable=False, is_written=True, is_lost=False) for _ in range(2)
+    ]
     assert [answer.save for answer in answers] == [True, False]
     assert not any(answer.stop for answer in answers)
 
@@ -106,5 +121,5 @@ def test_a_signal_during_set_up_ends_it(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGTERM)
     for number in SIGNALS:
         signal.raise_signal(number)  # copies of the first one, while the attempt ends
-    Requests(tmp_path)
+    Requests(tmp_path, timeout_seconds=60)
     signal.raise_signal(signal.SIGTERM)  # from here on it asks

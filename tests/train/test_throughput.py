@@ -32,12 +32,13 @@ class FakeGroup:
 
 
 RESULT = StepResult(grad_norm=2.0, applied=True)
+CPU = torch.device("cpu")
 
 
 def test_a_row_is_the_mean_over_all_samples_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     # The other rank had losses 1 and 2 and terms 5 and 5.
     monkeypatch.setattr(throughput, "dist", FakeGroup([torch.tensor([3.0, 10.0, 2.0])]).as_dist())
-    window = MetricsWindow()
+    window = MetricsWindow(CPU)
     # A ghost counts for nothing.
     window.add(torch.tensor([4.0, 5.0, 9.0]), {"kl": torch.tensor([1.0, 1.0, 7.0])}, torch.tensor([1.0, 1.0, 0.0]))
     window.end_step(samples=4, applied=True)
@@ -51,7 +52,7 @@ def test_a_window_taken_up_from_a_checkpoint_gives_the_same_row(monkeypatch: pyt
     monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(3, generator=generator) for _ in range(7)]
-    whole, first, second = (MetricsWindow() for _ in range(3))
+    whole, first, second = (MetricsWindow(CPU) for _ in range(3))
     for number, batch in enumerate(batches):
         for window in (whole, first if number < 4 else second):
             if number == 4 and window is second:
@@ -67,7 +68,7 @@ def test_a_window_taken_up_from_a_checkpoint_gives_the_same_row(monkeypatch: pyt
 def test_the_sums_of_more_ranks_all_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     saved = [{"sums": {"loss": float(rank)}, "samples": 2, "skipped": 1} for rank in (1, 2, 3)]
     monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
-    window = MetricsWindow()
+    window = MetricsWindow(CPU)
     window.restore(saved)
     window.add(torch.tensor([4.0, 0.0]), {}, torch.ones(2))
     window.end_step(samples=1, applied=True)
@@ -79,16 +80,27 @@ def test_the_sums_of_fewer_ranks_are_taken_up_once(monkeypatch: pytest.MonkeyPat
     sums = []
     for rank in range(2):
         monkeypatch.setattr(throughput, "dist", FakeGroup([None]).as_dist(rank))
-        window = MetricsWindow()
+        window = MetricsWindow(CPU)
         window.restore(saved)
         sums.append(window.state()[0])
     assert [entry["samples"] for entry in sums] == [2, 0]
-    assert [entry["sums"] for entry in sums] == [{"loss": 6.0}, {}]
+    assert [entry["sums"] for entry in sums] == [{"loss": 6.0}, {"loss": 0.0}]
+
+
+def test_all_ranks_add_up_a_row_whose_steps_since_a_resume_were_all_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = [{"sums": {"loss": 6.0}, "samples": 2, "skipped": 1}]
+    for rank, of_the_other in enumerate(([0.0, 0.0], [6.0, 2.0])):
+        monkeypatch.setattr(throughput, "dist", FakeGroup([torch.tensor(of_the_other)]).as_dist(rank))
+        window = MetricsWindow(CPU)
+        window.restore(saved)
+        window.add(torch.tensor([float("nan")]), {}, torch.ones(1))
+        window.end_step(samples=1, applied=False)
+        assert window.close(StepResult(grad_norm=2.0, applied=False), lr=0.1)["loss"] == 3.0
 
 
 def test_a_row_closes_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
-    window = MetricsWindow()
+    window = MetricsWindow(CPU)
     for loss in (1.0, 7.0):
         window.add(torch.tensor([loss]), {}, torch.ones(1))
         window.end_step(samples=1, applied=True)
