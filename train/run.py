@@ -1,9 +1,11 @@
 """One training run from its settings to the exit of the process: what went wrong, in words and as an exit code."""
 
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,6 +50,7 @@ class Outcome:
 def train(config: TrainConfig) -> NoReturn:
     """Run or resume training and end the process with the run's exit code."""
     leave_on_signal()
+    allow_open_files()
     _print_what_can_be_printed()
     attempt: OneAttempt | None = None
     device = torch.device("cpu")
@@ -68,6 +71,13 @@ def train(config: TrainConfig) -> NoReturn:
         excuses = {"on_request": outcome.on_request, "failed_probe": outcome.failed_probe}
         attempt.end(outcome.code, outcome.text, **excuses)
     exit_process(outcome.code, alone=bool(outcome.text))
+
+
+def allow_open_files() -> None:
+    """Let this process have as many files and connections as the system allows: every rank is connected with every other one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # where "without a limit" is more than the system has
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _print_what_can_be_printed() -> None:
