@@ -122,6 +122,8 @@ def _storage_faults(run_dir: Path) -> list[list[str]]:
 
 
 def _make_folder(run_dir: Path) -> Path:
+    for left in run_dir.glob(".probe-*-*"):  # of a start that was killed; nobody else is at work here
+        shutil.rmtree(left, ignore_errors=True)
     folder = run_dir / f".probe-{os.getpid()}-{os.urandom(4).hex()}"
     folder.mkdir(parents=True)
     return folder

@@ -21,6 +21,10 @@ WORLD = 3
 
 
 def is_sound(rank: int, folder: Path) -> None:
+    if rank == 0:
+        left_behind = folder / "run" / ".probe-1-01234567"
+        left_behind.mkdir(parents=True)
+        (left_behind / "0").touch()
     probe(CPU, folder / "run")
     began = time.monotonic()
     probe(CPU, folder / "run")
