@@ -1,6 +1,7 @@
 """`muybridge report`: what became of a run, over all of its attempts: what was lost, what the time went into, and a picture."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class ReportConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Print and write the report; returns the exit code. Raises ValueError for a folder that is no run's."""
+    """Print and write the report; returns the exit code. Raises ValueError for a folder that is no run's or cannot be written."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -60,9 +61,13 @@ def main(argv: list[str]) -> int:
     out = Path(config.out) if config.out else run_dir / "report"
     times = read_run_times(run_dir)
     facts = report_facts(run_dir, times)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / REPORT_NAME).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    report_picture(run_dir.resolve().name, times, out / PICTURE_NAME)
+    text = json.dumps(_without_nan(facts), indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+        report_picture(run_dir.resolve().name, times, out / PICTURE_NAME)
+    except OSError as error:
+        raise ValueError(f"out={out} cannot be written ({error.strerror or error}); give another out=FOLDER") from error
     print_report(times, facts, console)
     say(f"Wrote {out / REPORT_NAME} and {PICTURE_NAME} beside it.")
     say(f"Next: look at {out / PICTURE_NAME}")
@@ -90,6 +95,15 @@ def report_facts(run_dir: Path, times: RunTimes) -> dict[str, Any]:
         "seconds": {spent.name: round(seconds, 3) for spent, seconds in times.seconds.items()},
         "effective_share": times.effective_share,
     }
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _attempt_facts(current: AttemptTimes) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Where the time of a run went, by its diary and its rows of metrics: spans of time that do not overlap, and their sums."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,13 @@ def read_run_times(run_dir: Path) -> RunTimes:
     kept = {_identity(row) for row in rows}
     dropped = [row for row in read_json_lines(run_dir / DROPPED_NAME) if _identity(row) not in kept]
     everything = [*rows, *dropped]
-    start_steps = _start_steps(attempts)
-    times = [_times_of(attempt, everything, step) for attempt, step in zip(attempts, start_steps, strict=True)]
+    times: list[AttemptTimes] = []
+    for attempt, step in zip(attempts, _start_steps(attempts), strict=True):
+        found = _times_of(attempt, everything, step)
+        if times and found.begin < times[-1].end:  # another machine's clock, or one that was set back
+            late = times[-1].end - found.begin
+            found = _times_of(_later(attempt, late), [_row_later(row, late) for row in found.rows], step)
+        times.append(found)
     lost_steps = _mark_lost(times)
     spans = _spans(times)
     return RunTimes(times, spans, _sums(times, spans), lost_steps, rows, dropped)
@@ -89,6 +94,22 @@ def read_run_times(run_dir: Path) -> RunTimes:
 
 def _identity(row: Row) -> tuple[Any, ...]:
     return row.get("attempt"), row.get("step"), row.get("unix_seconds")
+
+
+def _later(attempt: Attempt, seconds: float) -> Attempt:
+    return replace(
+        attempt,
+        start=_row_later(attempt.start, seconds),
+        begin=attempt.begin and _row_later(attempt.begin, seconds),
+        commits=[_row_later(row, seconds) for row in attempt.commits],
+        failed_saves=[_row_later(row, seconds) for row in attempt.failed_saves],
+        roll_backs=[_row_later(row, seconds) for row in attempt.roll_backs],
+        end=attempt.end and _row_later(attempt.end, seconds),
+    )
+
+
+def _row_later(row: Row, seconds: float) -> Row:
+    return {**row, "unix_seconds": row["unix_seconds"] + seconds}
 
 
 def _start_steps(attempts: Sequence[Attempt]) -> list[int]:

@@ -192,6 +192,33 @@ def test_the_command_prints_and_writes_what_a_run_that_goes_on_is_like(
     assert picture.size == (1400, 1120)
 
 
+def test_a_clock_that_went_back_between_attempts_makes_no_time_negative(story: RunStory) -> None:
+    story.start(set_up=50)
+    story.train(100)
+    story.save(blocking=2)
+    story.pass_time(-120)
+    story.start(100, set_up=30)
+    story.train(150)
+    story.save(blocking=2)
+    story.end(0, "done")
+    assert seconds_of(story) == {"set_up": 80, "training": 120, "data": 30, "saving": 4}
+    assert read_run_times(story.run_dir).wall_seconds == pytest.approx(234)
+
+
+def test_a_loss_that_is_no_number_is_null(story: RunStory) -> None:
+    story.start()
+    story.train(10, loss_factor=float("nan"))
+    assert cli.main(["report", f"run={story.run_dir}"]) == 0
+    assert '"last_loss": null' in (story.run_dir / "report" / "report.json").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_named(story: RunStory, capsys: pytest.CaptureFixture[str]) -> None:
+    story.start()
+    (story.run_dir / "report").touch()
+    assert cli.main(["report", f"run={story.run_dir}"]) == 64
+    assert f"out={story.run_dir / 'report'} cannot be written" in capsys.readouterr().err
+
+
 def test_a_run_that_has_only_begun_has_a_report(story: RunStory, capsys: pytest.CaptureFixture[str]) -> None:
     story.start()
     assert cli.main(["report", f"run={story.run_dir}"]) == 0
