@@ -295,11 +295,7 @@ class Trainer:
             with self.watchdog.phase(Phase.validation, self.step), self.ema.swapped_in():
                 if self.validation_loader is not None:
                     row = validation_losses(
-                        self.engine,
-                        self.task,
-                        self.validation_loader,
-                        clips=config.clips,
-                        may_stop=self._may_stop,
+                        self.engine, self.task, self.validation_loader, clips=config.clips, may_stop=self._may_stop
                     )
                 if self.config.task is TaskKind.text_to_video and config.prompts:
                     folder = self.run_dir / "validation" / f"step-{self.step:08d}"
@@ -334,8 +330,7 @@ class Trainer:
         )
         delete_leftovers(self.checkpoints)
         nbytes = checkpointer.expected_bytes()
-        saves = self.step < self.config.steps
-        if fault := on_rank_0(lambda: space_fault(self.checkpoints, nbytes) if saves else ""):
+        if fault := on_rank_0(lambda: space_fault(self.checkpoints, nbytes) if self.step < self.config.steps else ""):
             checkpointer.close()
             # Where a run had room for checkpoints before, it may have it again.
             raise CheckpointsFail(fault) if resume_from is not None else ValueError(fault)

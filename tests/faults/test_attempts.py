@@ -40,11 +40,25 @@ def test_an_attempt_that_was_taken_for_dead_commits_nothing_more(
     stolen = after_step(4, "write", path=str(lock), text='{"attempt": "another"}')
     outcome = server.run(Attempt([*settings, "checkpoint.in_background=false"], faults={0: [stolen]}))
     assert_ended(outcome, [75, 75])
-    assert "another attempt at this run has taken over" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert "taken over by another attempt" in outcome.output
     assert checkpoint_names(run_dir) == ["step-00000002"]
+    assert read_rows(run_dir)[-1]["step"] <= 5, "it must not train on"
     assert json.loads(lock.read_text()) == {"attempt": "another"}
     lock.unlink()
     finish(server, settings, reference(2))
+
+
+@pytest.mark.faults
+def test_an_attempt_that_was_taken_for_dead_ends_before_its_next_checkpoint_is_due(
+    server: ForkServer, settings: list[str], run_dir: Path
+) -> None:
+    stolen = after_step(4, "write", path=str(run_dir / "lock.json"), text='{"attempt": "another"}')
+    own = ["steps=100000", "checkpoint.every_steps=0"]
+    outcome = server.run(Attempt([*settings, *own], faults={0: [stolen]}))
+    assert_ended(outcome, [75, 75])
+    assert "taken over by another attempt" in outcome.output
+    assert max(rank.seconds_after_fault or 0 for rank in outcome.ranks) < 30
 
 
 def test_attempts_that_get_nowhere_are_not_repeated_for_ever(

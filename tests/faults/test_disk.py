@@ -92,9 +92,23 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_training_goes_on(
     assert "step-00000004" in line
     assert f"rank {next(iter(faults))}" in line
     assert words in line
-    assert line.endswith("training goes on")
     assert checkpoint_names(run_dir) == ["step-00000002", "step-00000006"]
     assert leftovers(run_dir) == []
+    assert read_rows(run_dir) == reference(2).rows
+
+
+@pytest.mark.faults
+def test_a_full_disk_under_sample_videos_costs_these_only(
+    server: ForkServer, settings: list[str], reference: Reference, run_dir: Path
+) -> None:
+    own = ["validation.every_steps=3", "validation.prompts=[a red circle,a blue square]", "sampler.steps=2"]
+    full = {"at": "call muybridge.train.generate:write_mp4", "do": "fail", "with": {"number": "ENOSPC"}}
+    outcome = server.run(Attempt([*settings, *own], faults={1: [full]}))
+    assert_ended(outcome, [0, 0])
+    assert "not all sample videos were written: [Errno 28] No space left on device" in outcome.output
+    assert sorted(path.parent.name + path.name[:4] for path in run_dir.rglob("validation/*/*.mp4")) == [
+        *("step-000000030000", "step-000000060000", "step-000000060001")
+    ]
     assert read_rows(run_dir) == reference(2).rows
 
 

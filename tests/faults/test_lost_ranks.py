@@ -84,6 +84,13 @@ def test_a_rank_that_hangs_in_a_step_is_named(
 
 
 @pytest.mark.faults
+def test_what_follows_the_last_step_may_take_longer_than_a_step(server: ForkServer, settings: list[str]) -> None:
+    own = ["watchdog.step_seconds=5", "watchdog.data_seconds=5"]
+    upload = {"at": "call muybridge.train.tracking:Tracker.close", "do": "sleep", "with": {"seconds": 9}}
+    assert_ended(server.run(Attempt([*settings, *own], faults={0: [upload]})), [0, 0])
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("limit", "words", "own", "fault"),
     [

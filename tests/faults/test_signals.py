@@ -74,6 +74,27 @@ def test_a_signal_is_heard_during_a_validation(
 
 
 @pytest.mark.faults
+def test_a_stop_in_the_last_validation_leaves_that_out_and_no_stop_file(
+    server: ForkServer, settings: list[str], run_dir: Path
+) -> None:
+    own = ["validation.every_steps=6", "validation.prompts=[a red circle,a blue square]", "sampler.steps=50"]
+    stop = {"at": "call muybridge.train.trainer:Trainer._validate", "do": "touch"}
+    outcome = server.run(Attempt([*settings, *own], faults={0: [stop | {"with": {"path": str(run_dir / "STOP")}}]}))
+    assert_ended(outcome, [0, 0])
+    assert "the last validation was cut short" in outcome.output
+    assert not (run_dir / "STOP").exists()
+
+
+@pytest.mark.faults
+def test_a_signal_late_in_set_up_closes_what_was_opened(server: ForkServer, settings: list[str]) -> None:
+    late = {"at": "call muybridge.train.trainer:write_provenance", "do": "send", "with": {"name": "SIGTERM"}}
+    closed = {"at": "call muybridge.train.tracking:Tracker.close", "do": "nothing"}
+    stopped = server.run(Attempt(settings, faults={0: [late, closed]}))
+    assert_ended(stopped, [75, 75])
+    assert closed["at"] in [fault["at"] for fault in stopped.faults]
+
+
+@pytest.mark.faults
 def test_a_signal_during_a_save_lets_it_finish(
     server: ForkServer, settings: list[str], reference: Reference, run_dir: Path
 ) -> None:
