@@ -139,7 +139,7 @@ def test_a_validation_that_gets_on_has_its_limit_anew() -> None:
         requests=SimpleNamespace(check=lambda: done.append("asked")),
         watchdog=SimpleNamespace(enter=lambda *position: done.append(position)),
     )
-    Trainer._may_stop(trainer)  # type: ignore[arg-type]
+    Trainer._may_stop(trainer)
     assert done == ["asked", (Phase.validation, 7)]
 
 
