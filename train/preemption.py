@@ -58,6 +58,7 @@ def gather_over_gloo(timeout_seconds: float) -> Callable[[list[int]], list[list[
 
 
 def _gloo_group(timeout_seconds: float) -> dist.ProcessGroup | None:
+    # One for each use: data are agreed on in a thread beside the loop's, and a group takes one collective after the other.
     # A new group has torch's 30 minutes and not those of the first one: a rank that waits here must outlast the watchdog.
     return (
         dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
