@@ -5,6 +5,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,13 +33,13 @@ def test_rows_are_written_without_secrets_and_stay_json(tmp_path: Path, monkeypa
 
 def test_threads_may_write_at_the_same_time(tmp_path: Path) -> None:
     rows = JsonLines(tmp_path / "rows.jsonl")
-    write = rows._write
+    file = rows._file
 
-    def slow_write() -> None:
+    def slow_write(data: bytes) -> int:
         time.sleep(0.001)
-        write()
+        return file.write(data)
 
-    rows._write = slow_write  # type: ignore[method-assign]
+    rows._file = SimpleNamespace(write=slow_write)  # type: ignore[assignment]
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda number: rows.append({"number": number}), range(40))) == {""}
     assert sorted(row["number"] for row in read_json_lines(tmp_path / "rows.jsonl")) == list(range(40))
