@@ -98,6 +98,14 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_training_goes_on(
 
 
 @pytest.mark.faults
+def test_a_disk_that_refuses_the_diary_is_an_error_on_all_ranks(server: ForkServer, settings: list[str]) -> None:
+    full = {"at": "call muybridge.train.one_attempt:Attempts", "do": "fail", "with": {"number": "ENOSPC"}}
+    outcome = server.run(Attempt(settings, faults={0: [full]}))
+    assert_ended(outcome, [1, 1])
+    assert all("No space left on device" in rank.output for rank in outcome.ranks)
+
+
+@pytest.mark.faults
 def test_a_full_disk_under_sample_videos_costs_these_only(
     server: ForkServer, settings: list[str], reference: Reference, run_dir: Path
 ) -> None:
