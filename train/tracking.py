@@ -85,9 +85,10 @@ class Tracker:
         _package_logger().setLevel(logging.INFO)
 
     def log(self, step: int, row: dict[str, float]) -> None:
-        """Record a row of metrics after `step` steps."""
+        """Record a row of metrics after `step` steps. The file leaves out what is not finite: JSON has no word for it."""
         stamp = {"step": step, "attempt": self._attempt}
-        failure = self._rows.append({**stamp, "unix_seconds": round(time.time(), 3), **row})
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}
+        failure = self._rows.append({**stamp, "unix_seconds": round(time.time(), 3), **finite})
         if failure and not self._failure:
             self.note(f"muybridge: {failure}; training goes on, and the rows are written when they can be")
         self._failure = failure

@@ -46,6 +46,16 @@ def test_rows_after_the_checkpoint_and_a_cut_row_are_forgotten_on_resume(tmp_pat
     assert [(row["step"], row.get("loss")) for row in rows] == [(10, 0.5), (20, 0.5), (20, None), (30, 0.75)]
 
 
+def test_every_row_is_json(tmp_path: Path) -> None:
+    tracker = make_tracker(tmp_path)
+    tracker.log(10, {**ROW, "grad_norm": float("inf"), "validation_loss": float("nan")})
+    tracker.close()
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
+    (row,) = read_rows(tmp_path)
+    assert row["loss"] == 0.5
+    assert not {"grad_norm", "validation_loss"} & row.keys()
+
+
 def test_rows_say_whose_they_are_and_dropped_ones_are_kept_apart(tmp_path: Path) -> None:
     before = time.time() - 0.001
     tracker = make_tracker(tmp_path)
