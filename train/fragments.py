@@ -51,8 +51,8 @@ def read_run_state(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((folder / "run.json").read_text())
     if facts["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{folder}/run.json format_version={facts['format_version']} must be {FORMAT_VERSION}: another version of muybridge wrote "
-            "it (go on with that one, or begin a run in another run_dir)"
+            f"{folder}/run.json format_version={facts['format_version']} must be {FORMAT_VERSION}: another version of muybridge "
+            "wrote it (go on with that one, or begin a run in another run_dir)"
         )
     return facts
 
