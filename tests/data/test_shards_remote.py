@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
-import tarfile
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +25,7 @@ from muybridge.data.storage import (
     find_shards,
     read_range,
 )
+from muybridge.tests.data.web_server import serving, tar_of
 
 
 class FileServer(ThreadingHTTPServer):
@@ -91,24 +89,9 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(storage, "_FIRST_WAIT_SECONDS", 0.001)
-    with FileServer() as found:
-        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
-        thread.start()
+    found = FileServer()
+    with serving(found, monkeypatch):
         yield found
-        found.shutdown()
-        thread.join()
-
-
-def tar_of(members: dict[str, bytes]) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return file.getvalue()
 
 
 def test_ranges_and_facts_over_http(server: FileServer) -> None:

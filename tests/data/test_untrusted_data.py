@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import tarfile
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +19,7 @@ from muybridge.data.mp4 import write_mp4
 from muybridge.data.storage import file_facts, find_shards, open_stream, read_range
 from muybridge.data.stream_samples import StreamSample, read_shard
 from muybridge.tests.data.video_files import encode, plain
+from muybridge.tests.data.web_server import serving, tar_of
 
 KEYS = ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "HF_TOKEN")
 
@@ -61,24 +60,9 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(storage, "_FIRST_WAIT_SECONDS", 0.001)
-    with Server() as found:
-        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
-        thread.start()
+    found = Server()
+    with serving(found, monkeypatch):
         yield found
-        found.shutdown()
-        thread.join()
-
-
-def tar_of(members: dict[str, bytes]) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return file.getvalue()
 
 
 def playlists(clip: Path, url: str) -> dict[str, str]:
