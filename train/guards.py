@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from ..data.batch import VideoBatch
 from .level_losses import LevelLosses, LevelSums, StepLosses
+from .ranks import from_all_ranks
 from .spike_history import MIN_HISTORY, SpikeHistory, Standing
 
 # A spike is also at least that many times as large as usual: with large batches the spread is a few percent, and a step may stand
@@ -245,9 +245,7 @@ class StepGuard:
     def _name_samples(self) -> str:
         """The samples whose losses are not finite, over all ranks. Collective."""
         own = [text for losses, batch in self._micro_batches for text in not_finite_samples(losses, batch)]
-        everyone: list[list[str]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-        named = [text for texts in everyone for text in texts]
+        named = [text for texts in from_all_ranks(own) for text in texts]
         if not named:
             return "the losses of all samples are"
         more = f" and {len(named) - _NAMED_SAMPLES} more" if len(named) > _NAMED_SAMPLES else ""

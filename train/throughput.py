@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .engine import StepResult
+from .ranks import from_all_ranks
 
 
 class MetricsWindow:
@@ -97,9 +98,7 @@ class MetricsWindow:
             "samples": float(self._samples),
             "skipped": self._skipped,
         }
-        everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-        return everyone
+        return from_all_ranks(own)
 
     def restore(self, everyone: list[dict[str, Any]]) -> None:
         """Take up the sums of a checkpoint: one's own, or those of all ranks on rank 0 if there were more or fewer."""

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from muybridge.train import throughput
+from muybridge.train import ranks, throughput
 from muybridge.train.engine import StepResult
 from muybridge.train.throughput import MetricsWindow
 
@@ -31,13 +31,18 @@ class FakeGroup:
         )
 
 
+def install(monkeypatch: pytest.MonkeyPatch, group: SimpleNamespace) -> None:
+    for module in (throughput, ranks):
+        monkeypatch.setattr(module, "dist", group)
+
+
 RESULT = StepResult(grad_norm=2.0, applied=True)
 CPU = torch.device("cpu")
 
 
 def test_a_row_is_the_mean_over_all_samples_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     # The other rank had losses 1 and 2 and terms 5 and 5.
-    monkeypatch.setattr(throughput, "dist", FakeGroup([torch.tensor([3.0, 10.0, 2.0])]).as_dist())
+    install(monkeypatch, FakeGroup([torch.tensor([3.0, 10.0, 2.0])]).as_dist())
     window = MetricsWindow(CPU)
     # A ghost counts for nothing.
     window.add(torch.tensor([4.0, 5.0, 9.0]), {"kl": torch.tensor([1.0, 1.0, 7.0])}, torch.tensor([1.0, 1.0, 0.0]))
@@ -49,7 +54,7 @@ def test_a_row_is_the_mean_over_all_samples_of_all_ranks(monkeypatch: pytest.Mon
 
 
 def test_a_window_taken_up_from_a_checkpoint_gives_the_same_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
+    install(monkeypatch, FakeGroup([]).as_dist())
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(3, generator=generator) for _ in range(7)]
     whole, first, second = (MetricsWindow(CPU) for _ in range(3))
@@ -67,7 +72,7 @@ def test_a_window_taken_up_from_a_checkpoint_gives_the_same_row(monkeypatch: pyt
 
 def test_the_sums_of_more_ranks_all_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     saved = [{"sums": {"loss": float(rank)}, "samples": 2, "skipped": 1} for rank in (1, 2, 3)]
-    monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
+    install(monkeypatch, FakeGroup([]).as_dist())
     window = MetricsWindow(CPU)
     window.restore(saved)
     window.add(torch.tensor([4.0, 0.0]), {}, torch.ones(2))
@@ -79,7 +84,7 @@ def test_the_sums_of_fewer_ranks_are_taken_up_once(monkeypatch: pytest.MonkeyPat
     saved = [{"sums": {"loss": 6.0}, "samples": 2, "skipped": 1}]
     sums = []
     for rank in range(2):
-        monkeypatch.setattr(throughput, "dist", FakeGroup([None]).as_dist(rank))
+        install(monkeypatch, FakeGroup([None]).as_dist(rank))
         window = MetricsWindow(CPU)
         window.restore(saved)
         sums.append(window.state()[0])
@@ -90,7 +95,7 @@ def test_the_sums_of_fewer_ranks_are_taken_up_once(monkeypatch: pytest.MonkeyPat
 def test_all_ranks_add_up_a_row_whose_steps_since_a_resume_were_all_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     saved = [{"sums": {"loss": 6.0}, "samples": 2, "skipped": 1}]
     for rank, of_the_other in enumerate(([0.0, 0.0], [6.0, 2.0])):
-        monkeypatch.setattr(throughput, "dist", FakeGroup([torch.tensor(of_the_other)]).as_dist(rank))
+        install(monkeypatch, FakeGroup([torch.tensor(of_the_other)]).as_dist(rank))
         window = MetricsWindow(CPU)
         window.restore(saved)
         window.add(torch.tensor([float("nan")]), {}, torch.ones(1))
@@ -99,7 +104,7 @@ def test_all_ranks_add_up_a_row_whose_steps_since_a_resume_were_all_left_out(mon
 
 
 def test_a_row_closes_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "dist", FakeGroup([]).as_dist())
+    install(monkeypatch, FakeGroup([]).as_dist())
     window = MetricsWindow(CPU)
     for loss in (1.0, 7.0):
         window.add(torch.tensor([loss]), {}, torch.ones(1))
