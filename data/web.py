@@ -68,14 +68,8 @@ class _HttpConnection(HTTPConnection):
         _check_peer(self, self._request)
 
 
-class _HttpsConnection(HTTPSConnection):
-    def __init__(self, *arguments: Any, request: urllib.request.Request, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._request = request
-
-    def connect(self) -> None:
-        super().connect()
-        _check_peer(self, self._request)
+class _HttpsConnection(_HttpConnection, HTTPSConnection):
+    """Checked once the connection is encrypted, before anything is asked."""
 
 
 def _check_peer(connection: HTTPConnection, request: urllib.request.Request) -> None:
