@@ -79,7 +79,8 @@ class PromptCache:
         try:
             with safe_open(self._path(text), framework="pt") as file:
                 features, header = file.get_tensor("features"), file.metadata()
-        except (OSError, SafetensorError):
+        # RuntimeError: safetensors has torch open the file once more by its name, and it may be gone by then.
+        except (OSError, RuntimeError, SafetensorError):
             return None
         is_sound = (
             features.dtype == self._dtype

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,6 +227,27 @@ def test_two_processes_may_write_the_same_prompts(encoder_folder: Path, tmp_path
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".safetensors"] * 5
+
+
+def test_a_file_that_goes_while_it_is_opened_is_a_missing_one(
+    encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    first = Cache(folder, encoder_folder)
+    features = first.encode(PROMPTS)
+    map_file, gone = torch.UntypedStorage.from_file, []
+
+    def removed_before_it_is_mapped(path: str, *args: Any, **kwargs: Any) -> torch.UntypedStorage:
+        if Path(path).parent == folder:
+            gone.append(path)
+            Path(path).unlink()
+        return map_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", removed_before_it_is_mapped)
+    second = Cache(folder, encoder_folder)
+    assert torch.equal(second.encode(PROMPTS), features)
+    assert len(gone) == len(PROMPTS)
+    assert second.builds == 1
 
 
 def test_the_folder_is_that_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
