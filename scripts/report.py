@@ -16,8 +16,8 @@ from ..train.checkpoint import LEDGER_NAME
 from ..train.checkpoint_folder import committed_checkpoints
 from ..train.compose import compose_config
 from .dataset_commands import console, say
-from .report_plot import duration, report_picture
-from .report_times import AttemptTimes, RunTimes, read_run_times
+from .report_plot import report_picture
+from .report_times import AttemptTimes, RunTimes, duration, read_run_times
 
 REPORT_NAME, PICTURE_NAME = "report.json", "report.png"
 SHOWN_ATTEMPTS = 20

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .pictures import metric_column, smoothed
-from .report_times import Row, RunTimes, Spent
+from .report_times import Row, RunTimes, Spent, duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,16 +51,6 @@ def report_picture(run_name: str, times: RunTimes, path: Path) -> None:
         fontsize=12,
     )
     FigureCanvasAgg(figure).print_png(str(path))
-
-
-def duration(seconds: float) -> str:
-    """Time in the two largest units that fit."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    for (unit, size), (next_unit, next_size) in pairwise(units):
-        if seconds >= size:
-            whole, rest = divmod(seconds, size)
-            return f"{whole:.0f} {unit} {rest // next_size:.0f} {next_unit}"
-    return f"{seconds:.3g} s"
 
 
 def _draw_losses(axes: Axes, times: RunTimes) -> None:

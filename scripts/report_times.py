@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,16 @@ def read_run_times(run_dir: Path) -> RunTimes:
     lost_steps = _mark_lost(times)
     spans = _spans(times)
     return RunTimes(times, spans, _sums(times, spans), lost_steps, rows, dropped)
+
+
+def duration(seconds: float) -> str:
+    """Time in the two largest units that fit."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for (unit, size), (next_unit, next_size) in pairwise(units):
+        if seconds >= size:
+            whole, rest = divmod(seconds, size)
+            return f"{whole:.0f} {unit} {rest // next_size:.0f} {next_unit}"
+    return f"{seconds:.3g} s"
 
 
 def _identity(row: Row) -> tuple[Any, ...]:

@@ -46,8 +46,23 @@ class JsonLines:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, in their order; [] where there is none. Lines that are no JSON object are left out."""
+    return _rows(path.read_bytes()) if path.exists() else []
+
+
+def read_last_json_lines(path: Path, *, nbytes: int = 2**18) -> list[dict[str, Any]]:
+    """The last rows of a file, as many as lie whole in its last bytes: of one that may be too large to be read every time."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        begin = file.seek(max(0, end - nbytes))
+        data = file.read(nbytes)
+    return _rows(data[data.find(b"\n") + 1 :] if begin else data)
+
+
+def _rows(data: bytes) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in data.decode(errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:  # the last one of a run that goes on, or that was killed

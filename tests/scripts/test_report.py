@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from muybridge.scripts import cli
-from muybridge.scripts.report_plot import duration
-from muybridge.scripts.report_times import Spent, read_run_times
+from muybridge.scripts.report_times import Spent, duration, read_run_times
 from muybridge.tests.scripts.run_story import RunStory
 from muybridge.train.attempts import Attempts
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from muybridge.train.json_lines import JsonLines, read_json_lines
+from muybridge.train.json_lines import JsonLines, read_json_lines, read_last_json_lines
 
 
 def test_rows_come_back_in_their_order(tmp_path: Path) -> None:
@@ -77,3 +77,11 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path: Path, monkeypatch: 
     assert read_json_lines(path) == [{"number": 1}]
     rows.close()
     assert read_json_lines(path) == [{"number": 1}, {"number": 2}, {"number": 3}]
+
+
+def test_the_last_rows_of_a_large_file_are_read_from_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert read_last_json_lines(path) == []
+    path.write_text("".join(f'{{"number": {number}}}\n' for number in range(1000)) + '{"num')
+    assert [row["number"] for row in read_last_json_lines(path, nbytes=40)] == [998, 999]
+    assert read_last_json_lines(path) == read_json_lines(path)
