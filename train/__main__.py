@@ -12,6 +12,7 @@ from ..redaction import redact_output
 from .compose import plain, register_schema
 from .config import SCHEMA_NAME, TrainConfig, load_train_config
 from .exit_codes import ExitCode
+from .life import Asked, tell_end
 from .secrets import refuse_secrets_in_overrides
 
 USAGE = f"""\
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> int:
         check_memory(config)
     except OutOfMemoryError as error:
         print(f"muybridge: {error}", file=sys.stderr)
+        tell_end(ExitCode.out_of_memory, Asked.nobody, str(error))
         return ExitCode.out_of_memory
     from .run import train
 
@@ -83,4 +85,5 @@ if __name__ == "__main__":  # torchrun starts this file, not the `muybridge` com
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":  # all ranks find the same mistake
             print(f"muybridge: {error}", file=sys.stderr)
+            tell_end(ExitCode.config, Asked.nobody, str(error))
         sys.exit(ExitCode.config)

@@ -1,6 +1,7 @@
 """The diary of a run, RUN_DIR/attempts.jsonl: what each attempt began with, committed and ended with. Rank 0 writes it.
 
-    {"event": "start", "attempt": 2, "unix_seconds": .., "world_size": 8, "host": "n01", "code": "9f3c.."}
+    {"event": "start", "attempt": 2, "unix_seconds": .., "world_size": 8, "host": "n01", "code": "9f3c..",
+     "life": "1234.0"}    (of a Slurm job: its number and how often it was started before)
     {"event": "begin", "attempt": 2, "unix_seconds": .., "step": 400, "from": "step-00000400", "resume": "auto"}
     {"event": "commit", "attempt": 2, "unix_seconds": .., "step": 600, "blocking_seconds": 0.3, "total_seconds": 9.1, "bytes": 5000}
     {"event": "save_failed", "attempt": 2, "unix_seconds": .., "step": 650, "blocking_seconds": 0.3, "cause": "No space left .."}
@@ -21,6 +22,7 @@ from typing import Any
 
 from .exit_codes import ExitCode
 from .json_lines import JsonLines, read_json_lines
+from .life import life_name
 
 FILE_NAME = "attempts.jsonl"
 KILLED = "it ended without a word (killed, or its machine went down)"
@@ -76,7 +78,8 @@ class Attempts:
 
     def start(self, *, world_size: int, code: str) -> None:
         """The first event, before anything that can fail; `code` as of `code_fingerprint`."""
-        self._write("start", world_size=world_size, host=socket.gethostname(), code=code)
+        job = {"life": life} if (life := life_name()) else {}
+        self._write("start", world_size=world_size, host=socket.gethostname(), code=code, **job)
 
     def begin(self, step: int, checkpoint: Path | None, *, resume: str = "auto") -> None:
         """Once it is known where this attempt goes on: at `step`, from a checkpoint or from nothing; `resume` is what was asked."""

@@ -1,5 +1,6 @@
 """What a run says to people: at its start, of its checkpoints, and at its end."""
 
+import math
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from .attempts import Attempts
 from .checkpoint import Saved
 from .config import TaskKind, TrainConfig
 from .fragments import read_run_state
+from .life import lead_seconds
 from .provenance import changed_settings_note, changed_versions_note
 from .save_schedule import SaveSchedule
 from .tasks import next_command
@@ -72,6 +74,12 @@ def tell_of_save(saved: Saved, tracker: Tracker, diary: Attempts) -> None:
         total_seconds=saved.total_seconds,
         nbytes=saved.nbytes,
     )
+    # At a stop, one may be in flight and another follow it.
+    if (lead := lead_seconds()) is not None and 2 * saved.total_seconds > lead:
+        tracker.note(
+            f"muybridge: a checkpoint takes {saved.total_seconds:.0f} s and Slurm warns {lead:.0f} s before the end: set "
+            f"slurm.lead_seconds to {math.ceil(saved.total_seconds / 60) * 180} or more, or work since the last checkpoint is lost"
+        )
 
 
 def last_notes(config: TrainConfig, *, step: int, exported: Path | None) -> list[str]:

@@ -8,6 +8,7 @@ from ..data.index import MANIFEST_NAME
 from .attempts import Attempts, code_fingerprint, no_progress_message
 from .compose import plain
 from .config import TrainConfig
+from .life import Asked, tell_end
 from .ranks import on_rank_0
 from .run_lock import RunLock
 from .watchdog import Watchdog
@@ -57,18 +58,21 @@ class OneAttempt:
         if self.diary is not None:
             self.diary.begin(step, checkpoint, resume=self._resume)
 
-    def end(self, code: int, cause: str, *, on_request: bool, failed_probe: bool = False) -> None:
+    def end(self, code: int, cause: str, *, asked: Asked, failed_probe: bool = False) -> None:
         """Write down how it ended, and leave the directory to the next. With a cause, the other ranks end as well."""
         if self._ended:
             return
         self._ended = True
         self.watchdog.stop(cause, code)
-        if self.diary is not None:
-            excuses = {"on_request": on_request, "failed_probe": failed_probe}
-            self.diary.end(step=self.step, exit_code=code, cause=cause, **excuses)
-        self.lock.release()
+        self._tell(code, cause, asked, failed_probe=failed_probe)
 
     def _end_of_the_watchdog(self, text: str, code: int) -> None:
+        self._tell(code, text, Asked.nobody)
+
+    def _tell(self, code: int, cause: str, asked: Asked, *, failed_probe: bool = False) -> None:
         if self.diary is not None:
-            self.diary.end(step=self.step, exit_code=code, cause=text)
-        self.lock.release()
+            excuses = {"on_request": asked is not Asked.nobody, "failed_probe": failed_probe}
+            self.diary.end(step=self.step, exit_code=code, cause=cause, **excuses)
+            # The script begins the next life once it has read this: the directory must be free by then.
+            self.lock.release()
+            tell_end(code, asked, cause)

@@ -15,6 +15,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from .life import Asked, stop_file
+
 # SIGUSR2 is what the Slurm template asks for: libraries have uses of their own for SIGUSR1.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # A terminal or a scheduler signals every process, and the launcher passes its own signal on: all that is one request.
@@ -27,6 +29,11 @@ class StopAgreed(Exception):
 
 class StoppedInSetUp(BaseException):
     """A signal came before there was anything to save."""
+
+    @property
+    def asked(self) -> Asked:
+        """Who sent it."""
+        return _sender(signal.Signals[str(self)])
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,24 @@ def leave_on_signal() -> None:
         signal.signal(number, leave)
 
 
+def _sender(number: int) -> Asked:
+    # Schedulers have no use for what a terminal sends.
+    return Asked.user if number == signal.SIGINT else Asked.scheduler
+
+
 class Requests:
-    """Remembers what somebody asked the run for; a second request to stop, later, ends the process at once."""
+    """Remembers what somebody asked the run for; a second request to stop, later, ends the process at once.
+
+    In a Slurm job it does not: Slurm repeats SIGTERM while it counts down to SIGKILL, and a save may be done before that.
+    """
 
     def __init__(self, run_dir: Path, *, timeout_seconds: float) -> None:
         """Collective. From here on, signals ask for a stop; so does a file STOP in the run directory, and SAVE for a checkpoint."""
         self._stop_file, self._save_file = run_dir / "STOP", run_dir / "SAVE"
+        self._script_file = stop_file()
         self._asked_at: float | None = None
+        # Of a stop that was agreed, as rank 0 has it.
+        self.asked = Asked.scheduler
         self._began = time.monotonic()
         # One process's view of a shared folder is enough, and a stat of every rank at every step much for a file server.
         self._looks_at_files = dist.get_rank() == 0
@@ -121,7 +139,13 @@ class Requests:
         self._stop_file.unlink(missing_ok=True)
 
     def _asks(self) -> bool:
-        return self._asked_at is not None or (self._looks_at_files and self._stop_file.exists())
+        if self._looks_at_files:
+            if self._stop_file.exists():
+                self.asked = Asked.user
+                return True
+            if self._script_file is not None and self._script_file.exists():
+                return True
+        return self._asked_at is not None
 
     def _sum(self, numbers: list[float]) -> list[float]:
         sums = torch.tensor(numbers, dtype=torch.float64)
@@ -131,7 +155,9 @@ class Requests:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._asked_at is not None and now - self._asked_at > ONE_REQUEST_SECONDS:
+        is_repeated = self._asked_at is not None and now - self._asked_at > ONE_REQUEST_SECONDS
+        if is_repeated and self._script_file is None:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._asked_at = self._asked_at or now
+        if self._asked_at is None:
+            self._asked_at, self.asked = now, _sender(number)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .life import tell_bad_node
 from .ranks import from_all_ranks, from_rank_0, on_rank_0
 
 _CPU_SIZE, _GPU_SIZE, _DEPTH = 128, 4096, 256
@@ -30,7 +31,10 @@ def probe(device: torch.device, run_dir: Path) -> None:
 
     Raises ProbeError, on all ranks with the same words, naming each rank with a fault, its host, and what was found.
     """
-    found = from_all_ranks([f for f in (_wrong_products(device), _wrong_sum(device)) if f])
+    wrong_products = _wrong_products(device)
+    if wrong_products:  # of all faults this is the one that the machine has alone
+        tell_bad_node(wrong_products)
+    found = from_all_ranks([f for f in (wrong_products, _wrong_sum(device)) if f])
     found = [here + there for here, there in zip(found, _storage_faults(run_dir), strict=True)]
     hosts = from_all_ranks(f"{socket.gethostname()}, {_device_name(device)}")
     faults = [

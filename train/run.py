@@ -21,6 +21,7 @@ from .deepspeed_contract import check_deepspeed
 from .engine import RendezvousError, initialise_distributed
 from .exit_codes import ExitCode, exit_process
 from .guards import Diverged
+from .life import Asked, tell_end
 from .memory import peak_memory_words
 from .model_hash import RanksDiffer
 from .one_attempt import NoProgress, OneAttempt
@@ -41,8 +42,8 @@ class Outcome:
     text: str = ""  # for people, and for the run's diary
     # Whether all ranks are expected to end so, and rank 0 speaks for them.
     is_common: bool = True
-    # Whether a person or a scheduler asked for it.
-    on_request: bool = False
+    # Who asked for it, if somebody did.
+    asked: Asked = Asked.nobody
     # Whether a machine failed its test: the next attempt may be on another.
     failed_probe: bool = False
 
@@ -59,8 +60,9 @@ def train(config: TrainConfig) -> NoReturn:
         device = initialise_distributed(config.deepspeed)
         attempt = OneAttempt(config)
         probe(device, Path(config.run_dir))
-        code = Trainer(config, device, attempt).run()
-        outcome = Outcome(code, on_request=code == ExitCode.requeue)
+        trainer = Trainer(config, device, attempt)
+        code = trainer.run()
+        outcome = Outcome(code, asked=trainer.requests.asked if code == ExitCode.requeue else Asked.nobody)
     except BaseException as error:
         if attempt is not None and (type(error) is RuntimeError or isinstance(error, dist.DistError)):
             attempt.watchdog.give_way()  # ends the process, if the error is what another rank's end looks like from here
@@ -68,8 +70,9 @@ def train(config: TrainConfig) -> NoReturn:
     if outcome.text and (not outcome.is_common or os.environ.get("RANK", "0") == "0"):
         print(f"muybridge: {outcome.text}", file=sys.stderr)
     if attempt is not None:
-        excuses = {"on_request": outcome.on_request, "failed_probe": outcome.failed_probe}
-        attempt.end(outcome.code, outcome.text, **excuses)
+        attempt.end(outcome.code, outcome.text, asked=outcome.asked, failed_probe=outcome.failed_probe)
+    elif os.environ.get("RANK", "0") == "0":
+        tell_end(outcome.code, outcome.asked, outcome.text)
     exit_process(outcome.code, alone=bool(outcome.text))
 
 
@@ -120,7 +123,7 @@ def _outcome(error: BaseException, config: TrainConfig, device: torch.device, at
             return Outcome(ExitCode.requeue, f"{error}; {GOES_ON}")
         case StoppedInSetUp():
             text = f"stopped by {error} before the first step"
-            return Outcome(ExitCode.requeue, text, is_common=False, on_request=True)
+            return Outcome(ExitCode.requeue, text, is_common=False, asked=error.asked)
         case ValueError():
             if os.environ.get("MUYBRIDGE_TRACEBACK") == "1":
                 traceback.print_exception(error)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from .life import is_later_life_of_the_same_job, life_name
 from .ranks import on_rank_0
 
 LOCK_NAME = "lock.json"
@@ -42,6 +43,7 @@ class _Holder:
     started: str  # of the process, in the kernel's ticks since the boot
     boot: str
     pid_namespace: str
+    life: str = ""  # of a Slurm job
     beat: int = 0
 
     def words(self) -> str:
@@ -93,7 +95,7 @@ class RunLock:
             if content is None:
                 continue
             holder = _parsed(content)
-            is_alive = _is_alive(holder) if holder is not None else None
+            is_alive = self._is_alive(holder) if holder is not None else None
             who = holder.words() if holder is not None else "somebody who has not said yet who it is"
             if is_alive is None:
                 is_elsewhere = holder is not None and holder.host != self._own.host
@@ -111,6 +113,12 @@ class RunLock:
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
         self._thread.start()
         return ""
+
+    def _is_alive(self, holder: _Holder) -> bool | None:
+        # What Slurm has replaced may still run where a node is cut off. It commits nothing: the lock is no longer its own.
+        if is_later_life_of_the_same_job(self._own.life, holder.life):
+            return False
+        return _is_alive(holder)
 
     def _create(self) -> bool:
         try:
@@ -191,7 +199,7 @@ def _this_process() -> _Holder:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")
     pid = os.getpid()
-    return _Holder(uuid.uuid4().hex, socket.gethostname(), pid, _started(pid) or "", boot, namespace)
+    return _Holder(uuid.uuid4().hex, socket.gethostname(), pid, _started(pid) or "", boot, namespace, life_name())
 
 
 def _is_alive(holder: _Holder) -> bool | None:

@@ -24,6 +24,7 @@ from muybridge.train import tasks
 from muybridge.train.config import load_train_config
 from muybridge.train.engine import EngineConfig, initialise_distributed
 from muybridge.train.exit_codes import exit_process
+from muybridge.train.life import Asked
 from muybridge.train.one_attempt import OneAttempt
 from muybridge.train.trainer import Trainer
 
@@ -102,7 +103,7 @@ def train(overrides: list[str], records: str, interruption: dict[str, Any], devi
             trainer.loader.close()
             trainer.engine.destroy()
         if attempt is not None:
-            attempt.end(0, "", on_request=True)
+            attempt.end(0, "", asked=Asked.scheduler)
 
 
 def main(plan: Path, out: Path) -> None:

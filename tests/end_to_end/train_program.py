@@ -17,6 +17,7 @@ from muybridge.train.config import TrainConfig, load_train_config
 from muybridge.train.engine import EngineConfig, initialise_distributed
 from muybridge.train.exit_codes import exit_process
 from muybridge.train.guards import Diverged
+from muybridge.train.life import Asked
 from muybridge.train.memory import bytes_per_process
 from muybridge.train.one_attempt import OneAttempt
 from muybridge.train.trainer import Trainer
@@ -59,7 +60,7 @@ def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     except (ValueError, Diverged) as error:
         return {type(error).__name__: str(error)}
     finally:
-        attempt.end(0, "", on_request=True)
+        attempt.end(0, "", asked=Asked.scheduler)
 
 
 def main(plan: Path, out: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from muybridge.train import preemption
+from muybridge.train.life import Asked
 from muybridge.train.preemption import (
     ONE_REQUEST_SECONDS,
     SIGNALS,
@@ -89,6 +90,66 @@ def test_copies_of_a_signal_are_one_request_and_a_later_one_ends_the_process(
     assert deadly == [(signal.SIGTERM, signal.SIG_DFL), (signal.SIGTERM, "raised")]
 
 
+@pytest.fixture
+def life_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the batch script of a Slurm job asks for the end."""
+    folder = tmp_path / "lives" / "123.0"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("MUYBRIDGE_LIFE_DIR", str(folder))
+    return folder
+
+
+@pytest.mark.usefixtures("handlers")
+def test_the_batch_script_asks_by_a_file_that_stays(tmp_path: Path, life_folder: Path) -> None:
+    requests = Requests(tmp_path, timeout_seconds=60)
+    assert not agreed(requests)
+    (life_folder / "stop").touch()
+    assert agreed(requests)
+    assert requests.asked is Asked.scheduler
+    requests.clear()
+    assert (life_folder / "stop").exists()  # it is the life's, which is over
+
+
+@pytest.mark.usefixtures("handlers")
+def test_repeated_signals_of_slurm_leave_the_save_its_time(
+    tmp_path: Path, life_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(preemption, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    requests = Requests(tmp_path, timeout_seconds=60)
+    for seconds in (0.0, ONE_REQUEST_SECONDS + 1, 30.0):
+        now[0] = 100.0 + seconds
+        signal.raise_signal(signal.SIGTERM)
+        assert agreed(requests)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(
+    ("number", "stop_files", "asked"),
+    [
+        (signal.SIGTERM, [], Asked.scheduler),
+        (signal.SIGUSR2, [], Asked.scheduler),
+        (signal.SIGINT, [], Asked.user),
+        (None, ["STOP"], Asked.user),
+        (None, ["lives/123.0/stop"], Asked.scheduler),
+        # Who stops a run that is about to be started again does not want it started again.
+        (signal.SIGTERM, ["STOP"], Asked.user),
+        (None, ["lives/123.0/stop", "STOP"], Asked.user),
+    ],
+)
+@pytest.mark.usefixtures("life_folder")
+def test_it_is_known_who_asked(
+    tmp_path: Path, number: signal.Signals | None, stop_files: list[str], asked: Asked
+) -> None:
+    requests = Requests(tmp_path, timeout_seconds=60)
+    if number is not None:
+        signal.raise_signal(number)
+    for name in stop_files:
+        (tmp_path / name).touch()
+    assert agreed(requests)
+    assert requests.asked is asked
+
+
 @pytest.mark.usefixtures("handlers")
 def test_a_wait_ends_when_everything_is_there_or_a_stop_is_asked_for(tmp_path: Path) -> None:
     requests = Requests(tmp_path, timeout_seconds=60)
@@ -117,8 +178,9 @@ def test_a_save_file_asks_for_one_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_during_set_up_ends_it(tmp_path: Path) -> None:
     leave_on_signal()
-    with pytest.raises(StoppedInSetUp, match="SIGTERM"):
+    with pytest.raises(StoppedInSetUp, match="SIGTERM") as stopped:
         signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.asked is Asked.scheduler
     for number in SIGNALS:
         signal.raise_signal(number)  # copies of the first one, while the attempt ends
     Requests(tmp_path, timeout_seconds=60)

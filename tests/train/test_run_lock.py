@@ -150,6 +150,28 @@ def test_a_lock_that_nobody_keeps_up_is_taken_over(tmp_path: Path, content: str 
     lock.release()
 
 
+def test_a_later_life_of_the_same_job_waits_for_no_beat(
+    tmp_path: Path, fork: Fork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The earlier one lives, on a node that Slurm has lost sight of.
+    monkeypatch.setenv("MUYBRIDGE_LIFE_DIR", str(tmp_path / "7.0"))
+    cut_off = elsewhere(RunLock(tmp_path))
+    cut_off.acquire()
+    for life in ("8.1", ""):  # another job, or none, has nobody's word that it is over
+        monkeypatch.setenv("MUYBRIDGE_LIFE_DIR", str(tmp_path / life) if life else "")
+        with pytest.raises(RunIsLocked):
+            RunLock(tmp_path).acquire()
+    monkeypatch.setenv("MUYBRIDGE_LIFE_DIR", str(tmp_path / "7.1"))
+    monkeypatch.setattr(RunLock, "_changes", lambda *_: pytest.fail("it watched the beat"))
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert lock.still_ours()
+    assert not cut_off.still_ours()
+    cut_off.release()
+    assert lock.still_ours()
+    lock.release()
+
+
 def test_of_four_who_take_over_one_has_it(tmp_path: Path, fork: Fork, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 2.0)
     elsewhere(RunLock(tmp_path))._create()
