@@ -1,4 +1,4 @@
-"""The one place that calls Slurm's programs: sbatch, squeue, scontrol and scancel, by lists of arguments and never through a shell."""
+"""The one place that calls Slurm's programs: sbatch, squeue, scontrol and scancel, by argument lists, never through a shell."""
 
 import os
 import re
@@ -13,7 +13,7 @@ _PRESETS = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_", "SCONTROL_", "SRUN_", "S
 _AWAY = re.compile(
     r"unable to contact|connection refused|connection timed out|socket timed out|unexpected message|zero bytes were|"
     r"communication (connection|shutdown) failure|no route to host|configuration source|fetch_config|unable to establish|"
-    r"temporarily unable|backup controller in standby|munge|protocol authentication error",
+    r"temporarily unable|backup controller in standby|munged?\b|protocol authentication error",
     re.IGNORECASE,
 )
 _UNKNOWN_JOB = re.compile(r"invalid job id|already completing or completed", re.IGNORECASE)
@@ -94,7 +94,7 @@ def job_facts(job_id: int | str) -> dict[str, str] | None:
 
 
 def parse_facts(line: str) -> dict[str, str]:
-    """A line KEY=VALUE KEY=VALUE ... of scontrol, whose values may have blanks in them; of a key that comes twice the first counts."""
+    """A line KEY=VALUE KEY=VALUE ... of scontrol, whose values may hold blanks; of a repeated key the first counts."""
     facts: dict[str, str] = {}
     for part in re.split(r"\s+(?=[A-Za-z][\w:/.]*=)", line.strip()):
         key, _, value = part.partition("=")
@@ -103,7 +103,7 @@ def parse_facts(line: str) -> dict[str, str]:
 
 
 def cancel(ids: Iterable[int | str], *, signal: str | None = None) -> None:
-    """Cancel jobs, or send their batch scripts (not their tasks) a signal. Jobs that are over are left alone. Raises SchedulerError."""
+    """Cancel jobs, or send their batch scripts (not their tasks) a signal. Ended jobs stay as they are. Raises SchedulerError."""
     wanted = [str(job) for job in ids]
     if not wanted:
         return

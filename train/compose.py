@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
+from yaml import YAMLError
 
 from .secrets import (
     READABLE_PREFIXES,
@@ -26,20 +27,44 @@ from .secrets import (
 )
 
 
-def compose_config(overrides: list[str], *, config_class: type, config_name: str, schema_name: str) -> Any:
+def compose_config(
+    overrides: list[str], *, config_class: type, config_name: str, schema_name: str, defaults: Any = None
+) -> Any:
     """Compose the YAML files with command-line overrides into `config_class`, whose own `faults` are left to the caller.
 
+    What they leave open is as in `defaults`, an object of that class, or else as the class has it.
     Raises ValueError with every unknown key, wrong type and unreadable override in one message, or with the secrets among them.
     """
     refuse_secrets_in_overrides(overrides)  # first: other messages repeat what they are about
     config, faults = _compose_untyped(overrides, config_name=config_name, schema_name=schema_name)
-    typed = OmegaConf.structured(config_class)
+    typed = OmegaConf.structured(config_class if defaults is None else defaults)
     refuse_secrets(_leaves(config))
     for path, value in _leaves(config):
         faults += _set_typed(typed, path, value, config_class)
     result = OmegaConf.to_object(typed)
     if faults:
         # What could be set is set, so rules between fields can already speak; fields in doubt keep their defaults.
+        raise ConfigFaults(faults, result)
+    return result
+
+
+def read_settings(path: Path, *, config_class: type) -> Any:
+    """The settings of a YAML file whose keys are fields of `config_class`.
+
+    Raises ConfigFaults with every unknown key and wrong type, ValueError for secrets or what is no such file; all name the file.
+    """
+    try:
+        content = OmegaConf.load(path)
+        if not isinstance(content, DictConfig):
+            raise ValueError("it must hold KEY: VALUE lines")
+        leaves = list(_leaves(content))
+        refuse_secrets(leaves)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} cannot be used: {str(error).splitlines()[0]}") from error
+    typed = OmegaConf.structured(config_class)
+    faults = [f"{path}: {fault}" for name, value in leaves for fault in _set_typed(typed, name, value, config_class)]
+    result = OmegaConf.to_object(typed)
+    if faults:
         raise ConfigFaults(faults, result)
     return result
 

@@ -28,7 +28,7 @@ from ..models.vae.loss import VAELossConfig
 from ..models.weights import load_config
 from .checkpoint import CheckpointConfig
 from .checkpoint_folder import resume_fault
-from .compose import ConfigFaults, compose_config, fault_message
+from .compose import ConfigFaults, compose_config
 from .config_rules import reliability_faults, size_faults
 from .ema import EMAConfig
 from .engine import EngineConfig
@@ -231,9 +231,13 @@ def _missing_parts(field: str, folder: str, parts: tuple[str, str]) -> list[str]
     return [found if len(absent) == len(parts) else f"{found}; {absent[0]}/ is missing"]
 
 
-def load_train_config(overrides: list[str]) -> TrainConfig:
-    """Compose and check a training run's settings. Raises ValueError with all faults in one message."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+def load_train_config(overrides: list[str], *, world_size: int | None = None) -> TrainConfig:
+    """Compose and check the settings of a training run in `world_size` processes (null: those that this one is among).
+
+    Raises ValueError with all faults in one message: ConfigFaults, but for a choice that is not there and for secrets.
+    """
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         config = compose_config(overrides, config_class=TrainConfig, config_name="train", schema_name=SCHEMA_NAME)
         faults: list[str] = []
@@ -249,7 +253,7 @@ def load_train_config(overrides: list[str]) -> TrainConfig:
         faults += config.missing_inputs()
         faults += [fault] if (fault := link_fault(Path(config.run_dir))) else []
     if faults:
-        raise ValueError(fault_message(faults))
+        raise ConfigFaults(faults, config)
     return config
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 # Besides the files STOP and SAVE, which the user makes.
 OUTPUTS = (
     *("config.yaml", "provenance.json", "metrics.jsonl", "metrics_dropped.jsonl", "attempts.jsonl", "lock.json"),
-    *("wandb_run_id.txt", "checkpoints", "validation", "stacks", "tokenizer", "model", "wandb"),
+    *("wandb_run_id.txt", "checkpoints", "validation", "stacks", "tokenizer", "model", "wandb", "slurm"),
 )
-_FOLDERS = ("checkpoints", "validation", "stacks", "model")
+_FOLDERS = ("checkpoints", "validation", "stacks", "model", "slurm")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -75,8 +75,11 @@ def _flat(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, or None outside a git checkout."""
-    answer = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    """The commit of the code that runs, or None outside a git checkout and where there is no git."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
     return answer.stdout.strip() or None
