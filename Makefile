@@ -14,7 +14,7 @@ IN_VENV := PATH="$(BIN):$$PATH"
 # A suite that neither asks for a network nor lets two workers fight for the cores.
 TEST_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install quickstart test test-faults check format gpu clean
+.PHONY: help install quickstart test test-faults slurm-packages check format gpu clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-19s %s\n' "$$name" "$$text"; done
@@ -30,6 +30,16 @@ test: $(VENV)/.dev-installed ## the whole CPU test suite
 
 test-faults: $(VENV)/.dev-installed ## more faults done to real runs than `make test` does; minutes
 	$(IN_VENV) $(TEST_ENV) python -m pytest -n 2 --dist loadfile -m faults tests/faults $(ARGS)
+
+# From Debian, as the tests start them: without recommended packages, whose daemons nobody here needs.
+slurm-packages: ## what the tests of the Slurm part need (Debian, root); without it they are skipped
+	@for program in slurmctld slurmd sbatch munged ip shellcheck; do \
+	  PATH="$$PATH:/usr/sbin:/sbin" command -v "$$program" >/dev/null || missing=yes; done; \
+	if [ "$${missing:-no}" = yes ]; then \
+	  apt-get update -qq; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    slurmctld slurmd slurm-client munge iproute2 shellcheck; \
+	fi
 
 check: $(VENV)/.dev-installed .source/muybridge ## lint, format and types, without changing a file
 	$(IN_VENV) ruff check .
