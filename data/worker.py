@@ -105,9 +105,6 @@ def packed_header(header: dict[str, Any], payload_bytes: int) -> bytes:
 
 def main() -> None:
     """Answers requests until stdin ends. The file of the frame ring, where there is one, is an open file named by argv[1]."""
-    # Ctrl-C and a scheduler's signal to the whole job are for the parent, which saves and then closes our stdin.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
     _limit_memory()
     resource.setrlimit(
         resource.RLIMIT_CORE, (0, 0)

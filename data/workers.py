@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from ..redaction import environment_without_secrets
+from .child_process import start_undisturbed
 from .decode import DecodeError
 from .frame_ring import FrameRing, Spot
 from .worker import LENGTHS, packed_header
@@ -145,7 +146,7 @@ class WorkerProcess:
 
     def _start(self) -> None:
         ring_file = () if self._ring is None else (self._ring.file,)
-        self._process = subprocess.Popen(
+        self._process = start_undisturbed(
             [*_COMMAND, *map(str, ring_file)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

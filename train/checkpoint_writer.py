@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..data.child_process import start_undisturbed
 from .shard_file import blocks_of, write_part
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # All that it needs of the environment, which may hold keys and passwords.
 ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL")
 _CLOSE_SECONDS = 10.0
@@ -106,19 +106,13 @@ class WriterProcess:
             self._process.wait()
 
     def _started(self) -> "subprocess.Popen[bytes]":
-        # Signals to the whole job are for the training process, which saves and then closes our stdin. A child inherits what is
-        # blocked, so there is no moment at which one could end it.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            return subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.checkpoint_writer", str(self._image)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=(self._image,),
-                env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        return start_undisturbed(
+            [sys.executable, "-m", f"{__package__}.checkpoint_writer", str(self._image)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(self._image,),
+            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        )
 
     def _stdout(self) -> Any:
         assert self._process.stdout is not None

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from muybridge.data import worker, workers
+from muybridge.data.child_process import JOB_SIGNALS, start_undisturbed
 from muybridge.data.decode import DecodeError, Decoder, frame_times, has_decoder
 from muybridge.data.frame_ring import FrameRing, Spot
 from muybridge.data.mp4 import write_mp4
@@ -99,7 +100,9 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    with suppress(psutil.NoSuchProcess):  # it may end while it is asked for
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def test_answers_come_back_with_their_payload(pool: WorkerPool) -> None:
@@ -148,6 +151,20 @@ def test_a_hang_costs_its_time_and_one_request(pool: WorkerPool) -> None:
         os.kill(pid, 0)
     pool._timeout_seconds = 10.0
     assert pool.submit("echo", value=1).result()[0]["value"] == 1
+
+
+@pytest.mark.parametrize("number", JOB_SIGNALS)
+def test_signals_to_the_whole_job_are_not_for_the_workers(pool: WorkerPool, number: signal.Signals) -> None:
+    pid = pool.submit("echo", value=0).result()[0]["pid"]
+    os.kill(pid, number)
+    assert pool.submit("echo", value=1).result()[0]["pid"] == pid
+
+
+@pytest.mark.parametrize("number", JOB_SIGNALS)
+def test_a_process_is_deaf_from_its_first_moment(number: signal.Signals) -> None:
+    process = start_undisturbed([sys.executable, "-c", "input(); print('lives')"], stdin=-1, stdout=-1)
+    process.send_signal(number)  # the interpreter has hardly begun
+    assert process.communicate(b"go\n")[0] == b"lives\n"
 
 
 def test_a_killed_process_costs_no_request(pool: WorkerPool) -> None:

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from muybridge.data.child_process import JOB_SIGNALS
 from muybridge.tests.train.checkpoint_parts import AVERAGE, fake_one_rank, make_checkpointer, names, save
 from muybridge.train import checkpoint, snapshot
 from muybridge.train.checkpoint import Checkpointer
 from muybridge.train.checkpoint_folder import choose_checkpoint
-from muybridge.train.checkpoint_writer import SIGNALS
 from muybridge.train.fragments import read_weights
 
 DEADLINE_SECONDS = 60.0
@@ -123,14 +123,14 @@ def test_a_writer_that_died_between_saves_costs_none(checkpointer: Checkpointer)
 
 def test_a_signal_to_the_whole_job_leaves_the_writer_at_work(checkpointer: Checkpointer) -> None:
     # From its first moment on, in which it has set up nothing.
-    for number in SIGNALS:
+    for number in JOB_SIGNALS:
         os.kill(writer_pid(checkpointer), number)
     checkpointer.begin(1, {}, "", {})
-    for number in SIGNALS:
+    for number in JOB_SIGNALS:
         os.kill(writer_pid(checkpointer), number)
     assert checkpointer.commit().failure == ""
     # Ours are heard as before.
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(SIGNALS)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(JOB_SIGNALS)
 
 
 def test_the_writer_ends_with_its_checkpointer(checkpointer: Checkpointer) -> None:
