@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -80,12 +81,13 @@ class LatentWriter:
         self._digest = description_digest(description)
         self._names = [f"shard-{self._digest}-{number:06d}.tar" for number in range(len(self._ranges))]
         self._empty_text = f"empty-text-{self._digest}.safetensors"
-        manifest = read_manifest(self.folder) if self.folder.is_dir() else None
-        holds_others = self.folder.is_dir() and any(path.name != _LOCK_NAME for path in self.folder.iterdir())
-        if holds_others if manifest is None else manifest["kind"] != "latents":
-            raise ValueError(f"{self.folder} is not empty and holds no latents; choose another folder")
+        # A folder of something else gets not even a lock. Where there is one, another process may be about to begin the cache.
+        if self._is_of_others() and not (self.folder / _LOCK_NAME).exists():
+            raise self._refusal()
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
+            if self._is_of_others():
+                raise self._refusal()
             self._begin(overwrite)
 
     def missing_shards(self) -> list[int]:
@@ -121,15 +123,17 @@ class LatentWriter:
         name = self._names[number]
         partial = self.folder / f"{name}.partial"
         with open(partial, "ab") as file:
-            if not _lock(file, wait=False):
+            # The name may have passed to the finished shard of another process between the opening and the lock.
+            if not _lock(file, wait=False) or not _is_at(file, partial):
                 raise ValueError(f"{partial} is being written by another process; does this command run twice?")
             file.truncate(0)
             file.seek(0)
             members, places, failures = self._write_members(file, self.rows(number), clips)
+            file.flush()
+            record = ShardRecord(name, FileFacts(partial.stat().st_size, ""), members=members, rejections=failures)
+            # The shard first: one without a sidecar is written again, a sidecar without its shard would be believed.
+            partial.replace(self.folder / name)
         first, end = self._ranges[number]
-        record = ShardRecord(name, FileFacts(partial.stat().st_size, ""), members=members, rejections=failures)
-        # The shard first: one without a sidecar is written again, a sidecar without its shard would be believed.
-        partial.replace(self.folder / name)
         rows = (
             places.get(row) or replace(self._source.clip(row), offset=-1, size=0, checksum=0)
             for row in range(first, end)
@@ -150,6 +154,17 @@ class LatentWriter:
             if manifest is None or not manifest["complete"] or not (self.folder / INDEX_NAME).is_file():
                 self._finish()
         return ClipIndex.open(self.folder)
+
+    def _is_of_others(self) -> bool:
+        if not self.folder.is_dir():
+            return False
+        manifest = read_manifest(self.folder)
+        if manifest is not None:
+            return manifest["kind"] != "latents"
+        return any(path.name != _LOCK_NAME for path in self.folder.iterdir())
+
+    def _refusal(self) -> ValueError:
+        return ValueError(f"{self.folder} is not empty and holds no latents; choose another folder")
 
     def _begin(self, overwrite: bool) -> None:
         manifest = read_manifest(self.folder)
@@ -252,6 +267,13 @@ def _lock(file: io.BufferedWriter, *, wait: bool) -> bool:
     except OSError:  # this file system has no locks
         pass
     return True
+
+
+def _is_at(file: io.BufferedWriter, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _member_name(key: str, row: int, taken: set[str]) -> str:

@@ -15,6 +15,7 @@ import torch
 import webdataset
 from safetensors.torch import load
 
+from muybridge.data import latent_writer
 from muybridge.data.config import DataConfig
 from muybridge.data.index import Clip, ClipIndex, read_manifest
 from muybridge.data.latent_cache import LatentBucket, cache_description
@@ -151,6 +152,43 @@ def test_a_shard_is_written_by_one_process_at_a_time(dataset: ClipIndex, tmp_pat
 
     writer.write_shard(0, clips())
     assert writer.missing_shards() == [1, 2]
+
+
+def test_two_processes_may_begin_the_same_cache(
+    dataset: ClipIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    begun: list[LatentWriter] = []
+
+    def begun_by_another_meanwhile(folder: Path) -> dict[str, Any] | None:
+        found = read_manifest(folder)
+        if not begun:
+            monkeypatch.setattr(latent_writer, "read_manifest", read_manifest)
+            begun.append(open_writer(folder, dataset))
+        return found
+
+    monkeypatch.setattr(latent_writer, "read_manifest", begun_by_another_meanwhile)
+    second = open_writer(folder, dataset)
+    assert len(begun) == 1
+    assert second.missing_shards() == [0, 1, 2]
+
+
+def test_a_shard_that_another_process_finished_just_now_is_left_alone(
+    dataset: ClipIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (open_writer(tmp_path / "cache", dataset) for _ in range(2))
+    lock = latent_writer._lock
+
+    def lock_behind_another(file: Any, *, wait: bool) -> bool:
+        monkeypatch.setattr(latent_writer, "_lock", lock)
+        fill(first, [0])  # while this one had opened its file and did not have it yet
+        return lock(file, wait=wait)
+
+    monkeypatch.setattr(latent_writer, "_lock", lock_behind_another)
+    with pytest.raises(ValueError, match="is being written by another process"):
+        fill(second, [0])
+    assert second.missing_shards() == [1, 2]
 
 
 def test_rows_that_are_not_encoded_keep_their_places(dataset: ClipIndex, tmp_path: Path) -> None:
