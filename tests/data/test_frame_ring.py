@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import re
@@ -122,6 +123,7 @@ def test_spots_do_not_touch_each_other() -> None:
 
 
 def test_memory_is_taken_at_the_first_use_and_given_back() -> None:
+    gc.collect()  # files that earlier tests left to it
     before = os.listdir("/proc/self/fd")
     ring = FrameRing(2, 1_000_000)
     assert os.fstat(ring.file).st_blocks == 0
@@ -139,6 +141,7 @@ def test_memory_is_taken_at_the_first_use_and_given_back() -> None:
 def test_what_does_not_fit_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(frame_ring, "available_memory", lambda: 40 * GIB)
+    gc.collect()  # files that earlier tests left to it
     before = os.listdir("/proc/self/fd")
     with pytest.raises(ValueError) as caught:
         FrameRing(3, 2 * GIB)

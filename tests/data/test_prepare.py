@@ -20,6 +20,7 @@ from muybridge.data.loader import VideoLoader
 from muybridge.data.synthetic import HELD_OUT, Combination
 from muybridge.scripts import cli
 from muybridge.scripts.prepare import main
+from muybridge.tests.data.time_limits import time_limits_for
 
 ONE_SECOND = [40 * i for i in range(25)]
 
@@ -111,8 +112,8 @@ def test_a_decoder_that_crashes_or_hangs_costs_one_file(
         "worker.main()\n"
     )
     monkeypatch.setattr(workers, "_COMMAND", [sys.executable, str(program)])
-    monkeypatch.setattr(workers, "_START_SECONDS", 5.0)
-    run(videos, tmp_path / "out", "--timeout", 1)
+    with time_limits_for(lambda arguments, _: arguments["name"].endswith("page.mp4")):
+        run(videos, tmp_path / "out", "--timeout", 1)
     rejected = {
         r["file"]: r["reason"] for r in map(json.loads, (tmp_path / "out/rejected.jsonl").read_text().splitlines())
     }

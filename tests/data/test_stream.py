@@ -42,6 +42,7 @@ from muybridge.data.stream_samples import (
     shuffled,
 )
 from muybridge.tests.data.conftest import write_synthetic
+from muybridge.tests.data.time_limits import time_limits_for
 
 WIDE, TALL = (48, 32), (32, 48)
 TWO_SHAPES = [BucketConfig(frames=1, height=32, width=48), BucketConfig(frames=1, height=48, width=32)]
@@ -465,7 +466,10 @@ def test_a_clip_that_hangs_costs_itself(tmp_path: Path, monkeypatch: pytest.Monk
     captions = [(f"h{i}.txt", b"never seen") for i in range(2)]
     members = [*chain.from_iterable(zip(hanging, captions)), *pairs(range(14))]
     folder = write_shards(tmp_path / "shards", members)
-    with closing(build(stream_settings(folder, timeout_seconds=0.5, prefetch=0))) as loader:
+    with (
+        time_limits_for(lambda _, data: b"hang " in data),
+        closing(build(stream_settings(folder, timeout_seconds=0.5, prefetch=0))) as loader,
+    ):
         batches = list(islice(loader.steps(0), 7))
         reasons = [clip.reason for clip in loader.ledger.clips()]
     # Where the queue had no other clip yet, the place of the one that was not decoded stays empty.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import resource
@@ -140,13 +141,10 @@ def test_a_crash_costs_one_request(pool: WorkerPool) -> None:
 def test_a_hang_costs_its_time_and_one_request(pool: WorkerPool) -> None:
     pid = pool.submit("echo", value=0).result()[0]["pid"]
     pool._timeout_seconds = 0.3
-    start = time.monotonic()
     with pytest.raises(WorkerDied, match=r"decoding took longer than 0\.3 s"):
-        pool.submit("hang").result()
-    assert time.monotonic() - start < 5
-    assert (
-        pool.counts()["decoder_timeouts"] == 1
-    )  # not once more in a fresh process, which is for what others may have caused
+        pool.submit("hang").result(timeout=60)
+    # Not once more in a fresh process, which is for what others may have caused.
+    assert pool.counts()["decoder_timeouts"] == 1
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     pool._timeout_seconds = 10.0
@@ -265,7 +263,7 @@ def test_half_a_clip_is_written_again_by_the_next_process(program: Path, end: st
         pid = None
         if end == "timeout":
             pid = pool.submit("echo", value=0).result()[0]["pid"]
-            pool._timeout_seconds = 0.5
+            pool._timeout_seconds = 2.0  # in which half of the clip is there on a busy machine, too
         future = pool.submit("fill", out=spots[1], value=1, seconds=1000)
         wait_until(lambda: bool((ring.view(spots[1])[:2] == 1).all()), "half of the clip")
         pid = pid or pool._processes[0].pid
@@ -383,7 +381,8 @@ def test_a_process_holds_no_pipe_of_its_neighbour(program: Path) -> None:
 
 
 def test_nothing_is_left_after_the_end(program: Path) -> None:
-    files = os.listdir("/proc/self/fd")
+    gc.collect()  # files that earlier tests left to it
+    files, children = os.listdir("/proc/self/fd"), psutil.Process().children()
     with closing(FrameRing(2, 1000)) as ring, WorkerPool(2, timeout_seconds=10.0, ring=ring) as pool:
         ring.acquire()
         pool.submit("echo", value=0).result()
@@ -391,7 +390,7 @@ def test_nothing_is_left_after_the_end(program: Path) -> None:
             pool.submit("crash").result()
         pool.submit("echo", value=0).result()
     assert os.listdir("/proc/self/fd") == files
-    assert psutil.Process().children() == []
+    assert psutil.Process().children() == children
 
 
 PARENT = """

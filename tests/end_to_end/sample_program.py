@@ -20,6 +20,8 @@ from torch import Tensor
 from muybridge.data import workers
 from muybridge.data.batch import VideoBatch
 from muybridge.data.ledger import DataBudgetError
+from muybridge.tests.data.time_limits import time_limits_for
+from muybridge.tests.end_to_end.damaged_decoder import HANGS
 from muybridge.train import tasks
 from muybridge.train.config import load_train_config
 from muybridge.train.engine import EngineConfig, initialise_distributed
@@ -112,7 +114,10 @@ def main(plan: Path, out: Path) -> None:
     if program := settings["decoding program"]:
         workers._COMMAND = [sys.executable, program]
     mine = {}
-    with mock.patch("muybridge.train.trainer.build_task", RecordedTask):
+    with (
+        mock.patch("muybridge.train.trainer.build_task", RecordedTask),
+        time_limits_for(lambda _, data: data.endswith(HANGS)),
+    ):
         for run in settings["runs"]:
             mine[run["name"]] = train(run["overrides"], run["records"], run["interruption"], device)
     found: list[Any] = [None] * dist.get_world_size()
