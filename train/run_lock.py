@@ -25,6 +25,7 @@ BEAT_SECONDS = 5.0
 # In which a holder that lives shows it; of another machine's files one may see an older state for most of a minute.
 _WATCHED_BEATS, _WATCHED_BEATS_ELSEWHERE = 3, 12
 _SETTLE_SECONDS = 0.5  # in which two who take over the same lock find out which of them has it
+_LAST_WRITE_SECONDS = 5.0  # for a beat that is being written at the end, on a file system that may hang
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class RunLock:
         """Let the next attempt begin at once."""
         self._released.set()
         if self._thread is not None:
-            self._thread.join(BEAT_SECONDS)
+            self._thread.join(_LAST_WRITE_SECONDS)
             self._thread = None
             if self._is_ours():
                 self._path.unlink(missing_ok=True)
@@ -176,11 +177,7 @@ class RunLock:
         return holder is not None and holder.attempt == self._own.attempt
 
     def _read(self) -> str | None:
-        # None where there is no lock; a link that leads nowhere is one that says nothing.
-        try:
-            return self._path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            return "" if self._path.is_symlink() else None
+        return _content(self._path)
 
     def _write(self, holder: _Holder) -> None:
         staging = self._path.with_name(f"{LOCK_NAME}.{holder.attempt}.tmp")
@@ -191,6 +188,33 @@ class RunLock:
             with suppress(OSError):
                 staging.unlink(missing_ok=True)
             raise
+
+
+def holder_at_work(run_dir: Path) -> str:
+    """Who is at work in a run directory, in words; "" for nobody. Takes no lock.
+
+    Takes up to 15 s where only the file can tell whether its holder lives: a new attempt looks more closely.
+    """
+    path = run_dir / LOCK_NAME
+    first = _content(path)
+    holder = _parsed(first or "")
+    if holder is None:
+        return ""
+    is_alive = _is_alive(holder)
+    end = time.monotonic() + _WATCHED_BEATS * BEAT_SECONDS
+    while is_alive is None and time.monotonic() < end:
+        time.sleep(BEAT_SECONDS / 10)
+        if (now := _content(path)) != first:
+            is_alive = now is not None
+    return holder.words() if is_alive else ""
+
+
+def _content(path: Path) -> str | None:
+    # None where there is no lock; a link that leads nowhere is one that says nothing.
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return "" if path.is_symlink() else None
 
 
 def _this_process() -> _Holder:

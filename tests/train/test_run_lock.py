@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,12 +61,17 @@ def hold(run_dir: Path, change: Callable[[RunLock], RunLock] = lambda lock: lock
     return lambda: change(RunLock(run_dir)).acquire()
 
 
-def until_held(run_dir: Path) -> str:
-    end = time.monotonic() + 20
-    while not (content := (run_dir / LOCK_NAME).read_text() if (run_dir / LOCK_NAME).exists() else ""):
+def until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 40
+    while not is_so():
         assert time.monotonic() < end
         time.sleep(0.01)
-    return content
+
+
+def until_held(run_dir: Path) -> str:
+    lock = run_dir / LOCK_NAME
+    until(lambda: lock.exists() and lock.read_text() != "")
+    return lock.read_text()
 
 
 def test_a_released_lock_is_free(tmp_path: Path) -> None:
@@ -80,9 +86,9 @@ def test_a_released_lock_is_free(tmp_path: Path) -> None:
 def test_the_holder_shows_that_it_lives(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     lock.acquire()
-    first = json.loads((tmp_path / LOCK_NAME).read_text())
-    time.sleep(4 * BEAT)
-    later = json.loads((tmp_path / LOCK_NAME).read_text())
+    text = (tmp_path / LOCK_NAME).read_text()
+    until(lambda: (tmp_path / LOCK_NAME).read_text() != text)
+    first, later = json.loads(text), json.loads((tmp_path / LOCK_NAME).read_text())
     assert later["beat"] > first["beat"]
     assert {**later, "beat": 0} == {**first, "beat": 0}
     lock.release()
@@ -129,7 +135,10 @@ def test_another_process_with_the_same_number_does_not_keep_the_lock(tmp_path: P
     lock.release()
 
 
-def test_an_attempt_that_lives_on_another_machine_is_found_by_its_beat(tmp_path: Path, fork: Fork) -> None:
+def test_an_attempt_that_lives_on_another_machine_is_found_by_its_beat(
+    tmp_path: Path, fork: Fork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "_WATCHED_BEATS_ELSEWHERE", 200)  # ended by the first beat that is seen
     fork(hold(tmp_path, elsewhere))
     until_held(tmp_path)
     with pytest.raises(RunIsLocked, match=r"in use by another attempt \(process 1 on node-7"):
@@ -173,31 +182,32 @@ def test_a_later_life_of_the_same_job_waits_for_no_beat(
 
 
 def test_of_four_who_take_over_one_has_it(tmp_path: Path, fork: Fork, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 2.0)
     elsewhere(RunLock(tmp_path))._create()
-    ready, taken, refused = (tmp_path / name for name in ("ready", "taken", "refused"))
-    for folder in (ready, taken, refused):
+    ready, written, taken, refused = (tmp_path / name for name in ("ready", "written", "taken", "refused"))
+    for folder in (ready, written, taken, refused):
         folder.mkdir()
-
-    def until(is_so: Callable[[], bool]) -> None:
-        end = time.monotonic() + 40
-        while not is_so():
-            assert time.monotonic() < end
-            time.sleep(0.01)
 
     def count(*folders: Path) -> int:
         return sum(len(list(folder.iterdir())) for folder in folders)
 
     def contend() -> None:
         lock = RunLock(tmp_path)
-        write = lock._write
+        write, sleep = lock._write, time.sleep
 
         def late_write(holder: run_lock._Holder) -> None:
+            lock._write = write  # type: ignore[method-assign]  # the beat's
             (ready / str(os.getpid())).touch()
             until(lambda: count(ready) == 4)  # all have seen the same lock
             write(holder)
+            (written / str(os.getpid())).touch()
+
+        def long_sleep(seconds: float) -> None:
+            if seconds == run_lock._SETTLE_SECONDS:
+                until(lambda: count(written) == 4)  # that is long enough for them, however busy the machine is
+            sleep(seconds)
 
         lock._write = late_write  # type: ignore[method-assign]
+        monkeypatch.setattr(run_lock, "time", SimpleNamespace(sleep=long_sleep, monotonic=time.monotonic))
         try:
             lock.acquire()
             (taken / str(os.getpid())).touch()
@@ -216,8 +226,7 @@ def test_who_has_lost_the_lock_knows_it_and_leaves_it_to_the_other(
     slow, quick = RunLock(tmp_path), RunLock(tmp_path)
     slow.acquire()
     quick._write(quick._own)
-    time.sleep(4 * BEAT)
-    assert slow.is_lost
+    until(lambda: slow.is_lost)
     assert not quick.is_lost
     assert not slow.still_ours()
     assert quick._is_ours(), "the beat of one must not take back what the other has"
@@ -257,14 +266,19 @@ def test_a_beat_that_cannot_be_written_is_told_and_ends_nothing(
 ) -> None:
     lock = RunLock(tmp_path)
     lock.acquire()
+    failed: list[object] = []
+
+    def fail(value: object) -> str:
+        failed.append(value)
+        raise OSError(28, "No space left")
+
     with monkeypatch.context() as patch:
-        patch.setattr(run_lock.json, "dumps", lambda value: (_ for _ in ()).throw(OSError(28, "No space left")))
-        time.sleep(4 * BEAT)
+        patch.setattr(run_lock, "json", SimpleNamespace(dumps=fail, loads=json.loads))
+        until(lambda: len(failed) >= 3)
     assert caplog.text.count("No space left") == 1
     assert lock.still_ours()
     before = until_held(tmp_path)
-    time.sleep(4 * BEAT)
-    assert until_held(tmp_path) != before
+    until(lambda: until_held(tmp_path) != before)
     lock.release()
     assert not list(tmp_path.iterdir())
 
