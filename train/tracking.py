@@ -78,6 +78,10 @@ class Tracker:
         self._failure = ""
         self.run_id = _run_id(run_dir)
         self._wandb = _start_wandb(run_dir, config, run_id=self.run_id, run_config=run_config)
+        # Online, W&B counts on from what it has. Offline it counts from 0 in every attempt, and where attempts are put together
+        # later, a row whose count was there before is lost.
+        is_offline = self._wandb is not None and self._wandb.offline
+        self._offline_count = _beyond_former_counts(run_dir, attempt) if is_offline else None
         self._bar = _ProgressBar(run_dir.name, total_steps, start_step)
         # What the parts log (such as the attention backend that was chosen) reaches the person who watches, once per run.
         self._log_handler = _NoteHandler(self.note)
@@ -143,7 +147,9 @@ class Tracker:
 
                 shown = [(str(path), clean_caption(caption)[:MAX_CAPTION_CHARACTERS]) for path, caption in videos]
                 row["samples"] = [wandb.Video(path, caption=caption, format="mp4") for path, caption in shown]
-            self._wandb.log(row)
+            self._wandb.log(row, step=self._offline_count)
+            if self._offline_count is not None:
+                self._offline_count += 1
         except Exception as error:  # whatever goes wrong in W&B, its service process or the disk
             self.note(f"muybridge: W&B is off from here on ({error}); metrics.jsonl has everything")
             self._wandb = None
@@ -243,6 +249,12 @@ def _drop_rows_after(run_dir: Path, step: int) -> None:
     staging = path.with_suffix(".tmp")
     staging.write_text("".join(json.dumps(row) + "\n" for row in rows if row.get("step", 0) <= step))
     staging.replace(path)
+
+
+def _beyond_former_counts(run_dir: Path, attempt: int) -> int:
+    """More than W&B was told rows of in the attempts before: each row may have come with videos, and a validation that was cut
+    short leaves videos without a row."""
+    return 2 * sum(len(read_json_lines(run_dir / name)) for name in (METRICS_NAME, DROPPED_NAME)) + attempt - 1
 
 
 def _start_wandb(run_dir: Path, config: TrackingConfig, *, run_id: str, run_config: dict[str, Any]) -> Any:
