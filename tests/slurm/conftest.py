@@ -1,0 +1,46 @@
+"""A real Slurm cluster for the tests of this folder, and one training at a time on this machine."""
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from muybridge.tests.slurm.cluster import Cluster, why_no_cluster
+
+
+def require_cluster() -> None:
+    """Skip where no cluster can run; where MUYBRIDGE_REQUIRE_SLURM=1 is set, fail instead."""
+    if reason := why_no_cluster():
+        if os.environ.get("MUYBRIDGE_REQUIRE_SLURM") == "1":
+            pytest.fail(f"MUYBRIDGE_REQUIRE_SLURM=1, and {reason}")
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def session_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The cluster of this process, for all its tests."""
+    require_cluster()
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
+    """A cluster of three idle nodes, n1-n3, with four GPUs each that are none; afterwards jobs are cancelled and nodes mended."""
+    yield session_cluster
+    session_cluster.mend()
+
+
+@pytest.fixture
+def one_training_at_a_time() -> Iterator[None]:
+    """Nobody else on this machine trains in a test of Slurm meanwhile: its processes would wait for each other."""
+    with (Path(tempfile.gettempdir()) / f"muybridge-one-training-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
