@@ -1,7 +1,6 @@
 """Training on damaged data: no hang, the same curve and ledger on any number of processes, and an end where it is too much."""
 
 import json
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +14,7 @@ from muybridge.data.config import DataConfig, build_buckets
 from muybridge.data.loader import VideoLoader
 from muybridge.tests.end_to_end.clip_folders import cut, garbled, small_video, write_folder
 from muybridge.tests.end_to_end.damaged_decoder import CRASHES, HANGS
+from muybridge.tests.ports import unused_port
 from muybridge.train.checkpoint_folder import committed_checkpoints
 
 CLIPS, STEPS, GLOBAL_BATCH = 400, 12, 40  # each clip comes once, some come again
@@ -184,9 +184,7 @@ def test_where_nothing_can_be_read_the_run_ends(runs: tuple[Path, dict[str, list
 def test_each_process_of_a_run_ends_with_76(
     tiny_run: list[str], folders: Path, tmp_path: Path, command_env: dict[str, str]
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = unused_port()
     # As srun starts them: torchrun would stop the others at the end of the first.
     run = [
         sys.executable,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from muybridge.tests.ports import unused_port
 
 Fault = dict[str, Any]
 
@@ -141,7 +142,7 @@ class ForkServer:
         return self._process
 
     def _plans(self, attempt: Attempt, folder: Path, number: int) -> list[dict[str, Any]]:
-        port = free_port()
+        port = unused_port()
         plans: list[dict[str, Any]] = []
         for rank in range(attempt.world):
             if rank in attempt.missing:
@@ -165,14 +166,6 @@ class ForkServer:
                 }
             )
         return plans
-
-
-def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def is_running(pid: int) -> bool:

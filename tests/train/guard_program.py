@@ -7,7 +7,6 @@ Torch and DeepSpeed are imported once; the ranks of each world are forks of this
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from muybridge.data.batch import VideoBatch
+from muybridge.tests.ports import unused_port
 from muybridge.tests.train.deepspeed_facts import check_contract
 from muybridge.tests.train.guarded_net import (
     GLOBAL_BATCH,
@@ -173,9 +173,7 @@ def main(root: Path) -> None:
     torch.set_num_threads(1)
     fork = multiprocessing.get_context("fork")
     for world in WORLDS:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = unused_port()
         ranks = [fork.Process(target=run_rank, args=(rank, world, port, root)) for rank in range(world)]
         for process in ranks:
             process.start()
