@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ def kill_family(launcher: subprocess.Popen[bytes]) -> None:
         return
     family = [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]
     for process in reversed(family):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # it may end with those before it
+            process.kill()
     psutil.wait_procs(family, timeout=60)
     launcher.wait()
 

@@ -14,8 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 # What is known of a moment: "text", such as a path; "file", an open one's number; "args" of a call; "events", a file for notes.
@@ -60,11 +63,10 @@ def send_and_sleep(moment: Moment, name: str, seconds: float) -> None:
 
 def kill_child(moment: Moment, command: str) -> None:
     """kill -9 of a process that this one started, known by a part of its command line."""
-    children = Path(f"/proc/{os.getpid()}/task")
-    for task in children.iterdir():
-        for pid in (task / "children").read_text().split():
-            if command in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode():
-                os.kill(int(pid), signal.SIGKILL)
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # others come and go
+            if command in " ".join(child.cmdline()):
+                child.kill()
 
 
 def fault_the_writer(moment: Moment, faults: list[dict[str, Any]]) -> None:

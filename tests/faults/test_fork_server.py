@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -58,42 +59,44 @@ class Interrupted(Exception):
     """What pytest-timeout or Ctrl-C would raise in the middle of a case."""
 
 
-def test_an_interrupted_test_leaves_no_process(light_server: ForkServer) -> None:
-    server = light_server.pid
+@contextmanager
+def once_both_ranks_run(server: int, strike: Callable[[], None]) -> Iterator[list[int]]:
+    """In this block `strike` is called, in the midst of what runs there, when the server has two ranks; gives their numbers."""
     seen: list[int] = []
 
-    def interrupt(*_: object) -> None:
-        seen.extend(rank_pids(server))
-        raise Interrupted
+    def look(*_: object) -> None:
+        if not seen and len(pids := rank_pids(server)) == 2:
+            seen.extend(pids)
+            strike()
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    before = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
     try:
-        with pytest.raises(Interrupted):
-            light_server.run(Attempt([], faults={0: [SLEEP], 1: [SLEEP]}))
+        yield seen
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_an_interrupted_test_leaves_no_process(light_server: ForkServer) -> None:
+    server = light_server.pid
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    with once_both_ranks_run(server, interrupt) as seen, pytest.raises(Interrupted):
+        light_server.run(Attempt([], faults={0: [SLEEP], 1: [SLEEP]}))
     assert len(seen) == 2
     assert not any(map(is_running, [server, *seen]))
 
 
 def test_ranks_end_with_a_server_that_is_killed(light_server: ForkServer) -> None:
     server = light_server.pid
-    seen: list[int] = []
-
-    def kill(*_: object) -> None:
-        seen.extend(rank_pids(server))
-        os.kill(server, signal.SIGKILL)
-
-    before = signal.signal(signal.SIGALRM, kill)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    try:
-        with pytest.raises(AssertionError, match="the fork server died"):
-            light_server.run(Attempt([], faults={0: [SLEEP], 1: [SLEEP]}))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with (
+        once_both_ranks_run(server, lambda: os.kill(server, signal.SIGKILL)) as seen,
+        pytest.raises(AssertionError, match="the fork server died"),
+    ):
+        light_server.run(Attempt([], faults={0: [SLEEP], 1: [SLEEP]}))
     light_server.close()
     assert len(seen) == 2
     wait_until(lambda: not any(map(is_running, seen)), "the ranks' end")

@@ -46,7 +46,7 @@ def is_running(pid: int) -> bool:
     try:
         # The third field; a process that ended and was not waited for is Z.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it ended after its file was opened
         return False
 
 
