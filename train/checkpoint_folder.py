@@ -54,7 +54,7 @@ def choose_checkpoint(folder: Path, resume: str = "auto") -> Path | None:
     """
     if fault := resume_fault("resume", resume):
         raise ValueError(fault)
-    candidates = [folder / name for name in on_rank_0(lambda: _candidates(folder, resume))]
+    candidates = [folder / name for name in on_rank_0(lambda: candidates_to_resume(folder, resume))]
     chosen, reasons = None, []
     for candidate in candidates:
         fault = _agreed_fault(candidate)
@@ -68,6 +68,22 @@ def choose_checkpoint(folder: Path, resume: str = "auto") -> Path | None:
         what = "no checkpoint" if resume in RESUME_WORDS else f"resume={resume}: no checkpoint of that step"
         raise ValueError(f"{what} under {folder} is valid: {'; '.join(reasons)}")
     return chosen
+
+
+def candidates_to_resume(folder: Path, resume: str) -> list[str]:
+    """Names of the checkpoints that `resume` allows, the one to try first in front. Raises ValueError where it cannot be had."""
+    found = [path.name for path in reversed(committed_checkpoints(folder))]
+    listed = ", ".join(found) or "none"
+    if resume == "never" and found:
+        raise ValueError(f"resume=never: there are checkpoints under {folder}: {listed} (choose another run_dir)")
+    if resume == "must" and not found:
+        raise ValueError(f"resume=must: there is no checkpoint under {folder}")
+    if resume in RESUME_WORDS:
+        return found
+    wanted = f"step-{int(resume):08d}"
+    if wanted not in found:
+        raise ValueError(f"resume={resume}: there is no checkpoint of that step under {folder}; there are: {listed}")
+    return [wanted]
 
 
 def set_aside_newer(folder: Path, chosen: Path) -> None:
@@ -181,21 +197,6 @@ def delete_leftover(path: Path) -> None:
         shutil.rmtree(path)
     except OSError as error:
         logger.warning("muybridge: %s could not be deleted: %s", path, error)
-
-
-def _candidates(folder: Path, resume: str) -> list[str]:
-    found = [path.name for path in reversed(committed_checkpoints(folder))]
-    listed = ", ".join(found) or "none"
-    if resume == "never" and found:
-        raise ValueError(f"resume=never: there are checkpoints under {folder}: {listed} (choose another run_dir)")
-    if resume == "must" and not found:
-        raise ValueError(f"resume=must: there is no checkpoint under {folder}")
-    if resume in RESUME_WORDS:
-        return found
-    wanted = f"step-{int(resume):08d}"
-    if wanted not in found:
-        raise ValueError(f"resume={resume}: there is no checkpoint of that step under {folder}; there are: {listed}")
-    return [wanted]
 
 
 def _agreed_fault(folder: Path) -> str:

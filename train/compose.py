@@ -9,6 +9,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,7 +17,6 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
-from yaml import YAMLError
 
 from .secrets import (
     READABLE_PREFIXES,
@@ -54,12 +54,12 @@ def read_settings(path: Path, *, config_class: type) -> Any:
     Raises ConfigFaults with every unknown key and wrong type, ValueError for secrets or what is no such file; all name the file.
     """
     try:
-        content = OmegaConf.load(path)
-        if not isinstance(content, DictConfig):
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_TextLoader)  # noqa: S506 (a safe one)
+        if not isinstance(content, dict):
             raise ValueError("it must hold KEY: VALUE lines")
-        leaves = list(_leaves(content))
+        leaves = list(_leaves(OmegaConf.create(content)))
         refuse_secrets(leaves)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{path} cannot be used: {str(error).splitlines()[0]}") from error
     typed = OmegaConf.structured(config_class)
     faults = [f"{path}: {fault}" for name, value in leaves for fault in _set_typed(typed, name, value, config_class)]
@@ -67,6 +67,16 @@ def read_settings(path: Path, *, config_class: type) -> Any:
     if faults:
         raise ConfigFaults(faults, result)
     return result
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Leaves numbers as they stand there, for the type of each setting to read: YAML takes 24:00:00 for the number 86400."""
+
+
+_TextLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _readable_variable(name: str, default: Any = oc._DEFAULT_MARKER_) -> Any:

@@ -1,0 +1,82 @@
+"""Whether a run can be queued in its directory: what it needs is there, nobody is at work in it, and it is not another run's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.config import Access
+from ..train.attempts import resume_in_force
+from ..train.checkpoint_folder import candidates_to_resume
+from ..train.config import TrainConfig
+from ..train.fixed_settings import refuse_changed_settings
+from ..train.run_lock import holder_at_work
+from .run_files import RunFiles, read_run_files
+from .scheduler import Job, queued
+
+
+def missing_data(config: TrainConfig) -> list[str]:
+    """Datasets that the settings name and this machine does not have, which a job would find out after hours in the queue."""
+    caches = "latents" if config.data.access is Access.latents else ""
+    found = []
+    for name, source in config.training_data().sources().items():
+        field = f"data.datasets.{name}.path" if name else "data.path"
+        if source.weight > 0 and not _is_there(source.path, may_be_pattern=config.data.access is Access.stream):
+            what = f"data.latents={config.data.latents}" if caches else f"{field}={source.path}"
+            cure = "muybridge encode" if caches else "muybridge prepare SRC OUT"
+            found.append(f"{what} must be there: {source.path} is no folder (make it with: {cure})")
+    validation = config.validation_data()
+    if validation is not None and not _is_there(validation.path):
+        found.append(f"validation.path={config.validation.path} must be there: {validation.path} is no folder")
+    return found
+
+
+def path_fault(run_dir: str) -> str:
+    """What is wrong with the name of a run directory, or an empty string."""
+    if run_dir.isprintable() and not any(sign in run_dir for sign in ("%", "\\", "${")):
+        return ""
+    return (
+        f"run_dir={run_dir!r} must be without %, \\, ${{ and control characters: Slurm reads them in the names of logs"
+    )
+
+
+def other_run_fault(config: TrainConfig) -> str:
+    """Why a run of these settings cannot go on in its directory, as `train` itself would find, or an empty string."""
+    run_dir = Path(config.run_dir)
+    try:
+        names = candidates_to_resume(run_dir / "checkpoints", resume_in_force(run_dir, config.resume))
+        if names:
+            refuse_changed_settings(config, run_dir / "checkpoints" / names[0])
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        return f"run_dir={run_dir}: {error}"
+    return ""
+
+
+def refuse_busy(run_dirs: Sequence[Path]) -> None:
+    """Raises ValueError where a run has a job that waits or runs, or an attempt at work outside of Slurm; SchedulerError."""
+    files = [read_run_files(run_dir) for run_dir in run_dirs]
+    jobs = queued(sorted({job for found in files for job in found.job_ids()}))
+    busy = [(found.run_dir, job) for found in files for job in jobs if _is_of(job, found)]
+    if busy:
+        run_dir, job = busy[0]
+        others = f" (and {len(busy) - 1} more)" if len(busy) > 1 else ""
+        raise ValueError(
+            f"run_dir={run_dir} has a job in the queue already: {job.id} ({job.state}){others}. Wait for it, or end it with: "
+            f"muybridge cancel {run_dir}"
+        )
+    for run_dir in run_dirs:
+        if who := holder_at_work(run_dir):
+            raise ValueError(
+                f"run_dir={run_dir} is in use by another attempt ({who}, in lock.json); stop that, or wait for its end"
+            )
+
+
+def _is_of(job: Job, found: RunFiles) -> bool:
+    # Numbers begin anew where a cluster is set up anew, and of an array each run has one task.
+    if found.job is None or job.number not in found.job_ids() or job.name != found.job.name:
+        return False
+    task = job.id.partition("_")[2]
+    return not task or found.job.array_index is None or task == str(found.job.array_index)
+
+
+def _is_there(path: str, *, may_be_pattern: bool = False) -> bool:
+    is_elsewhere = "://" in path or (may_be_pattern and any(sign in path for sign in "{*?["))
+    return is_elsewhere or Path(path).exists()

@@ -1,0 +1,166 @@
+"""What a submission keeps of itself in the run directory: its settings, the code as it was, and where it came from."""
+
+import calendar
+import getpass
+import hashlib
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..redaction import environment_without_secrets, redacted
+from ..train.compose import plain
+from ..train.provenance import git_commit, versions
+from .placing import Placement
+from .plan import Plan
+
+PACKAGE = Path(__file__).parents[1]
+_SUFFIXES = (".py", ".yaml", ".json", ".sbatch")
+# Variables that change what a job does.
+_TELLING_PREFIXES = (
+    *(
+        "CUDA_",
+        "NCCL_",
+        "GLOO_",
+        "UCX_",
+        "FI_",
+        "TORCH",
+        "PYTORCH_",
+        "TRITON_",
+        "DS_",
+        "OMP_",
+        "MKL_",
+        "HF_",
+        "WANDB_",
+        "MUYBRIDGE_",
+    ),
+    *("PYTHON", "CONDA_", "MODULEPATH", "LOADEDMODULES", "SLURM_CONF"),
+)
+_TELLING = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "VIRTUAL_ENV",
+    "XDG_CACHE_HOME",
+    "TMPDIR",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+)
+_GIT_SECONDS = 60
+_MOST_DIFF_CHARACTERS = 20_000_000
+
+
+def package_files(package: Path = PACKAGE) -> list[Path]:
+    """The files that make up the package, relative to it and in the order of their names; nothing else that lies in a checkout."""
+    parts = [marker.parent for marker in package.glob("*/__init__.py")]
+    found = [path for part in parts for path in part.rglob("*") if path.suffix in _SUFFIXES and path.is_file()]
+    return sorted(path.relative_to(package) for path in [*package.glob("*.py"), *found])
+
+
+def code_hash(package: Path = PACKAGE) -> str:
+    """12 hexadecimal digits that change with the content of any of the package's files."""
+    digest = hashlib.sha256()
+    for path in package_files(package):
+        content = (package / path).read_bytes()
+        digest.update(f"{path.as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def place_code(folder: Path, placement: Placement, package: Path = PACKAGE) -> Path:
+    """Copy the package to FOLDER/HASH/muybridge, unless it is there; returns FOLDER/HASH, for PYTHONPATH.
+
+    Copies of other states stay: jobs may be at work with them. Raises OSError.
+    """
+    root = folder / code_hash(package)
+    # Whole only once this is there, its last file.
+    finished = root / "complete"
+    if finished.exists():
+        return root
+    for path in package_files(package):
+        placement.write(root / "muybridge" / path, (package / path).read_bytes())
+    placement.write(finished, b"")
+    return root
+
+
+def place_submission(plan: Plan, placement: Placement) -> list[Path]:
+    """Write everything that the job reads, and a record of this submission in each run's slurm/submissions/TIME; returns those.
+
+    Raises OSError.
+    """
+    now = time.gmtime()
+    code = ""
+    if plan.slurm.snapshot_code:
+        code = str(place_code(plan.submit_dir / "slurm" / "code", placement))
+    records = [_new_record(run.run_dir / "slurm" / "submissions", now) for run in plan.runs]
+    for run, record in zip(plan.runs, records):
+        placement.write(record / "config.yaml", yaml.safe_dump(plain(run.config), sort_keys=False).encode())
+        placement.write(record / "overrides.json", (json.dumps(run.overrides, indent=1) + "\n").encode())
+        fields = [os.getcwd(), plan.slurm.python or sys.executable, code, plan.slurm.stage_to or "", *run.overrides]
+        placement.write(run.run_dir / "slurm" / "command", nul_terminated(fields))
+    common = records[0] if not plan.is_sweep else _new_record(plan.submit_dir / "slurm" / "submissions", now)
+    facts = {"unix_seconds": calendar.timegm(now), **circumstances(plain(plan.slurm))}
+    placement.write(common / "submission.json", (json.dumps(facts, indent=1) + "\n").encode())
+    placement.write(common / "changes.diff", changes_since_commit().encode())
+    placement.write(common / "train.sbatch", plan.script.encode())
+    placement.write(plan.submit_dir / "slurm" / "tasks", nul_terminated([str(run.run_dir) for run in plan.runs]))
+    placement.write(plan.script_path, plan.script.encode())
+    return records
+
+
+def nul_terminated(fields: list[str]) -> bytes:
+    """Texts for bash to read whatever is in them, as `mapfile -d ''` does."""
+    return b"".join(os.fsencode(text) + b"\0" for text in fields)
+
+
+def _new_record(folder: Path, now: time.struct_time) -> Path:
+    name = time.strftime("%Y%m%dT%H%M%SZ", now)
+    return next(
+        path
+        for number in itertools.count()
+        if not (path := folder / f"{name}{f'-{number}' if number else ''}").exists()
+    )
+
+
+def circumstances(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a submission came from, without secrets: who, where, which code and versions, and the variables that matter."""
+    variables = environment_without_secrets()
+    telling = {
+        name: redacted(value)
+        for name, value in sorted(variables.items())
+        if name in _TELLING or name.startswith(_TELLING_PREFIXES)
+    }
+    return {
+        "slurm": settings,
+        "user": _user(),
+        "host": socket.gethostname(),
+        "working_directory": os.getcwd(),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "environment": telling,
+    }
+
+
+def changes_since_commit(package: Path = PACKAGE) -> str:
+    """`git diff` of the package against its last commit, without secrets; empty outside a git checkout and without git."""
+    command = ["git", "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--", "."]
+    try:
+        answer = subprocess.run(command, cwd=package, capture_output=True, timeout=_GIT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    text = answer.stdout.decode("utf-8", errors="replace") if answer.returncode == 0 else ""
+    return redacted(text[:_MOST_DIFF_CHARACTERS])
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a number without a name, as in some containers
+        return str(os.getuid())

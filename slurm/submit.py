@@ -1,0 +1,170 @@
+"""`muybridge submit`: check a run's settings, keep what it is made of in its directory, and queue it as a job of Slurm."""
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from ..redaction import redact_output
+from ..scripts.dataset_commands import console, say
+from ..train.exit_codes import ExitCode
+from . import scheduler
+from .placing import Placement
+from .plan import Plan, build_plan
+from .run_checks import refuse_busy
+from .snapshot import place_submission
+
+USAGE = """\
+usage: muybridge submit +experiment=NAME [KEY=VALUE ...] [slurm.KEY=VALUE ...] [--dry-run]
+       muybridge submit --multirun +experiment=NAME KEY=VALUE,VALUE ... [slurm.KEY=VALUE ...]
+
+Queue a training run as a job of Slurm, on as many nodes as it takes. Everything is checked before anything is written or queued.
+The job saves and goes on by itself after a time limit, a preemption or a fault of a node, until the run is done. Submit a run again
+with the same run_dir to go on with it.
+
+  muybridge submit +experiment=wan_14b_480p slurm.nodes=8 slurm.time=24:00:00 slurm.partition=gpu
+  muybridge submit +experiment=wan_1_3b_lora slurm.gpus_per_node=4 --dry-run    print the sbatch command and the script, do nothing
+  muybridge submit --multirun +experiment=wan_1_3b_lora optimizer.lr=1e-4,2e-4 seed=range(3) slurm.parallel=2
+                                                      every combination, as one job array, in folders below run_dir
+
+  slurm.nodes, slurm.gpus_per_node, slurm.processes_per_node     how large (1 node, 8 GPUs, a process for each GPU)
+  slurm.cpus_per_process, slurm.memory, slurm.exclusive          the rest of a node
+  slurm.time, slurm.lead_seconds                                 time limit of a life of the job, and how long before it saves
+  slurm.partition, account, qos, constraint, reservation         where
+  slurm.exclude, slurm.after, slurm.chain, slurm.requeue         nodes to do without; a job to wait for; several jobs in a row
+  slurm.options=['--gres=nvme:1']                                any other option of sbatch
+  slurm.template=FILE                                            your own copy of the batch script
+  slurm.name, python, snapshot_code, health, stage_to            see slurm/config.py
+
+A site's settings stand in ~/.config/muybridge/slurm.yaml, or in the file that MUYBRIDGE_SLURM_SITE names, without `slurm.`:
+partition: gpu and so on, a line each. The command line goes before them.
+
+RUN_DIR/slurm keeps the settings, the code as it is now, `git diff`, versions and the log. The job has the environment that submit
+has, as always with sbatch: a WANDB_API_KEY there, or `wandb login`, is how it gets a key. Nothing secret is written to a file of
+ours, but Slurm's controller keeps a job's environment as long as the job.
+
+Exit code: 0 queued; 64 a mistake, or Slurm refused, and nothing is queued; 75 Slurm's controller cannot be reached, try again."""
+
+_STALE = ("cancelled", "gave_up", "fruitless")  # what an earlier job left, and would stop this one
+
+
+def main(argv: list[str]) -> int:
+    """Queue a run or a sweep; returns the exit code. Raises ValueError for mistakes and for what Slurm refuses."""
+    redact_output()
+    if not argv or any(argument in ("-h", "--help") for argument in argv):
+        print(USAGE)
+        return 0
+    flags = [argument for argument in argv if argument.startswith("-")]
+    if unknown := [flag for flag in flags if flag not in ("--dry-run", "--multirun", "-m")]:
+        raise ValueError(f"unknown option {unknown[0]} (see muybridge submit --help)")
+    overrides = [argument for argument in argv if not argument.startswith("-")]
+    is_sweep = "--multirun" in flags or "-m" in flags
+    plan = build_plan(overrides, multirun=is_sweep, dry_run="--dry-run" in flags)
+    for warning in plan.slurm.warnings():
+        print(f"muybridge: {warning}", file=sys.stderr)
+    if "--dry-run" in flags or plan.runs[0].config.dry_run:
+        return _show(plan)
+    if shutil.which("sbatch") is None:
+        raise ValueError(
+            "sbatch is not on PATH: run this on a login node of the cluster, or add --dry-run to see what would be submitted"
+        )
+    try:
+        refuse_busy([run.run_dir for run in plan.runs])
+        jobs = submit(plan)
+    except scheduler.SchedulerAway as error:
+        print(f"muybridge: {error}; nothing is queued, try again later", file=sys.stderr)
+        return ExitCode.requeue
+    _report(plan, jobs)
+    return 0
+
+
+def submit(plan: Plan) -> list[int]:
+    """Put the files in place and queue the job, or the jobs of a chain; returns their numbers.
+
+    Raises ValueError where a file cannot be written and SchedulerError where Slurm refuses; all is as it was then.
+    """
+    placement = Placement()
+    jobs: list[int] = []
+    try:
+        records = place_submission(plan, placement)
+        for run in plan.runs:
+            for name in _STALE:
+                placement.remove(run.run_dir / "slurm" / name)
+        while len(jobs) < plan.slurm.chain:
+            jobs.append(scheduler.sbatch(plan.sbatch_arguments(previous=jobs[-1] if jobs else None)))
+        _place_job_facts(plan, jobs, records, placement)
+    except BaseException as error:
+        placement.undo()
+        after = _take_back(jobs)
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"run_dir={plan.submit_dir} cannot be written ({error.strerror or error}): nothing is queued{after}"
+            ) from error
+        if isinstance(error, scheduler.SchedulerAway):
+            raise scheduler.SchedulerAway(f"{error}{after}") from error
+        if isinstance(error, scheduler.SchedulerError):
+            raise scheduler.SchedulerError(f"Slurm does not take the job: {error}{after}") from error
+        raise
+    placement.keep()
+    return jobs
+
+
+def _take_back(jobs: list[int]) -> str:
+    """Cancel what was queued before something failed; returns what to say of it."""
+    numbers = ", ".join(map(str, jobs))
+    if not jobs:
+        return ""
+    try:
+        scheduler.cancel(jobs)
+    except scheduler.SchedulerError as failure:
+        return f"; job {numbers} was queued before and could not be cancelled ({failure}): scancel {' '.join(map(str, jobs))}"
+    return f"; job {numbers}, which was queued before, was cancelled"
+
+
+def _place_job_facts(plan: Plan, jobs: list[int], records: list[Path], placement: Placement) -> None:
+    """Write which jobs the runs are to RUN_DIR/slurm/job.json, and beside each run's record of this submission."""
+    for index, (run, record) in enumerate(zip(plan.runs, records)):
+        facts = {
+            "jobs": jobs,
+            "array_index": index if plan.is_sweep else None,
+            "name": plan.job_name,
+            "submit_dir": str(plan.submit_dir),
+            "submitted_unix_seconds": round(time.time(), 3),
+            "nodes": plan.slurm.nodes,
+            "processes": plan.slurm.processes,
+            "lead_seconds": plan.slurm.lead_seconds,
+        }
+        content = (json.dumps(facts, indent=1) + "\n").encode()
+        placement.write(record / "job.json", content)
+        placement.write(run.run_dir / "slurm" / "job.json", content)
+
+
+def _show(plan: Plan) -> int:
+    """What would be queued, as a command line and a script."""
+    print(shlex.join(["sbatch", "--parsable", *plan.sbatch_arguments()]))
+    print(plan.script, end="")
+    for missing in plan.still_needed:
+        print(f"muybridge: still needed: {missing}", file=sys.stderr)
+    print("muybridge: the settings are valid; nothing was written or queued", file=sys.stderr)
+    return 0
+
+
+def _report(plan: Plan, jobs: list[int]) -> None:
+    if plan.is_sweep:
+        table = Table("task", "run directory", "settings", title_justify="left")
+        for index, run in enumerate(plan.runs):
+            table.add_row(str(index), Text(run.run_dir.name), Text(" ".join(run.chosen)))
+        console.print(table)
+    what = f"{plan.slurm.nodes} x {plan.slurm.tasks_per_node} processes"
+    chain = f" to {jobs[-1]}, one after the other" if len(jobs) > 1 else ""
+    runs = f"{len(plan.runs)} runs of {what}" if plan.is_sweep else what
+    say(f"Queued job {jobs[0]}{chain} as {plan.job_name}: {runs}.")
+    say(f"{'Folder of the runs' if plan.is_sweep else 'Run directory'}: {plan.submit_dir}")
+    shown = shlex.quote(str(plan.submit_dir))
+    log = shlex.quote(str(plan.submit_dir / "slurm" / f"log-{jobs[0]}{'_0' if plan.is_sweep else ''}.txt"))
+    say(f"Next: muybridge status {shown}\n      tail -F {log}\n      muybridge cancel {shown}")
