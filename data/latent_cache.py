@@ -26,7 +26,8 @@ from .decode import DecodeError
 from .draws import Draws
 from .frame_ring import Spot
 from .index import ClipIndex, read_manifest, read_record, sidecar_path
-from .media_bytes import checked, read_media
+from .media_bytes import checked
+from .staged import StagedShards
 from .storage import is_remote
 
 CACHE_FORMAT = 2  # 1 held float32 latents of the clips in use, and no text
@@ -129,10 +130,11 @@ class LatentCache:
         self.is_remote = any(map(is_remote, index.shard_names))  # whether reading waits for a network
         self.counts: dict[str, int] = {}
         self._index = index
+        self._staged = StagedShards(index, self.counts)
         self._shard, self._offset, self._size, self._checksum = (
             index.column(name) for name in ("shard", "offset", "size", "checksum")
         )
-        self._shards: OrderedDict[int, memoryview] = OrderedDict()
+        self._shards: OrderedDict[Path, memoryview] = OrderedDict()
         self._lock = threading.Lock()
         self._empty_text = _read_empty_text(index) if reads_text else None
         self._shapes = {bucket["name"]: bucket["latent_shape"] for bucket in index.manifest["buckets"]}
@@ -146,14 +148,11 @@ class LatentCache:
         shard, offset, size = self._shard.item(row), self._offset.item(row), self._size.item(row)
         if size == 0:
             raise DecodeError(self._failure(row, shard))
-        if self.is_remote:
-            data = self._read_file(row)
-        else:
-            data = self._mapped(shard)[offset : offset + size]
-            if crc32(data) != self._checksum.item(row):
-                data = self._read_file(
-                    row
-                )  # once more and not from the map; says what is wrong where it is wrong again
+        mapped = self._mapped(shard)
+        data = None if mapped is None else mapped[offset : offset + size]
+        if data is None or crc32(data) != self._checksum.item(row):
+            # Once more and not from the map; says what is wrong where it is wrong again.
+            data = memoryview(self._staged.read(self._index.clip(row)))
         # A safetensors file: the header's length, the header (JSON), the tensors. The checksum says it is what we wrote.
         start = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(str(data[8:start], "ascii"))
@@ -175,22 +174,31 @@ class LatentCache:
             fields["text"] = [torch.from_numpy(bits).view(torch.bfloat16) for bits in writable]
         return fields
 
-    def _mapped(self, shard: int) -> memoryview:
+    def _mapped(self, shard: int) -> memoryview | None:
+        # A whole shard; None for one that is not on a local path.
+        copy, name = self._staged.copy(shard), self._index.shard_names[shard]
+        if copy is None and is_remote(name):
+            return None
+        path = copy or Path(name)
         with self._lock:
-            if shard in self._shards:
-                self._shards.move_to_end(shard)
-            else:
-                with self._index.shards[shard].open("rb") as file:
+            if path in self._shards:
+                self._shards.move_to_end(path)
+                return self._shards[path]
+            try:
+                with path.open("rb") as file:
                     # Private and writable, so that text needs no copy: the file stays as it is, whoever writes to a tensor.
-                    self._shards[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+                    found = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            except (OSError, ValueError) as error:  # the second where it is empty
+                if copy is None:
+                    raise
+                fault = str(error)
+            else:
+                self._shards[path] = found
                 if len(self._shards) > _MAPPED_SHARDS:
                     self._shards.popitem(last=False)
-            return self._shards[shard]
-
-    def _read_file(self, row: int) -> memoryview:
-        clip = self._index.clip(row)
-        name = self._index.shard_names[clip.shard]
-        return memoryview(read_media(name, key=clip.key, offset=clip.offset, size=clip.size, checksum=clip.checksum))
+                return found
+        self._staged.abandon(shard, fault)
+        return self._mapped(shard)
 
     def _failure(self, row: int, shard: int) -> str:
         record = read_record(sidecar_path(self._index.folder, self._index.manifest["shards"][shard]["name"]))

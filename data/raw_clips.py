@@ -17,7 +17,7 @@ from .decode import Decoder, frame_times, has_decoder
 from .draws import Draws
 from .frame_ring import FrameRing, Spot
 from .index import ClipIndex
-from .media_bytes import read_media
+from .staged import StagedShards
 from .workers import WorkerDied, WorkerPool
 
 _log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class RawClips:
         """Without a pool, clips are decoded in this process, which a bad stream may crash."""
         self.index = index
         self.counts = {"fallback_decodes": 0}
+        self._shards = StagedShards(index, self.counts)
         self._config = config
         self._pool, self._ring = pool, ring
         self._lock = threading.Lock()
@@ -73,13 +74,7 @@ class RawClips:
         """
         clip, config = self.index.clip(row), self._config
         # Read here and not in the decoding process, whose time limit is for decoding: a slow storage is no fault of the clip.
-        data = read_media(
-            self.index.shard_names[clip.shard],
-            key=clip.key,
-            offset=clip.offset,
-            size=clip.size,
-            checksum=clip.checksum,
-        )
+        data = self._shards.read(clip)
         last_start = clip.duration_seconds - clip.fps_denominator / clip.fps_numerator
         arguments = decode_arguments(config, bucket, draws, last_start_seconds=last_start, seekable=clip.seekable)
         result, payload = self._run({"data": data, **arguments, **({} if spot is None else {"out": spot})})

@@ -34,6 +34,7 @@ from .plan import GHOST, SUBSTITUTES, ghost_share, split_places, state_without_s
 from .raw_clips import decode_arguments, decode_in
 from .read_ahead import ReadAhead
 from .run_state import STATE_VERSION, changed_settings, setting_texts
+from .staged import StagedStreams
 from .stream_agreement import Gather, agree, alone, common_bucket
 from .stream_reader import HOPELESS_PASSES, HOPELESS_SAMPLES, StreamClip, StreamReader
 from .stream_samples import BadSample, SampleStream, find_streams
@@ -98,6 +99,7 @@ class StreamLoader:
         self._pool = WorkerPool(config.workers, timeout_seconds=config.timeout_seconds, ring=self._ring)
         self._read_ahead = ReadAhead(self._frames_shape, pool=self._pool, ring=self._ring, prefetch=config.prefetch)
         self._reader: StreamReader | None = None
+        self._copies = StagedStreams()
         self._bad_samples = 0
         self._before = {0: 0}  # samples before the step that comes next, and before the last one
 
@@ -156,6 +158,7 @@ class StreamLoader:
             "dropped_samples": reader.dropped if reader else 0,
             "bad_clips": len(self.ledger),
             **self._pool.counts(),
+            **self._copies.counts,
         }
 
     def steps(self, start_step: int) -> Iterator[list[VideoBatch]]:
@@ -190,7 +193,7 @@ class StreamLoader:
 
     def _open_reader(self, *, rank: int, world_size: int, seed: int) -> StreamReader:
         return StreamReader(
-            SampleStream(self._shards, rank=rank, world_size=world_size, seed=seed),
+            SampleStream(self._shards, rank=rank, world_size=world_size, seed=seed, copies=self._copies),
             buckets=self.buckets,
             needed=self._needed,
             rules=self._config.fit_rules(),

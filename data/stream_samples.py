@@ -13,11 +13,12 @@ import random
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Any, BinaryIO
 
 from .captions import CaptionError
 from .keyed import Permutation, keyed_bits
+from .staged import StagedStreams
 from .storage import TAR_ENDINGS, TransientReadError, find_shards, open_stream
 from .tar_members import Member
 from .tar_samples import (
@@ -108,8 +109,11 @@ class SampleStream:
     share of the samples.
     """
 
-    def __init__(self, shards: list[str], *, rank: int, world_size: int, seed: int) -> None:
+    def __init__(
+        self, shards: list[str], *, rank: int, world_size: int, seed: int, copies: StagedStreams | None = None
+    ) -> None:
         self._shards, self._rank, self._world_size, self._seed = shards, rank, world_size, seed
+        self._copies = copies or StagedStreams()
 
     def __iter__(self) -> Iterator[StreamItem]:
         for number in count():
@@ -124,7 +128,7 @@ class SampleStream:
         readers = -(-(self._world_size - first) // shards)  # ranks that read this shard
         for place in range(first, shards, self._world_size):
             shard = self._shards[order(place)]
-            for i, item in enumerate(read_shard(shard, number)):
+            for i, item in enumerate(read_shard(shard, number, self._copies)):
                 if (i + number) % readers == self._rank // shards:
                     yield item
 
@@ -160,8 +164,37 @@ def shuffled(
         yield drawn()
 
 
-def read_shard(shard: str, pass_number: int = 0) -> Iterator[StreamSample | BadSample]:
-    """The samples of a tar in their order, then what is wrong with the tar. Raises TransientReadError, see `open_stream`."""
+def read_shard(
+    shard: str, pass_number: int = 0, copies: StagedStreams | None = None
+) -> Iterator[StreamSample | BadSample]:
+    """The samples of a tar in their order, then what is wrong with the tar. Raises TransientReadError, see `open_stream`.
+
+    A copy of the tar is read where there is one; should it be damaged, the original goes on where it ends.
+    """
+    copies = copies or StagedStreams()
+    given = 0
+    if (copy := copies.open(shard)) is not None:
+        damage = ""
+        for item in _read_tar(copy, shard, pass_number):
+            if isinstance(item, BadSample) and not item.key:
+                damage = item.reason
+                break
+            given += 1
+            yield item
+        if not damage:
+            return
+        copies.abandon(copy, damage)
+    try:
+        file = open_stream(shard)
+    except TransientReadError:
+        raise
+    except OSError as error:
+        yield BadSample(shard, "", f"the shard cannot be opened: {error.strerror or error}")
+        return
+    yield from islice(_read_tar(file, shard, pass_number), given, None)
+
+
+def _read_tar(file: BinaryIO, shard: str, pass_number: int) -> Iterator[StreamSample | BadSample]:
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     faults: list[Exception] = []
@@ -170,13 +203,6 @@ def read_shard(shard: str, pass_number: int = 0) -> Iterator[StreamSample | BadS
         faults.append(error)
         return True
 
-    try:
-        file = open_stream(shard)
-    except TransientReadError:
-        raise
-    except OSError as error:
-        yield BadSample(shard, "", f"the shard cannot be opened: {error.strerror or error}")
-        return
     with file:
         stream = _Tailed(_unpacked(file, shard))
         # One shard at a time, or the first sample of a shard would get the files of a damaged one before it.
