@@ -31,10 +31,10 @@ def probe(device: torch.device, run_dir: Path) -> None:
 
     Raises ProbeError, on all ranks with the same words, naming each rank with a fault, its host, and what was found.
     """
-    wrong_products = _wrong_products(device)
-    if wrong_products:  # of all faults this is the one that the machine has alone
-        tell_bad_node(wrong_products)
-    found = from_all_ranks([f for f in (wrong_products, _wrong_sum(device)) if f])
+    own_fault = wrong_products(device)
+    if own_fault:  # of all faults this is the one that the machine has alone
+        tell_bad_node(own_fault)
+    found = from_all_ranks([f for f in (own_fault, wrong_sum(device)) if f])
     found = [here + there for here, there in zip(found, _storage_faults(run_dir), strict=True)]
     hosts = from_all_ranks(f"{socket.gethostname()}, {_device_name(device)}")
     faults = [
@@ -58,8 +58,8 @@ def refuse_different_settings(settings: dict[str, str]) -> None:
         raise ValueError(f"ranks have other settings than rank 0: {'; '.join(faults[:_MOST_SHOWN])}")
 
 
-def _wrong_products(device: torch.device) -> str:
-    """What is wrong with products of matrices of whole numbers."""
+def wrong_products(device: torch.device) -> str:
+    """What is wrong with products of matrices of whole numbers; "" for nothing."""
     size = _GPU_SIZE if device.type == "cuda" else _CPU_SIZE
     try:
         places = torch.arange(size * _DEPTH, device=device).view(size, _DEPTH)
@@ -86,13 +86,13 @@ def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     return (matrix * vector).sum(1)
 
 
-def _wrong_sum(device: torch.device) -> str:
-    """What is wrong with the sum over all ranks, of numbers that are different on each."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    places = torch.arange(1000, device=device)
+def wrong_sum(device: torch.device, *, count: int = 1000, group: dist.ProcessGroup | None = None) -> str:
+    """What is wrong with a sum of `count` whole numbers over all ranks (of the group), different on each; "" for nothing."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    places = torch.arange(count, device=device)
     # A place counts every rank with a weight of its own, so that one that is missing or counted twice shows.
     sums = (places % 7 + 1) * (rank + 1)
-    dist.all_reduce(sums)
+    dist.all_reduce(sums, group=group)
     expected = (places % 7 + 1) * (world * (world + 1) // 2)
     wrong = int((sums != expected).sum())
     return f"{wrong} of {len(sums)} sums over all ranks are wrong" if wrong else ""

@@ -54,12 +54,12 @@ def fails_to_compute(rank: int, folder: Path) -> None:
 def adds_up_wrongly(rank: int, folder: Path) -> None:
     all_reduce = dist.all_reduce
 
-    def spoiled(numbers: torch.Tensor) -> None:
-        all_reduce(numbers)
+    def spoiled(numbers: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+        all_reduce(numbers, group=group)
         numbers[2] += 1
 
     if rank == 2:
-        module.dist.all_reduce = spoiled  # type: ignore[assignment]
+        module.dist.all_reduce = spoiled
     probe(CPU, folder / "run")
 
 
