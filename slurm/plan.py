@@ -17,6 +17,7 @@ from .run_checks import missing_data, other_run_fault, path_fault
 from .sweep import Combination, expand, parse
 
 _MOST_NAME_CHARACTERS = 40
+_MOST_IDLE_SHARE = 0.2
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Plan:
     slurm: SlurmConfig
     job_name: str
     script: str
+    warnings: list[str]  # of what is allowed and may yet be a mistake
     still_needed: list[str]  # in a dry run, files that the settings name and that are not there
 
     @property
@@ -110,7 +112,9 @@ def build_plan(overrides: list[str], *, multirun: bool, dry_run: bool) -> Plan:
         "HEALTH": int(slurm.health),
     }
     script = render(template, resources=resources, numbers=numbers)
-    return Plan(submit_dir, runs, multirun, slurm, name, script, list(dict.fromkeys(still_needed)))
+    warnings = [*slurm.warnings(), *(text for run in runs for text in _idle_places(run.config, slurm.processes))]
+    unique = [list(dict.fromkeys(texts)) for texts in (warnings, still_needed)]
+    return Plan(submit_dir, runs, multirun, slurm, name, script, *unique)
 
 
 def job_name(slurm: SlurmConfig, submit_dir: Path) -> str:
@@ -179,6 +183,20 @@ def _check_run(
     assert run_dir is not None  # settings without a run_dir have a fault
     faults = [] if config.dry_run else [*missing_data(config), *filter(None, [other_run_fault(config)])]
     return Run(run_dir, settings, config, combination.overrides), faults
+
+
+def _idle_places(config: TrainConfig, processes: int) -> list[str]:
+    """Where the batch does not fill the places that so many processes have for it."""
+    found = []
+    for bucket in config.buckets(processes):
+        at_once = bucket.micro_batch * processes
+        places = -(-bucket.global_batch // at_once) * at_once
+        if (idle := 1 - bucket.global_batch / places) > _MOST_IDLE_SHARE:
+            found.append(
+                f"{idle:.0%} of the GPUs' work is for nothing: {bucket.global_batch} samples of {bucket.name} in a step, and "
+                f"micro_batch {bucket.micro_batch} x {processes} processes; change global_batch, micro_batch or the processes"
+            )
+    return found
 
 
 def _is_of_slurm(text: str) -> bool:

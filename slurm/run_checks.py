@@ -1,5 +1,7 @@
 """Whether a run can be queued in its directory: what it needs is there, nobody is at work in it, and it is not another run's."""
 
+import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,8 +52,12 @@ def other_run_fault(config: TrainConfig) -> str:
     return ""
 
 
-def refuse_busy(run_dirs: Sequence[Path]) -> None:
-    """Raises ValueError where a run has a job that waits or runs, or an attempt at work outside of Slurm; SchedulerError."""
+def refuse_busy(submit_dir: Path, run_dirs: Sequence[Path]) -> None:
+    """Raises ValueError where a run has a job that waits or runs, or an attempt at work outside of Slurm; SchedulerError.
+
+    So do runs that were submitted from `submit_dir` before: their jobs read files there that are about to be replaced.
+    """
+    run_dirs = list(dict.fromkeys([*run_dirs, *submitted_runs(submit_dir)]))
     files = [read_run_files(run_dir) for run_dir in run_dirs]
     jobs = queued(sorted({job for found in files for job in found.job_ids()}))
     busy = [(found.run_dir, job) for found in files for job in jobs if _is_of(job, found)]
@@ -60,13 +66,22 @@ def refuse_busy(run_dirs: Sequence[Path]) -> None:
         others = f" (and {len(busy) - 1} more)" if len(busy) > 1 else ""
         raise ValueError(
             f"run_dir={run_dir} has a job in the queue already: {job.id} ({job.state}){others}. Wait for it, or end it with: "
-            f"muybridge cancel {run_dir}"
+            f"muybridge cancel {shlex.quote(str(run_dir))}"
         )
     for run_dir in run_dirs:
         if who := holder_at_work(run_dir):
             raise ValueError(
                 f"run_dir={run_dir} is in use by another attempt ({who}, in lock.json); stop that, or wait for its end"
             )
+
+
+def submitted_runs(submit_dir: Path) -> list[Path]:
+    """The runs that were submitted from a folder last; [] for none."""
+    try:
+        fields = (submit_dir / "slurm" / "tasks").read_bytes().split(b"\0")
+    except OSError:
+        return []
+    return [Path(os.fsdecode(field)) for field in fields if field]
 
 
 def _is_of(job: Job, found: RunFiles) -> bool:

@@ -17,6 +17,7 @@ _AWAY = re.compile(
     re.IGNORECASE,
 )
 _UNKNOWN_JOB = re.compile(r"invalid job id|already completing or completed", re.IGNORECASE)
+_BEFORE_WORDS = re.compile(r"^\w+: (error|fatal): ")
 _JOB_FORMAT = "%i|%T|%r|%M|%N|%j"
 
 
@@ -141,7 +142,8 @@ def _run(command: list[str]) -> str:
         ) from error
     if done.returncode == 0:
         return done.stdout
-    words = "; ".join(filter(None, (line.strip() for line in f"{done.stderr}\n{done.stdout}".splitlines())))
+    lines = [_BEFORE_WORDS.sub("", line.strip()) for line in f"{done.stderr}\n{done.stdout}".splitlines()]
+    words = "; ".join(filter(None, lines))
     if _AWAY.search(words):
         raise SchedulerAway(f"Slurm's controller cannot be reached: {words}")
     raise SchedulerError(words or f"{program} ended with {done.returncode} and without a word")

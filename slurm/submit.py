@@ -1,6 +1,7 @@
 """`muybridge submit`: check a run's settings, keep what it is made of in its directory, and queue it as a job of Slurm."""
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -14,6 +15,7 @@ from ..redaction import redact_output
 from ..scripts.dataset_commands import console, say
 from ..train.exit_codes import ExitCode
 from . import scheduler
+from .config import SlurmConfig
 from .placing import Placement
 from .plan import Plan, build_plan
 from .run_checks import refuse_busy
@@ -50,6 +52,25 @@ ours, but Slurm's controller keeps a job's environment as long as the job.
 
 Exit code: 0 queued; 64 a mistake, or Slurm refused, and nothing is queued; 75 Slurm's controller cannot be reached, try again."""
 
+# Which settings Slurm's words may be about; the first that fits counts.
+_FIELDS_OF_WORDS = {
+    "partition": ("partition", "nodes", "time"),
+    "account": ("account", "partition", "qos"),
+    "qos": ("qos", "account"),
+    "time limit": ("time", "partition"),
+    "reservation": ("reservation",),
+    "feature|constraint": ("constraint",),
+    "node count": ("nodes", "partition"),
+    "memory": ("memory",),
+    "node configuration|cpu count|gres|exceed": (
+        *("nodes", "gpus_per_node", "processes_per_node", "cpus_per_process", "memory", "constraint", "partition"),
+        *("exclude", "options"),
+    ),
+    "node name": ("exclude", "options"),
+    "dependency": ("after",),
+    "array": ("parallel",),
+    "option": ("options",),
+}
 _STALE = ("cancelled", "gave_up", "fruitless")  # what an earlier job left, and would stop this one
 
 
@@ -65,7 +86,7 @@ def main(argv: list[str]) -> int:
     overrides = [argument for argument in argv if not argument.startswith("-")]
     is_sweep = "--multirun" in flags or "-m" in flags
     plan = build_plan(overrides, multirun=is_sweep, dry_run="--dry-run" in flags)
-    for warning in plan.slurm.warnings():
+    for warning in plan.warnings:
         print(f"muybridge: {warning}", file=sys.stderr)
     if "--dry-run" in flags or plan.runs[0].config.dry_run:
         return _show(plan)
@@ -74,10 +95,10 @@ def main(argv: list[str]) -> int:
             "sbatch is not on PATH: run this on a login node of the cluster, or add --dry-run to see what would be submitted"
         )
     try:
-        refuse_busy([run.run_dir for run in plan.runs])
+        refuse_busy(plan.submit_dir, [run.run_dir for run in plan.runs])
         jobs = submit(plan)
     except scheduler.SchedulerAway as error:
-        print(f"muybridge: {error}; nothing is queued, try again later", file=sys.stderr)
+        print(f"muybridge: {error}", file=sys.stderr)
         return ExitCode.requeue
     _report(plan, jobs)
     return 0
@@ -106,12 +127,23 @@ def submit(plan: Plan) -> list[int]:
                 f"run_dir={plan.submit_dir} cannot be written ({error.strerror or error}): nothing is queued{after}"
             ) from error
         if isinstance(error, scheduler.SchedulerAway):
-            raise scheduler.SchedulerAway(f"{error}{after}") from error
+            raise scheduler.SchedulerAway(
+                f"{error}{after}. Try again later; whether the job was taken nevertheless, says: squeue --name={plan.job_name}"
+            ) from error
         if isinstance(error, scheduler.SchedulerError):
-            raise scheduler.SchedulerError(f"Slurm does not take the job: {error}{after}") from error
+            raise scheduler.SchedulerError(
+                f"Slurm does not take the job: {error}{_about(str(error), plan.slurm)}{after}"
+            ) from error
         raise
     placement.keep()
     return jobs
+
+
+def _about(words: str, slurm: SlurmConfig) -> str:
+    """The settings that Slurm's words are about."""
+    found = next((names for part, names in _FIELDS_OF_WORDS.items() if re.search(part, words, re.IGNORECASE)), ())
+    values = [f"slurm.{name}={value}" for name in found if (value := getattr(slurm, name)) not in (None, [])]
+    return f" ({', '.join(values)})" if values else ""
 
 
 def _take_back(jobs: list[int]) -> str:
@@ -150,20 +182,26 @@ def _show(plan: Plan) -> int:
     print(plan.script, end="")
     for missing in plan.still_needed:
         print(f"muybridge: still needed: {missing}", file=sys.stderr)
+    for index, run in enumerate(plan.runs if plan.is_sweep else []):
+        print(f"muybridge: task {index} is {' '.join(run.chosen)} in {run.run_dir}", file=sys.stderr)
+    if plan.slurm.chain > 1:
+        print(f"muybridge: {plan.slurm.chain} such jobs, each after the one before", file=sys.stderr)
     print("muybridge: the settings are valid; nothing was written or queued", file=sys.stderr)
     return 0
 
 
 def _report(plan: Plan, jobs: list[int]) -> None:
     if plan.is_sweep:
-        table = Table("task", "run directory", "settings", title_justify="left")
+        table = Table("task")
+        table.add_column("run directory", overflow="fold")
+        table.add_column("settings", overflow="fold")
         for index, run in enumerate(plan.runs):
             table.add_row(str(index), Text(run.run_dir.name), Text(" ".join(run.chosen)))
         console.print(table)
     what = f"{plan.slurm.nodes} x {plan.slurm.tasks_per_node} processes"
-    chain = f" to {jobs[-1]}, one after the other" if len(jobs) > 1 else ""
+    which = f"jobs {', '.join(map(str, jobs))}, one after the other," if len(jobs) > 1 else f"job {jobs[0]}"
     runs = f"{len(plan.runs)} runs of {what}" if plan.is_sweep else what
-    say(f"Queued job {jobs[0]}{chain} as {plan.job_name}: {runs}.")
+    say(f"Queued {which} as {plan.job_name}: {runs}.")
     say(f"{'Folder of the runs' if plan.is_sweep else 'Run directory'}: {plan.submit_dir}")
     shown = shlex.quote(str(plan.submit_dir))
     log = shlex.quote(str(plan.submit_dir / "slurm" / f"log-{jobs[0]}{'_0' if plan.is_sweep else ''}.txt"))
