@@ -19,7 +19,7 @@ from muybridge.scripts.prepare import main as prepare
 from muybridge.scripts.report_times import Spent, read_run_times
 from muybridge.tests.wandb_files import wandb_records, wandb_rows
 from muybridge.train.attempts import KILLED
-from muybridge.train.checkpoint_folder import committed_checkpoints
+from muybridge.train.checkpoint_folder import committed_checkpoints, step_of
 
 TIMEOUT_SECONDS = 120
 STORY_STEPS = 72
@@ -248,15 +248,30 @@ def start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    """Returns as soon as the run has logged `step`; fails where it ends before."""
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, *, attempt: int = 1) -> None:
+    """Returns as soon as this attempt at the run has logged `step`; fails where it ends before."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
-        if any(row["step"] >= step for row in read_rows(run_dir)):
+        if any(row["step"] >= step and row["attempt"] == attempt for row in read_rows(run_dir)):
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
     raise AssertionError(f"no step {step} within {TIMEOUT_SECONDS} s")
+
+
+def kill_with_steps_to_lose(process: subprocess.Popen[str], run_dir: Path) -> int:
+    """Kills all of a run when its last row is of a step behind its last checkpoint; returns that step."""
+    while True:
+        os.killpg(process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert process.poll() is None, process.communicate()[0]
+        step, saved = max(row["step"] for row in read_rows(run_dir)), committed_checkpoints(run_dir / "checkpoints")
+        if not saved or step > step_of(saved[-1]):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return int(step)
+        os.killpg(process.pid, signal.SIGCONT)
+        wait_for_step(process, run_dir, step_of(saved[-1]) + 1)
 
 
 @pytest.fixture(scope="module")
@@ -273,12 +288,10 @@ def story(
 
     process = start(command, command_env)
     wait_for_step(process, run_dir, 12)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    found["step at the kill"] = max(row["step"] for row in read_rows(run_dir))
+    found["step at the kill"] = kill_with_steps_to_lose(process, run_dir)
 
     process = start(command, command_env)
-    wait_for_step(process, run_dir, 24)
+    wait_for_step(process, run_dir, 24, attempt=2)
     process.send_signal(signal.SIGTERM)
     found["signalled"] = process.communicate(timeout=TIMEOUT_SECONDS)[0]
     found["signalled code"] = process.returncode
@@ -286,7 +299,7 @@ def story(
     found["signalled at"] = max(row["step"] for row in read_rows(run_dir))
 
     process = start(command, command_env)
-    wait_for_step(process, run_dir, 36)
+    wait_for_step(process, run_dir, 36, attempt=3)
     (run_dir / "STOP").touch()
     found["stopped"] = process.communicate(timeout=TIMEOUT_SECONDS)[0]
     found["stopped code"] = process.returncode
