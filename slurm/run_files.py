@@ -96,6 +96,17 @@ def is_run_dir(path: Path) -> bool:
     return any((path / name).is_file() for name in _MARKS)
 
 
+def run_dirs(path: Path) -> list[Path]:
+    """The run that a folder is of, or those of a sweep or of a folder with runs. Raises ValueError for another folder."""
+    if is_run_dir(path):
+        return [path]
+    tasks = [Path(name) for name in _text(path / "slurm" / "tasks").split("\0") if name]
+    below = sorted(child for child in path.iterdir() if is_run_dir(child)) if path.is_dir() else []
+    if found := tasks or below:
+        return found
+    raise ValueError(f"RUN={path} must be the directory of a run, or a folder that holds such directories")
+
+
 def is_at_work(run_dir: Path, now: float) -> bool:
     """Whether an attempt keeps its lock up; of one that was killed this is true for a minute longer."""
     try:
