@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from muybridge.tests.slurm.cluster import Cluster, why_no_cluster
+from muybridge.tests.slurm.programs import FakeSlurm
 
 
 def require_cluster() -> None:
@@ -44,3 +45,11 @@ def one_training_at_a_time() -> Iterator[None]:
     with (Path(tempfile.gettempdir()) / f"muybridge-one-training-{os.getuid()}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """Slurm's programs on PATH, without a Slurm."""
+    slurm = FakeSlurm(tmp_path / "fake_slurm")
+    monkeypatch.setenv("PATH", slurm.path)
+    return slurm
