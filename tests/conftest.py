@@ -15,6 +15,8 @@ import pytest
 import torch
 import yaml
 
+from muybridge.tests.patience import PATIENCE
+
 # Before any other package looks for one called `kernels`, see there.
 importlib.import_module("muybridge")
 
@@ -30,6 +32,12 @@ TINY = [
     *("steps=20", "global_batch=8", "micro_batch=4", "threads=1", "tracking.wandb=off", "tracking.log_every_steps=1"),
     *("optimizer.lr=1e-3", "optimizer.schedule=constant", "optimizer.warmup_steps=5"),
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before pytest-timeout reads it. What a module's tests share is made within the time of the first: minutes, on a slow machine.
+    if config.getoption("timeout", 0) is None and "PYTEST_TIMEOUT" not in os.environ:
+        config.option.timeout = PATIENCE * float(config.getini("timeout"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,7 @@ import pytest
 
 from muybridge.data.index import ClipIndex
 from muybridge.tests.end_to_end.clip_folders import cut, picture, video, write_folder
+from muybridge.tests.patience import PATIENCE
 
 BUCKETS = "data.buckets=[{frames:9,height:32,width:32},{frames:5,height:32,width:32},{frames:1,height:32,width:32}]"
 CHANGED_AT = 6  # step
@@ -75,7 +76,7 @@ def runs(
             text=True,
             check=False,
             env=command_env,
-            timeout=250,
+            timeout=250 * PATIENCE,
         )
         assert answer.returncode == 0, answer.stdout + answer.stderr
         assert (world == 2) == (f"a new order of samples begins at step {CHANGED_AT}" in answer.stderr)

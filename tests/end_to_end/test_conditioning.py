@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from muybridge.models.dit import DiT
 from muybridge.models.pipeline_folder import write_model_index
 from muybridge.models.weights import save_model
+from muybridge.tests.patience import PATIENCE
 from muybridge.train.config import load_train_config
 
 Runs = tuple[Path, dict[str, dict[str, Any]]]
@@ -63,7 +64,9 @@ def runs(
         overrides = {name: [*tiny_run, *short, f"run_dir={root / name}", *more] for name, more in plan.items()}
         (root / "plan.json").write_text(json.dumps(overrides))
         command = [*launcher(processes), program, str(root / "plan.json"), str(root / "found.json")]
-        done = subprocess.run(command, env=command_env, capture_output=True, text=True, timeout=400, check=False)
+        done = subprocess.run(
+            command, env=command_env, capture_output=True, text=True, timeout=400 * PATIENCE, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         found |= json.loads((root / "found.json").read_text())
     return root, found

@@ -14,6 +14,7 @@ from muybridge.data.config import DataConfig, build_buckets
 from muybridge.data.loader import VideoLoader
 from muybridge.tests.end_to_end.clip_folders import cut, garbled, small_video, write_folder
 from muybridge.tests.end_to_end.damaged_decoder import CRASHES, HANGS
+from muybridge.tests.patience import PATIENCE
 from muybridge.tests.ports import unused_port
 from muybridge.train.checkpoint_folder import committed_checkpoints
 
@@ -90,7 +91,7 @@ def runs(
             text=True,
             check=False,
             env=command_env,
-            timeout=250,
+            timeout=250 * PATIENCE,
         )
         assert answer.returncode == 0, answer.stdout + answer.stderr
         found |= json.loads((root / "found.json").read_text())
@@ -201,7 +202,7 @@ def test_each_process_of_a_run_ends_with_76(
         env = {**command_env, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with open(log, "w") as file:
             ranks.append(subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=file, env=env))
-    codes = [process.wait(timeout=200) for process in ranks]
+    codes = [process.wait(timeout=200 * PATIENCE) for process in ranks]
     messages = [log.read_text() for log in logs]
     assert codes == [76, 76], messages
     for rank, message in enumerate(messages):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from muybridge.data.index import ClipIndex
+from muybridge.tests.patience import PATIENCE
 
 
 def test_latents_that_changed_end_the_run_with_64(
@@ -71,7 +72,12 @@ def test_a_storage_that_does_not_answer_one_rank_ends_the_run_with_75(
         (tmp_path / "clips" / "manifest.json").write_text(json.dumps(manifest))
         run = [*launcher(2), "-m", "muybridge.train", *tiny_run, *own, "deepspeed=zero1"]
         answer = subprocess.run(
-            run, capture_output=True, text=True, check=False, env={**command_env, "no_proxy": "*"}, timeout=100
+            run,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**command_env, "no_proxy": "*"},
+            timeout=100 * PATIENCE,
         )
         server.shutdown()
     assert (

@@ -19,6 +19,7 @@ from muybridge.data.config import DataConfig, DatasetConfig, build_buckets
 from muybridge.data.loader import VideoLoader
 from muybridge.data.raw_clips import RawClips
 from muybridge.tests.end_to_end.clip_folders import cut, picture, video, write_folder
+from muybridge.tests.patience import PATIENCE
 from muybridge.train.checkpoint_folder import committed_checkpoints
 
 Sample = dict[str, Any]
@@ -106,7 +107,7 @@ def runs(
                 kill_when(root / "history" / "waiting", process, log)
                 continue
             try:
-                assert process.wait(timeout=200) == 0, log.read_text()
+                assert process.wait(timeout=200 * PATIENCE) == 0, log.read_text()
             finally:
                 kill_family(process)
         found |= json.loads((root / "found.json").read_text())
@@ -115,7 +116,7 @@ def runs(
 
 def kill_when(reached: Path, launcher: subprocess.Popen[bytes], log: Path) -> None:
     """Kills the launcher, its ranks and their decoders once there is a file."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 200 * PATIENCE
     while not reached.exists():
         assert launcher.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
@@ -131,7 +132,7 @@ def kill_family(launcher: subprocess.Popen[bytes]) -> None:
     for process in reversed(family):
         with suppress(psutil.NoSuchProcess):  # it may end with those before it
             process.kill()
-    psutil.wait_procs(family, timeout=60)
+    psutil.wait_procs(family, timeout=60 * PATIENCE)
     launcher.wait()
 
 

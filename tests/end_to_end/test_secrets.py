@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import pytest
 
+from muybridge.tests.patience import PATIENCE
 from muybridge.train.outputs import OUTPUTS
 
 # The last is a login that W&B would note down with all else that Slurm says.
@@ -59,7 +60,9 @@ def settings(tiny_run: list[str], run_dir: Path) -> list[str]:
 
 
 def run(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, check=False, env=environment, timeout=120)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, check=False, env=environment, timeout=120 * PATIENCE
+    )
 
 
 def said(answer: subprocess.CompletedProcess[bytes]) -> list[bytes]:

@@ -13,6 +13,7 @@ import pytest
 
 from muybridge.data.stream import NOT_EXACT
 from muybridge.tests.end_to_end.clip_folders import cut, picture, small_video, write_folder
+from muybridge.tests.patience import PATIENCE
 from muybridge.train.checkpoint import LEDGER_NAME
 from muybridge.train.checkpoint_folder import committed_checkpoints
 
@@ -62,7 +63,7 @@ def runs(
     (root / "plan.json").write_text(json.dumps(plan))
     program = [str(Path(__file__).with_name("train_program.py")), str(root / "plan.json"), str(root / "found.json")]
     answer = subprocess.run(
-        [*launcher(2), *program], capture_output=True, text=True, check=False, env=command_env, timeout=200
+        [*launcher(2), *program], capture_output=True, text=True, check=False, env=command_env, timeout=200 * PATIENCE
     )
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return root / "run", json.loads((root / "found.json").read_text()), answer.stdout + answer.stderr

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from muybridge.scripts.prepare import main as prepare
 from muybridge.scripts.report_times import Spent, read_run_times
+from muybridge.tests.patience import PATIENCE
 from muybridge.tests.wandb_files import wandb_records, wandb_rows
 from muybridge.train.attempts import KILLED
 from muybridge.train.checkpoint_folder import committed_checkpoints, step_of
 
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 120 * PATIENCE
 STORY_STEPS = 72
 AVERAGE = "ema-0.9999"
 

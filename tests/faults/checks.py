@@ -6,8 +6,9 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from muybridge.tests.faults.fork_server import PATIENCE, Attempt, Fault, ForkServer, Outcome
+from muybridge.tests.faults.fork_server import Attempt, Fault, ForkServer, Outcome
 from muybridge.tests.faults.run_folder import Story, leftovers, read_story
+from muybridge.tests.patience import PATIENCE
 
 # What an uninterrupted run of two ranks comes to at a ZeRO stage.
 Reference = Callable[[int], Story]

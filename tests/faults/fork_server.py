@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from muybridge.tests.patience import PATIENCE
 from muybridge.tests.ports import unused_port
 
 Fault = dict[str, Any]
-
-# How much longer everything may take than on a machine of one's own; MUYBRIDGE_TEST_PATIENCE sets it, CI machines are slow.
-PATIENCE = int(os.environ.get("MUYBRIDGE_TEST_PATIENCE", "3" if os.environ.get("CI") else "1"))
 
 # All that takes long to import in a run, also what DeepSpeed and torch import late; none starts a thread that a fork would lose.
 PRELOADED = [

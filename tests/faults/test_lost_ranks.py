@@ -16,8 +16,9 @@ from muybridge.tests.faults.checks import (
     finish,
     seconds_after_fault,
 )
-from muybridge.tests.faults.fork_server import PATIENCE, Attempt, Fault, ForkServer, Outcome
+from muybridge.tests.faults.fork_server import Attempt, Fault, ForkServer, Outcome
 from muybridge.tests.faults.run_folder import resumed_step
+from muybridge.tests.patience import PATIENCE
 
 HOST = socket.gethostname()
 # A limit that no healthy step reaches, on a busy machine either, and the time in which the ranks tell each other.

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from muybridge.tests.faults.checks import Reference, after_step, assert_ended, before_step, finish, seconds_after_fault
-from muybridge.tests.faults.fork_server import PATIENCE, Attempt, ForkServer
+from muybridge.tests.faults.fork_server import Attempt, ForkServer
 from muybridge.tests.faults.run_folder import checkpoint_names, leftovers, read_rows, resumed_step
+from muybridge.tests.patience import PATIENCE
 
 
 @pytest.fixture

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from muybridge.tests.patience import PATIENCE
+
 Rank = Callable[[int, Path], None]
-DEADLINE = 120.0  # of a group that should have ended long before
+DEADLINE = 120.0 * PATIENCE  # of a group that should have ended long before
 
 
 @dataclass

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from muybridge.data.read_ahead import ReadAhead, ReadThreads
+from muybridge.tests.patience import PATIENCE
 from muybridge.train.ahead import BackgroundNext
 
-LONG = 30.0
+LONG = 30.0 * PATIENCE
 
 
 def test_items_come_in_order_and_each_only_when_it_is_asked_for() -> None:
