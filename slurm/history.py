@@ -28,6 +28,7 @@ class Stretch:
 
     begin: float  # seconds since 1970
     end: float | None = None  # None: it goes on, or was killed
+    seen: float | None = None  # the last sign of its attempt
     life: str | None = None
     attempt: int | None = None
     nodes: str = ""
@@ -49,8 +50,8 @@ class Stretch:
 
 def read_history(run_dir: Path, lives: Sequence[Life], rows: Iterable[dict[str, Any]]) -> list[Stretch]:
     """In the order of time; `rows` are the last ones of the metrics."""
-    following = [*(life.begin for life in lives), math.inf][1:]
-    homes = list(zip(map(_of_life, lives), following, strict=False))
+    following = [*(life.begin for life in lives), math.inf]
+    homes = list(zip(map(_of_life, lives), following[1:]))
     found = [stretch for stretch, _ in homes]
     for attempt in read_attempts(run_dir):
         began = _seconds(attempt.start)
@@ -80,6 +81,8 @@ def _take_attempt(stretch: Stretch, attempt: Attempt, rows: Iterable[dict[str, A
     stretch.checkpoints = len(attempt.commits)
     events = [*attempt.commits, *([attempt.end] if attempt.end else []), *([attempt.begin] if attempt.begin else [])]
     mine = [row for row in rows if row.get("attempt") == attempt.number]
+    signs = [_seconds(row) for row in [attempt.start, *events, *attempt.failed_saves, *mine]]
+    stretch.seen = max(signs)
     steps = [row["step"] for row in [*events, *mine] if isinstance(row.get("step"), int)]
     stretch.step = max(steps, default=None)
     if attempt.end is not None:

@@ -31,6 +31,7 @@ class Job:
     submitted_unix_seconds: float
     nodes: int
     processes: int
+    lead_seconds: int  # from Slurm's warning to the end of a life
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def _job(path: Path, faults: list[str]) -> Job | None:
             submitted_unix_seconds=_seconds(facts["submitted_unix_seconds"]),
             nodes=int(facts["nodes"]),
             processes=int(facts["processes"]),
+            lead_seconds=int(facts["lead_seconds"]),
         )
     except (ValueError, TypeError, KeyError, IndexError) as error:
         faults.append(f"{path} cannot be read ({type(error).__name__}: {error})")

@@ -1,6 +1,7 @@
 """The jobs of a run that Slurm has in its queue, and what their states mean in words."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from .run_files import RunFiles
 from .scheduler import Job, job_facts, queued
@@ -50,16 +51,23 @@ def queued_jobs(runs: Sequence[RunFiles]) -> list[list[Job]]:
     return [[job for job in jobs if is_known(files, job)] for files in runs]
 
 
-def unknown_jobs(files: RunFiles) -> list[Job]:
-    """Jobs of the run's name whose numbers are not in its files yet, proved to be its own by their batch script.
+def own_jobs(files: RunFiles) -> list[Job]:
+    """Every job of the run that Slurm has, fit to be cancelled: also those whose numbers its files do not have yet.
 
-    Such is one that submits itself again at this moment. Raises SchedulerError.
+    Such is one that submits itself again at this moment. Where the name does not prove that a job is the run's, its batch script
+    does. Raises SchedulerError.
     """
+    jobs = queued_jobs([files])[0]
     if files.job is None:
-        return []
-    script = str(files.job.submit_dir / "slurm" / "train.sbatch")
-    jobs = [job for job in queued(name=files.job.name) if not is_known(files, job) and _has_index(files, job)]
-    return [job for job in jobs if (job_facts(job.id) or {}).get("Command", "") == script]
+        return [job for job in jobs if _runs_script(job, files.run_dir)]
+    known = {job.id for job in jobs}
+    others = [job for job in queued(name=files.job.name) if job.id not in known and _has_index(files, job)]
+    return jobs + [job for job in others if _runs_script(job, files.job.submit_dir)]
+
+
+def _runs_script(job: Job, submit_dir: Path) -> bool:
+    script = str(submit_dir.absolute() / "slurm" / "train.sbatch")
+    return (job_facts(job.id) or {}).get("Command", "") == script
 
 
 def is_known(files: RunFiles, job: Job) -> bool:

@@ -185,7 +185,9 @@ def _print_progress(status: RunStatus, to: Console) -> None:
 
 def _speed_words(progress: Progress) -> str:
     words = f"{_figure(progress.seconds_per_step)} s a step, {_figure(progress.samples_per_second)} samples/s"
-    return words if progress.data_share is None else f"{words}, {progress.data_share:.0%} of it waiting for data"
+    return (
+        words if progress.data_share is None else f"{words}, {100 * progress.data_share:.0f} % of it waiting for data"
+    )
 
 
 def _checkpoint_words(status: RunStatus) -> str:
@@ -208,12 +210,16 @@ def _print_history(history: Sequence[Stretch], to: Console, *, now: float, is_ru
     for stretch in shown:
         goes_on = stretch.end is None and stretch is history[-1] and is_running
         end = now if goes_on else stretch.end
+        if end is not None:
+            lasted = _short(end - stretch.begin)
+        else:
+            lasted = "?" if stretch.seen is None else f"> {_short(stretch.seen - stretch.begin)}"
         steps = f"{stretch.start_step} to {stretch.step}" if stretch.start_step is not None else "none"
         ended = "it goes on" if goes_on else printable(stretch.words) or "without a word: killed, or its node went down"
         table.add_row(
             (stretch.life or "by hand") if has_lives else str(stretch.attempt),
             _moment(stretch.begin, now),
-            "?" if end is None else _short(max(0.0, end - stretch.begin)),
+            lasted,
             Text(printable(stretch.nodes)),
             steps,
             Text(ended),
@@ -246,10 +252,11 @@ def _line(to: Console, label: str, text: str, *, style: str = "") -> None:
 
 
 def _moment(seconds: float, now: float) -> str:
-    """A time of today without its date."""
-    then = time.localtime(seconds)
-    is_today = time.localtime(now)[:3] == then[:3]
-    return time.strftime("%H:%M:%S" if is_today else "%Y-%m-%d %H:%M", then)
+    """A time of today without its date, one of this year without the year."""
+    then, today = time.localtime(seconds), time.localtime(now)
+    if then[:3] == today[:3]:
+        return time.strftime("%H:%M:%S", then)
+    return time.strftime("%d %b %H:%M" if then[0] == today[0] else "%Y-%m-%d %H:%M", then)
 
 
 def _short(seconds: float) -> str:
