@@ -26,11 +26,12 @@ from typing import NoReturn, TypedDict
 
 from ..redaction import redact_output
 from ..train.exit_codes import ExitCode
+from ..train.life import Asked, tell_end
 from .health_findings import NodeReport, SumResult, replace_file
 from .health_place import SECONDS_VARIABLE, Place, find_place
 from .health_rules import Fault, Limits, Verdict, judge, node_faults, silence, sum_faults
 from .health_table import FILE_NAME, load_table, make_table, print_table, save_table
-from .health_talk import Talk, report_file
+from .health_talk import TO_RANK_0, Talk, report_file
 
 USAGE = f"""\
 usage: python -m muybridge.slurm.health FOLDER
@@ -70,7 +71,7 @@ def check(place: Place) -> NoReturn:
     """Run the check and end the process with its outcome."""
     # Also where a call into the system holds Python's lock, and then says where.
     faulthandler.dump_traceback_later(place.deadlines.kill, exit=True)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # for the library's words about names of hosts
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # errors arrive as exceptions, too
     talk = Talk(place)
     threading.Thread(target=talk.run, name="checks", daemon=True).start()
     code = _lead(place, talk) if place.rank == 0 else _follow(place, talk)
@@ -101,9 +102,14 @@ def _lead(place: Place, talk: Talk) -> int:
 
 def _follow(place: Place, talk: Talk) -> int:
     """The others' main thread: wait for the verdict; without one, see to it that what is known is told."""
+    has_told = False
     while talk.code is None and place.elapsed < place.deadlines.deputy:
-        if talk.is_over and (table := load_table(place.run_dir)) and table.attempt == place.attempt:
-            return table.code  # rank 0 has left; its store was gone before the verdict was read
+        if talk.is_adding_up and not has_told and place.elapsed > place.deadlines.waiting:
+            has_told = True
+            talk.tell_that_it_waits()
+        # Rank 0 has left and taken its store along; or a call hangs here, and the verdict cannot be heard.
+        if (talk.is_over or place.elapsed > place.deadlines.sums) and (code := _written_code(place)) is not None:
+            return code
         time.sleep(_LOOK_SECONDS)
     if talk.code is not None:
         return talk.code
@@ -112,6 +118,13 @@ def _follow(place: Place, talk: Talk) -> int:
         _judge_in_place_of_rank_0(place, reports)
     time.sleep(place.left(place.deadlines.total))  # whoever leaves with an error first may end the others
     return ExitCode.requeue
+
+
+def _written_code(place: Place) -> int | None:
+    """Of rank 0's verdict on this check, once that is written."""
+    _refresh(place)
+    table = load_table(place.run_dir)
+    return table.code if table is not None and table.attempt == place.attempt else None
 
 
 def _judge_in_place_of_rank_0(place: Place, reports: dict[str, NodeReport]) -> None:
@@ -142,18 +155,23 @@ def _reports(place: Place, talk: Talk) -> tuple[dict[str, NodeReport], list[Faul
                 seen[node] = report
             if node not in told and (report := _told_report(talk, node)):
                 told[node] = report
-        if all(node in seen and (node in told or seen[node].is_complete) for node in place.nodes):
+        if all(node in seen and (node in told or _has_finished(seen[node], talk)) for node in place.nodes):
             break
         time.sleep(_LOOK_SECONDS)
     reports = {node: told.get(node) or seen[node] for node in place.nodes if node in told or node in seen}
     faults = []
     for node in place.nodes:
-        if node not in reports or not reports[node].is_complete:
+        if node not in reports or not _has_finished(reports[node], talk):
             faults.append(silence(node, reports.get(node), seconds=place.elapsed))
         elif node not in seen and not reports[node].folder_fault:
             text = f"what it writes in {place.folder} is not seen on {place.node}: the run directory must be on a file system that "
             faults.append(Fault(node, "shared folder", text + "all nodes share"))
     return reports, faults
+
+
+def _has_finished(report: NodeReport, talk: Talk) -> bool:
+    """Whether there is nothing more to come from a node: without a store nobody finds the way to it."""
+    return report.is_complete or (talk.is_over and talk.store is None and report.doing == TO_RANK_0)
 
 
 def _plan(sound: list[NodeReport]) -> Plan:
@@ -170,6 +188,7 @@ def _results(place: Place, talk: Talk, ranks: list[int]) -> dict[int, SumResult 
     results: dict[int, SumResult | None] = dict.fromkeys(ranks)
     until = place.deadlines.sums
     store = talk.store
+    has_told = False
     with suppress(RuntimeError):  # of the store, which is in this process
         while store is not None and None in results.values() and place.elapsed < until:
             for rank in [rank for rank, result in results.items() if result is None]:
@@ -177,6 +196,9 @@ def _results(place: Place, talk: Talk, ranks: list[int]) -> dict[int, SumResult 
                     results[rank] = result = SumResult(**json.loads(store.get(f"sum/{rank}")))
                     if result.error:
                         until = min(until, place.elapsed + _GRACE_SECONDS)
+            if talk.is_adding_up and not has_told and place.elapsed > place.deadlines.waiting:
+                has_told = True
+                talk.tell_that_it_waits()
             time.sleep(_LOOK_SECONDS / 4)
     return results
 
@@ -205,6 +227,8 @@ def _tell(
     for path in [*place.folder.glob("*.data"), *place.folder.glob("*.rank-*")]:
         with suppress(OSError):
             path.unlink()
+    if verdict.common:  # which the batch script could not tell from anything else
+        tell_end(verdict.code, Asked.nobody, f"the health check: {verdict.common[0]}")
     print(f"muybridge: the check took {seconds:.0f} s: {_outcome_words(place, verdict)}; {words}", flush=True)
 
 

@@ -51,10 +51,8 @@ class SmiError(RuntimeError):
     """nvidia-smi did not say what it was asked."""
 
 
-def look_at_node(place: Place) -> NodeReport:
-    """All that local rank 0 can tell of its node; what cannot be found out is named in the report, and nothing raises."""
-    first = place.rank - place.local_rank
-    report = NodeReport(place.node, place.attempt, list(range(first, first + place.local_world)))
+def look_at_node(place: Place, report: NodeReport) -> None:
+    """Write all that local rank 0 can tell of its node into its report, also what it could not find out; nothing raises."""
     try:
         report.gpus = ask_gpus()
     except SmiError as error:
@@ -82,7 +80,6 @@ def look_at_node(place: Place) -> NodeReport:
         socket.getaddrinfo(place.master, place.port or None)
     except OSError as error:
         report.name_fault = one_line(f"the name MASTER_ADDR={place.master} is not known here: {error}")
-    return report
 
 
 def _wants_gpus(gpus: list[Gpu]) -> bool:

@@ -1,5 +1,6 @@
 """What a process finds out about its device, and how it adds up with the others: the part of the health check that needs torch."""
 
+import socket
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -13,6 +14,7 @@ from .health_place import Place
 
 _GEMM_SIZE = 8192  # of the square matrices: as large as those of a model's wide layers
 _WARM_UP_PRODUCTS, _PRODUCTS = 20, 300  # half a second on a card of 700 TFLOP/s: as long as its clocks take to settle
+_LEAST_STORE_SECONDS = 2.0
 _MOST_SECONDS = 3.0  # after which a card that needs longer for them has shown what it can
 # Of a sum that shows the bandwidth of links between cards; on CPUs it only shows that the links are there.
 _SUM_BYTES = {"cuda": 256 * MIB, "cpu": 4 * MIB}
@@ -78,14 +80,31 @@ def add_up(place: Place, device: torch.device, store: dist.Store, ranks: list[in
 
 
 def open_store(place: Place, *, is_server: bool = False) -> dist.TCPStore:
-    """A connection to rank 0's store, which opens it as the server first. Raises RuntimeError."""
+    """A connection to rank 0's store, which opens it as the server first. Raises OSError or RuntimeError."""
+    until = place.deadlines.meeting
+    if not is_server:
+        _wait_for_server(place, until)
+    # torch tries for twice as long as this.
+    seconds = max(_LEAST_STORE_SECONDS, place.left(until) / 2)
     return dist.TCPStore(
         place.master,
         place.port,
         is_master=is_server,
         wait_for_workers=False,
-        timeout=timedelta(seconds=place.left(place.deadlines.meeting)),
+        timeout=timedelta(seconds=seconds),
     )
+
+
+def _wait_for_server(place: Place, until: float) -> None:
+    """Until somebody listens there. Raises OSError, whose words say more about the network than torch's."""
+    while True:
+        try:
+            with socket.create_connection((place.master, place.port), timeout=place.left(until)):
+                return
+        except OSError:
+            if place.elapsed > until:
+                raise
+            time.sleep(0.2)
 
 
 def _tflops(device: torch.device) -> float:

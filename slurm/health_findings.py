@@ -48,7 +48,7 @@ class NodeReport:
     node: str
     attempt: str
     ranks: list[int]
-    doing: str = "its own checks"  # what comes next: what a node that falls silent was at
+    doing: str = ""  # what comes next: what a node that falls silent was at
     is_complete: bool = False
     # None of the checks needs a GPU where 0, else that many processes want one each.
     gpus_needed: int = 0

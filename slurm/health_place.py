@@ -40,6 +40,11 @@ class Deadlines:
         return 0.55 * self.total
 
     @property
+    def waiting(self) -> float:
+        """Who still waits for others to add up says so by now, as nobody can tell it from who hangs otherwise."""
+        return 0.72 * self.total
+
+    @property
     def sums(self) -> float:
         """Who has not added up with the others by now is bad."""
         return 0.8 * self.total

@@ -36,7 +36,7 @@ class NodeRow:
     """A node's figures, None for what is not known."""
 
     node: str
-    state: str  # ok, warning or BAD
+    state: str  # ok, warning, BAD, or fault: what all nodes have, so that none is bad
     gpus: int | None = None
     tflops: float | None = None  # of its slowest GPU
     node_gb_per_second: float | None = None  # of links, in a sum over its own processes
@@ -77,10 +77,11 @@ def make_table(
 ) -> HealthTable:
     """A row for each node, sound or not."""
     answers = {rank: result for rank, result in results.items() if result is not None}
-    warned = {fault.node for fault in faults}
+    marks = {fault.node: "warning" for fault in faults}
+    marks |= {fault.node: "fault" for fault in faults if fault.is_bad} | dict.fromkeys(verdict.bad, "BAD")
     rows = []
     for node in nodes:
-        state = "BAD" if node in verdict.bad else "warning" if node in warned else "ok"
+        state = marks.get(node, "ok")
         report = reports.get(node)
         own = [answers[rank] for rank in (report.ranks if report else []) if rank in answers]
         rows.append(_row(node, state, report, own))
@@ -131,7 +132,7 @@ def shown(table: HealthTable) -> RenderableType:
         caption="; ".join(dict.fromkeys(_COLUMNS[name] for name in columns)),
     )
     for (node, state, _), row in zip(lines, cells, strict=True):
-        style = {"BAD": "bold red", "warning": "yellow"}.get(state, "")
+        style = {"BAD": "bold red", "fault": "red", "warning": "yellow"}.get(state, "")
         grid.add_row(node, *(row[name] for name in columns), Text(state, style=style))
     facts = [f"{name} {value}" for name, value in table.versions.items()]
     disk = [] if table.run_disk_gib is None else [f"run directory: {table.run_disk_gib:.0f} GiB free"]

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .health_checks import look_at_node, read_fault
-from .health_findings import Device, NodeReport, one_line, read_json, replace_file
+from .health_findings import Device, NodeReport, SumResult, one_line, read_json, replace_file
 from .health_place import Place
 
 if TYPE_CHECKING:  # it may take long to import, and hang
     from torch.distributed import Store, TCPStore
 
+TO_RANK_0 = "the way to rank 0"
 _TICK_SECONDS = 0.1
 _LOOKS = 5  # at rank 0's clock
 
@@ -32,6 +33,7 @@ class Talk:
         self._report: NodeReport | None = None  # of local rank 0
         self._has_met_rank_0 = False
         self.store: TCPStore | None = None  # a connection for the main thread of rank 0
+        self.is_adding_up = False
         self.code: int | None = None  # rank 0's verdict
         self.is_over = False  # whether there is nothing more to come
 
@@ -51,7 +53,10 @@ class Talk:
         if place.local_rank == 0:
             with suppress(OSError):  # which the check of the folder reports
                 place.folder.mkdir(parents=True, exist_ok=True)
-            self._report = look_at_node(place)
+            first = place.rank - place.local_rank
+            self._report = NodeReport(place.node, place.attempt, list(range(first, first + place.local_world)))
+            self._publish("its own checks")
+            look_at_node(place, self._report)
             self._publish("the import of torch")
         from . import health_devices as devices
 
@@ -63,12 +68,12 @@ class Talk:
         else:
             self._report.versions.update(devices.versions())
             self._gather(found)
-            self._publish("the way to rank 0")
+            self._publish(TO_RANK_0)
         fault = ""
         if place.rank != 0:
             try:
                 store = devices.open_store(place)
-            except RuntimeError as error:
+            except (OSError, RuntimeError) as error:
                 fault = f"does not reach rank 0 at {place.master}:{place.port}: {one_line(error)}"
         self._complete(store, fault)
         if store is None:
@@ -77,10 +82,22 @@ class Talk:
         plan = json.loads(self._wait_for(store, "plan"))
         if place.rank in plan["ranks"] and device is not None:
             fault = read_fault(place.folder, plan["reads"][place.node]) if place.local_rank == 0 else ""
-            result = devices.add_up(place, device, store, plan["ranks"], place.left(place.deadlines.sums))
+            self.is_adding_up = True
+            result = devices.add_up(place, device, store, plan["ranks"], place.left(place.deadlines.waiting))
+            self.is_adding_up = False
             result.folder_fault = fault
             store.set(f"sum/{place.rank}", json.dumps(asdict(result)))
         self.code = int(self._wait_for(store, "verdict"))
+
+    def tell_that_it_waits(self) -> None:
+        """Let rank 0 know that this process waits for others; for the main thread, while the other one is in a call."""
+        from .health_devices import open_store
+
+        place = self._place
+        waiting = SumResult(place.rank, error=f"it waited for the others for {place.elapsed:.0f} s")
+        with suppress(OSError, RuntimeError):
+            store = self.store or open_store(place)
+            store.set(f"sum/{place.rank}", json.dumps(asdict(waiting)))
 
     def _open_server(self) -> "Store | None":
         from .health_devices import open_store
@@ -90,7 +107,7 @@ class Talk:
             server = open_store(place, is_server=True)
             reached = replace(place, port=server.port)
             self.store, ticking = open_store(reached), open_store(reached)  # one for each thread
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             assert self._report is not None
             self._report.master_fault = one_line(f"cannot open port {place.port} for the others: {error}")
             return None
