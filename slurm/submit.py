@@ -71,7 +71,8 @@ _FIELDS_OF_WORDS = {
     "array": ("parallel",),
     "option": ("options",),
 }
-_STALE = ("cancelled", "gave_up", "fruitless")  # what an earlier job left, and would stop this one
+# What an earlier job left, or `muybridge cancel` of one that ended before it heeded that, and would stop this one.
+_STALE = ("slurm/cancelled", "slurm/gave_up", "slurm/fruitless", "STOP")
 
 
 def main(argv: list[str]) -> int:
@@ -115,7 +116,7 @@ def submit(plan: Plan) -> list[int]:
         records = place_submission(plan, placement)
         for run in plan.runs:
             for name in _STALE:
-                placement.remove(run.run_dir / "slurm" / name)
+                placement.remove(run.run_dir / name)
         while len(jobs) < plan.slurm.chain:
             jobs.append(scheduler.sbatch(plan.sbatch_arguments(previous=jobs[-1] if jobs else None)))
         _place_job_facts(plan, jobs, records, placement)
