@@ -1,4 +1,4 @@
-"""Programs that stand on PATH for Slurm's: some keep how they were called and answer what a test wants, others ask a real cluster."""
+"""Programs that stand on PATH for Slurm's: some keep how they were called and answer what a test wants, others ask a cluster."""
 
 import os
 import shutil
