@@ -1,4 +1,4 @@
-"""A run that was submitted, as its files say, and Slurm's programs that answer with what Slurm 22.05 answered."""
+"""A run that was submitted, as its files say and as Slurm 22.05 has it."""
 
 import json
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from muybridge.tests.slurm.cluster import Cluster
+from muybridge.tests.slurm.programs import FakeSlurm
 
 SUBMITTED = 1_790_000_000.0
 
@@ -56,43 +57,23 @@ def write_life(
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-class FakeSlurm:
-    """Programs squeue, scontrol and scancel in a folder for PATH. squeue chooses from `jobs` as the real one does."""
+def set_queue(slurm: FakeSlurm, *lines: str) -> None:
+    """What squeue has: lines of ID|STATE|REASON|ELAPSED|NODES|NAME, of which it chooses by number or name as the real one does."""
+    (slurm.folder / "queue").write_text("".join(f"{line}\n" for line in lines))
+    slurm.answer(
+        "squeue",
+        'for argument; do case $argument in --jobs=*) ids=",${argument#*=},";; --name=*) wanted=${argument#*=};; esac; done\n'
+        "while IFS='|' read -r id rest; do\n"
+        'case ${ids-} in "" | *",${id%%_*},"*) ;; *) continue ;; esac\n'
+        'case "${wanted-}" in "" | "${rest##*|}") echo "$id|$rest" ;; esac\n'
+        'done <"$here/queue"\n',
+    )
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True)
-        for program in ("squeue", "scontrol", "scancel"):
-            self.answer(program, "")
-        self.queue()
 
-    def answer(self, program: str, text: str, *, code: int = 0) -> None:
-        """Let a program print this, to stderr where it fails, and note down its arguments."""
-        (self.folder / f"{program}.txt").write_text(text)
-        stream = ">&2" if code else ""
-        self._write(program, f'cat "{self.folder}/{program}.txt" {stream}; exit {code}')
-
-    def queue(self, *lines: str) -> None:
-        """What squeue has: lines of ID|STATE|REASON|ELAPSED|NODES|NAME."""
-        (self.folder / "queue").write_text("".join(f"{line}\n" for line in lines))
-        choose = (
-            'for argument; do case $argument in --jobs=*) ids=",${argument#*=},";; --name=*) name=${argument#*=};; esac; done\n'
-            "while IFS='|' read -r id rest; do\n"
-            'case ${ids-} in "" | *",${id%%_*},"*) ;; *) continue ;; esac\n'
-            'case "${name-}" in "" | "${rest##*|}") echo "$id|$rest" ;; esac\n'
-            f'done <"{self.folder}/queue"'
-        )
-        self._write("squeue", choose)
-
-    def calls(self, program: str) -> list[list[str]]:
-        """The arguments of each call, oldest first."""
-        file = self.folder / f"{program}.calls"
-        return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-
-    def _write(self, program: str, body: str) -> None:
-        path = self.folder / program
-        path.write_text(f'#!/bin/bash\necho "$*" >>"{self.folder}/{program}.calls"\n{body}\n')
-        path.chmod(0o755)
+def set_facts(slurm: FakeSlurm, line: str) -> None:
+    """What scontrol knows of every job it is asked about."""
+    (slurm.folder / "facts").write_text(f"{line}\n")
+    slurm.answer("scontrol", 'cat "$here/facts"\n')
 
 
 def muybridge(cluster: Cluster, verb: str, *arguments: str) -> str:

@@ -8,8 +8,9 @@ import pytest
 from muybridge.slurm import cancel
 from muybridge.slurm.cancel import main
 from muybridge.tests.slurm.cluster import Cluster
+from muybridge.tests.slurm.programs import FakeSlurm
 from muybridge.tests.slurm.stub_run import StubRun
-from muybridge.tests.slurm.submitted import FakeSlurm, muybridge, write_job, write_life
+from muybridge.tests.slurm.submitted import muybridge, set_facts, set_queue, write_job, write_life
 
 # Trains until it is asked to stop, then saves.
 HEEDS_STOP = 'until [ -e "$run_dir/STOP" ]; do sleep 0.1; done; save step-00000005; leave 75 user'
@@ -18,7 +19,8 @@ HEEDS_STOP = 'until [ -e "$run_dir/STOP" ]; do sleep 0.1; done; save step-000000
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     fake = FakeSlurm(tmp_path / "bin")
-    monkeypatch.setenv("PATH", f"{fake.folder}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", fake.path)
+    set_queue(fake)
     monkeypatch.setattr(cancel, "_POLL_SECONDS", 0.05)
     return fake
 
@@ -33,7 +35,7 @@ def run_dir(tmp_path: Path) -> Path:
 def test_what_waits_is_cancelled_and_what_runs_is_asked(
     slurm: FakeSlurm, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slurm.queue("7|RUNNING|None|1:00|n[1-2]|mb-run", "8|PENDING|Dependency|0:00||mb-run")
+    set_queue(slurm, "7|RUNNING|None|1:00|n[1-2]|mb-run", "8|PENDING|Dependency|0:00||mb-run")
     assert main([str(run_dir), "--no-wait"]) == 0
     assert slurm.calls("scancel") == [["8"]]
     assert (run_dir / "slurm" / "cancelled").exists()
@@ -44,27 +46,28 @@ def test_what_waits_is_cancelled_and_what_runs_is_asked(
 
 
 def test_nobody_is_asked_to_stop_where_none_runs(slurm: FakeSlurm, run_dir: Path) -> None:
-    slurm.queue("7|PENDING|BeginTime|0:00||mb-run")
+    set_queue(slurm, "7|PENDING|BeginTime|0:00||mb-run")
     assert main([str(run_dir), "--no-wait"]) == 0
     assert (run_dir / "slurm" / "cancelled").exists()
     assert not (run_dir / "STOP").exists()  # the next submission would stop at its first step
 
 
 def test_now_cancels_all_at_once(slurm: FakeSlurm, run_dir: Path) -> None:
-    slurm.queue("7|RUNNING|None|1:00|n[1-2]|mb-run", "8|PENDING|Dependency|0:00||mb-run")
+    set_queue(slurm, "7|RUNNING|None|1:00|n[1-2]|mb-run", "8|PENDING|Dependency|0:00||mb-run")
     assert main([str(run_dir), "--now", "--no-wait"]) == 0
     assert slurm.calls("scancel") == [["7", "8"]]
     assert not (run_dir / "STOP").exists()
 
 
 def test_jobs_of_others_are_not_touched(slurm: FakeSlurm, run_dir: Path) -> None:
-    slurm.queue(
+    set_queue(
+        slurm,
         "7|PENDING|Resources|0:00||mb-run",
         "8|PENDING|Resources|0:00||other",  # of a cluster that was set up anew, where numbers began again
         "8_3|PENDING|Resources|0:00||mb-run",  # of a sweep
         "70|PENDING|Resources|0:00||mb-run",  # of a run of the same name in another folder
     )
-    slurm.answer("scontrol", "JobId=70 JobState=PENDING Command=/elsewhere/slurm/train.sbatch WorkDir=/elsewhere\n")
+    set_facts(slurm, "JobId=70 JobState=PENDING Command=/elsewhere/slurm/train.sbatch WorkDir=/elsewhere")
     assert main([str(run_dir), "--no-wait"]) == 0
     assert slurm.calls("scancel") == [["7"]]
 
@@ -74,7 +77,7 @@ def test_only_its_own_task_of_a_sweep_is_cancelled(slurm: FakeSlurm, tmp_path: P
         write_job(tmp_path / "sweep" / str(index), [20], index=index, submit_dir=tmp_path / "sweep")
     # Slurm gives the last task of an array the array's own number: to cancel 20 would cancel both.
     write_life(tmp_path / "sweep" / "1", "20.0", 1000.0)
-    slurm.queue("20_0|PENDING|JobArrayTaskLimit|0:00||mb-run", "20_1|PENDING|BeginTime|0:00||mb-run")
+    set_queue(slurm, "20_0|PENDING|JobArrayTaskLimit|0:00||mb-run", "20_1|PENDING|BeginTime|0:00||mb-run")
     assert main([str(tmp_path / "sweep" / "1"), "--no-wait"]) == 0
     assert slurm.calls("scancel") == [["20_1"]]
     assert not (tmp_path / "sweep" / "0" / "slurm" / "cancelled").exists()
@@ -83,8 +86,8 @@ def test_only_its_own_task_of_a_sweep_is_cancelled(slurm: FakeSlurm, tmp_path: P
 
 
 def test_a_job_that_submitted_itself_a_moment_ago_is_found(slurm: FakeSlurm, run_dir: Path) -> None:
-    slurm.queue("9|PENDING|Dependency|0:00||mb-run")
-    slurm.answer("scontrol", f"JobId=9 JobState=PENDING Command={run_dir}/slurm/train.sbatch WorkDir={run_dir}\n")
+    set_queue(slurm, "9|PENDING|Dependency|0:00||mb-run")
+    set_facts(slurm, f"JobId=9 JobState=PENDING Command={run_dir}/slurm/train.sbatch WorkDir={run_dir}")
     assert main([str(run_dir), "--no-wait"]) == 0
     assert slurm.calls("scancel") == [["9"]]
 
@@ -102,7 +105,7 @@ def test_a_run_whose_jobs_are_over_stays_as_it_is(
 def test_without_the_controller_the_marks_are_made_and_the_exit_code_says_try_again(
     slurm: FakeSlurm, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slurm.answer("squeue", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", code=1)
+    slurm.answer("squeue", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1")
     assert main([str(run_dir)]) == 75
     assert "what trains stops all the same" in capsys.readouterr().err
     assert (run_dir / "slurm" / "cancelled").exists()
