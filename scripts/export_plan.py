@@ -16,7 +16,7 @@ from ..models.text import text_fingerprint
 from ..models.vae import VAEConfig, VideoVAE
 from ..models.weight_files import Tensors, open_weights
 from ..models.weights import load_config
-from ..train.checkpoint_folder import check_checkpoint, committed_checkpoints
+from ..train.checkpoint_folder import newest_checkpoint
 from ..train.compose import plain
 from ..train.config import TaskKind, TrainConfig, read_config
 from ..train.experts import Expert
@@ -157,14 +157,12 @@ def find_run(run_dir: Path, kind: str, *, field: str) -> RunWeights:
         raise ValueError(
             f"{field}={run_dir} has task={config.task.name}, and its model is in diffusers' form already: {run_dir}/model"
         )
-    checkpoints = committed_checkpoints(run_dir / "checkpoints")
-    if not checkpoints:
+    checkpoint = newest_checkpoint(run_dir / "checkpoints")
+    if checkpoint is None:
         raise ValueError(f"{field}={run_dir} has no checkpoint yet")
-    if fault := check_checkpoint(checkpoints[-1]):
-        raise ValueError(fault)
     if missing := config.missing_inputs():
         raise ValueError(f"{field}={run_dir}: {'; '.join(missing)}")
-    return RunWeights(run_dir, config, checkpoints[-1], weight_kind(checkpoints[-1], kind))
+    return RunWeights(run_dir, config, checkpoint, weight_kind(checkpoint, kind))
 
 
 def _expert_of_folder(folder: Path, part: str, field: str) -> FolderWeights:

@@ -28,7 +28,7 @@ from ..models.vae import VAEConfig
 from ..models.vae.folder import load_vae
 from ..models.weight_files import read_header, read_json
 from ..models.weights import load_config, load_weights_from
-from ..train.checkpoint_folder import check_checkpoint, committed_checkpoints
+from ..train.checkpoint_folder import newest_checkpoint
 from ..train.config import TaskKind, read_config
 from ..train.engine import Precision
 from ..train.experts import Expert
@@ -135,13 +135,11 @@ class RunSource(Source):
                 f"run={run_dir} has expert={run.expert.name}, which makes no video alone; export both experts "
                 "(muybridge export run=HIGH low_run=LOW out=FOLDER) and sample with model=FOLDER"
             )
-        checkpoints = committed_checkpoints(Path(run_dir) / "checkpoints")
-        if not checkpoints:
+        checkpoint = newest_checkpoint(Path(run_dir) / "checkpoints")
+        if checkpoint is None:
             raise ValueError(f"run={run_dir} has no checkpoint yet")
-        if fault := check_checkpoint(checkpoints[-1]):
-            raise ValueError(fault)
-        self._run, self._checkpoint, self._kind = run, checkpoints[-1], weight_kind(checkpoints[-1], kind)
-        self.description = str(checkpoints[-1])
+        self._run, self._checkpoint, self._kind = run, checkpoint, weight_kind(checkpoint, kind)
+        self.description = str(checkpoint)
         self.size = ClipSize(run.data.frames, run.data.height, run.data.width, run.data.fps)
         self.sampler, self.transformer, self.vae = run.sampler, run.model, run.vae.resolved()
         self.form, self.batch = run.conditioning.form, 8

@@ -86,6 +86,20 @@ def candidates_to_resume(folder: Path, resume: str) -> list[str]:
     return [wanted]
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest committed checkpoint, of a run that may go on meanwhile; None where there is none.
+
+    Raises ValueError where it is damaged.
+    """
+    while found := committed_checkpoints(folder):
+        fault = check_checkpoint(found[-1])
+        if not fault:
+            return found[-1]
+        if found[-1].is_dir():  # else the run has removed it, since newer ones came
+            raise ValueError(fault)
+    return None
+
+
 def set_aside_newer(folder: Path, chosen: Path) -> None:
     """Once a run goes on from `chosen`: what is newer, or is damaged, must not win later. Collective. Raises OSError."""
 

@@ -1,11 +1,13 @@
 """Reading checkpoints: as every piece of a tensor carries its address, they load at any world size and ZeRO stage, or without."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .ema import EMA
@@ -48,7 +50,8 @@ def load_checkpoint(folder: Path, *, engine: Engine, ema: EMA) -> dict[str, Any]
 
 def read_run_state(folder: Path) -> dict[str, Any]:
     """The contents of a checkpoint's run.json. Raises ValueError where another version of the format is meant."""
-    facts: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    with _told_where_removed(folder):
+        facts: dict[str, Any] = json.loads((folder / "run.json").read_text())
     if facts["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{folder}/run.json format_version={facts['format_version']} must be {FORMAT_VERSION}: another version of muybridge "
@@ -86,11 +89,12 @@ class FragmentReader:
     def __init__(self, folder: Path) -> None:
         self._files: list[Any] = []
         self._pieces: dict[str, list[tuple[int, int, Any]]] = {}
-        for table in sorted(folder.glob("shard-*.json")):
-            file = safe_open(table.with_suffix(".safetensors"), framework="pt")
-            self._files.append(file)
-            for name, (start, numel) in json.loads(table.read_text()).items():
-                self._pieces.setdefault(name, []).append((start, numel, file))
+        with _told_where_removed(folder):  # what is open can be read to its end
+            for table in sorted(path for path in folder.iterdir() if path.match("shard-*.json")):
+                file = safe_open(table.with_suffix(".safetensors"), framework="pt")
+                self._files.append(file)
+                for name, (start, numel) in json.loads(table.read_text()).items():
+                    self._pieces.setdefault(name, []).append((start, numel, file))
 
     def __enter__(self) -> "FragmentReader":
         return self
@@ -111,6 +115,19 @@ class FragmentReader:
         if found != numel:
             raise ValueError(f"the checkpoint holds {found} of {numel} elements of {kind}/{name}")
         return out
+
+
+@contextmanager
+def _told_where_removed(folder: Path) -> Iterator[None]:
+    # RuntimeError: safetensors has torch open a file once more by its name.
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError):
+        if folder.is_dir():
+            raise
+        raise ValueError(
+            f"{folder} is not there any more: its run goes on and keeps its newest checkpoints only (repeat the command)"
+        ) from None
 
 
 def _check_shapes(folder: Path, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,15 +16,19 @@ from muybridge.tests.train.checkpoint_parts import (
     names,
     save,
 )
+from muybridge.train import checkpoint_folder, fragments
 from muybridge.train.checkpoint_folder import (
     check_checkpoint,
     choose_checkpoint,
     committed_checkpoints,
+    move_to_trash,
+    newest_checkpoint,
     refuse_damaged,
     resume_fault,
     retained,
     space_fault,
 )
+from muybridge.train.fragments import FragmentReader, read_run_state, read_weights
 
 
 @pytest.fixture(autouse=True)
@@ -192,3 +197,51 @@ def test_a_manifest_lists_every_other_file(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     assert sorted(manifest) == sorted(path.name for path in folder.iterdir() if path.name != "MANIFEST.json")
+
+
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_no_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def removed_meanwhile(folder: Path) -> str:
+        asked.append(folder.name)
+        if len(asked) == 1:
+            move_to_trash(folder)
+            save(tmp_path, 2)
+        return check_checkpoint(folder)
+
+    assert newest_checkpoint(tmp_path) is None
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint_folder, "check_checkpoint", removed_meanwhile)
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000002"
+    assert asked == ["step-00000001", "step-00000002"]
+    flip_a_bit(tmp_path / "step-00000002" / "run.json")
+    with pytest.raises(ValueError, match=r"step-00000002/run\.json does not match"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_reader_says_that_a_checkpoint_was_removed_and_reads_on_what_it_has_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    opened = fragments.safe_open
+
+    def open_behind_the_removal(path: Path, **options: Any) -> Any:
+        move_to_trash(first)
+        return opened(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fragments, "safe_open", open_behind_the_removal)
+        with pytest.raises(ValueError, match=r"step-00000001 is not there any more.*repeat the command"):
+            FragmentReader(first)
+    for read in (read_run_state, FragmentReader, read_weights):
+        with pytest.raises(ValueError, match=r"step-00000001 is not there any more"):
+            read(first)
+    with FragmentReader(second) as reader:
+        checkpoint_folder.delete_leftover(move_to_trash(second))
+        assert reader.read("master", "w", 0, 15).unique().tolist() == [2.0]
+    third = save(tmp_path, 3)
+    (third / "shard-00000-of-00001.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):  # that is damage
+        FragmentReader(third)
