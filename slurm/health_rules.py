@@ -66,6 +66,7 @@ class Verdict:
     code: ExitCode = ExitCode.done
 
 
+_MOST_WARNINGS = 8  # of one kind
 # A fault that all nodes have comes from how the job was set up; with these the same job would meet it again.
 _SET_UP = {"GPUs", "master's name", "shm", "memory", "run disk", "temp disk", "open files", "shared folder"}
 # What rank 0's node sees of the others: where it is wrong with all of them, either side may be.
@@ -99,12 +100,14 @@ def sum_faults(
         faults.append(Fault(node, "sum", f"its own processes: {answers[ranks[0]].node_fault}"))
     for node, ranks in _by_node([rank for rank in answers if answers[rank].folder_fault], node_of).items():
         faults.append(Fault(node, "folder", answers[ranks[0]].folder_fault))
-    wrong = [rank for rank in answers if answers[rank].fault and not answers[rank].node_fault]
+    wrong = [rank for rank in answers if answers[rank].fault]
     blamed = {fault.node for fault in faults if fault.check == "sum"}
-    if len(wrong) < len(answers) or len({node_of(rank) for rank in answers}) == 1:
+    if blamed:
+        pass  # with one that is wrong by itself, the sum of all is as well
+    elif len(wrong) < len(answers) or len({node_of(rank) for rank in answers}) == 1:
         for node, ranks in _by_node(wrong, node_of).items():
             faults.append(Fault(node, "sum", f"{_ranks(ranks)}: {answers[ranks[0]].fault}"))
-    elif wrong and not blamed:
+    elif wrong:
         faults.append(Fault("", "sum", f"with every process: {answers[wrong[0]].fault}"))
     errors = [rank for rank in answers if answers[rank].error]
     if errors and not blamed:  # otherwise they are what a silent rank looks like to the others
@@ -122,7 +125,7 @@ def silence(node: str, report: NodeReport | None, *, seconds: float) -> Fault:
 def judge(faults: Iterable[Fault], nodes: Sequence[str]) -> Verdict:
     """Which of the nodes, rank 0's first, are bad. What all have from a common cause is no node's fault."""
     faults = list(faults)
-    verdict = Verdict(warnings=[f"{fault.node}: {fault.text}" for fault in faults if not fault.is_bad])
+    verdict = Verdict(warnings=_warnings([fault for fault in faults if not fault.is_bad]))
     is_set_up = False
     for check in dict.fromkeys(fault.check for fault in faults if fault.is_bad):
         found = [fault for fault in faults if fault.is_bad and fault.check == check]
@@ -142,6 +145,19 @@ def judge(faults: Iterable[Fault], nodes: Sequence[str]) -> Verdict:
     elif verdict.bad or verdict.common:
         verdict.code = ExitCode.requeue
     return verdict
+
+
+def _warnings(faults: Sequence[Fault]) -> list[str]:
+    """One line each; what many nodes have gets one line with the first of them."""
+    lines = []
+    for check in dict.fromkeys(fault.check for fault in faults):
+        found = [fault for fault in faults if fault.check == check]
+        others = len({fault.node for fault in found}) - 1
+        if others < _MOST_WARNINGS:
+            lines += [f"{fault.node}: {fault.text}" for fault in found]
+        else:
+            lines.append(f"{found[0].node}: {found[0].text}; and {others} other nodes in the same way")
+    return lines
 
 
 def _common_to(blamed: set[str], check: str, nodes: Sequence[str]) -> str | None:

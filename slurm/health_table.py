@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
@@ -20,15 +21,16 @@ _FREE = "shm, memory, temp: GiB free"
 _COLUMNS = {
     "GPUs": "TFLOP/s: slowest GPU",
     "TFLOP/s": "TFLOP/s: slowest GPU",
-    "sum GB/s": "sum: over a node's own GPUs",
+    "GB/s": "GB/s: sum over a node's own GPUs",
     "MB/s": _WRITES,
     "ms": _WRITES,
     "shm": _FREE,
     "memory": _FREE,
     "temp": _FREE,
-    "clock s": "clock: ahead of rank 0's",
+    "clock": "clock: s ahead of rank 0's",
 }
-_MOST_SOUND_NODES = 16  # that get a line each; the others share one
+_STATES = {"BAD": "bold red", "fault": "red", "warning": "yellow", "ok": ""}  # and how they look
+_MOST_ALIKE = 16  # nodes in the same state, none of them bad, that get a line each; more share one
 
 
 @dataclass
@@ -117,23 +119,27 @@ def load_table(run_dir: Path) -> HealthTable | None:
 
 def shown(table: HealthTable) -> RenderableType:
     """The table, what is wrong, and what follows."""
-    sound = [row for row in table.rows if row.state == "ok"]
-    is_long = len(sound) > _MOST_SOUND_NODES
-    lines = [(Text(row.node), row.state, [row]) for row in table.rows if row.state != "ok" or not is_long]
-    if is_long:  # they share a line
-        lines.append((Text(f"{len(sound)} others"), "ok", sound))
+    lines = []
+    for state in _STATES:
+        rows = [row for row in table.rows if row.state == state]
+        if state == "BAD" or len(rows) <= _MOST_ALIKE:
+            lines += [(Text(row.node), state, [row]) for row in rows]
+        else:
+            lines.append((Text(f"{len(rows)} nodes"), state, rows))
     cells = [_cells(rows) for _, _, rows in lines]
     columns = [name for name in _COLUMNS if any(row[name] != "-" for row in cells)]
     grid = Table(
         Column("node", overflow="fold"),
         *(Column(name, justify="right", no_wrap=True) for name in columns),
         Column("", no_wrap=True),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
         title=f"Health of {_count(len(table.rows), 'node')}",
         caption="; ".join(dict.fromkeys(_COLUMNS[name] for name in columns)),
     )
     for (node, state, _), row in zip(lines, cells, strict=True):
-        style = {"BAD": "bold red", "fault": "red", "warning": "yellow"}.get(state, "")
-        grid.add_row(node, *(row[name] for name in columns), Text(state, style=style))
+        grid.add_row(node, *(row[name] for name in columns), Text(state, style=_STATES[state]))
     facts = [f"{name} {value}" for name, value in table.versions.items()]
     disk = [] if table.run_disk_gib is None else [f"run directory: {table.run_disk_gib:.0f} GiB free"]
     words = [", ".join([*facts, *disk]), table.sum_words]
@@ -189,13 +195,13 @@ def _cells(rows: Sequence[NodeRow]) -> dict[str, str]:
     return {
         "GPUs": _worst([row.gpus or None for row in rows], min, "d"),
         "TFLOP/s": _worst([row.tflops for row in rows], min, ".0f"),
-        "sum GB/s": _worst([row.node_gb_per_second for row in rows], min, ".3g"),
+        "GB/s": _worst([row.node_gb_per_second for row in rows], min, ".3g"),
         "MB/s": _worst([row.write_mb_per_second for row in rows], min, ".0f"),
         "ms": _worst([row.write_milliseconds for row in rows], max, ".0f"),
-        "shm": _worst([row.shm_gib for row in rows], min, ".1f"),
+        "shm": _worst([row.shm_gib for row in rows], min, ".3g"),
         "memory": _worst([row.memory_gib for row in rows], min, ".0f"),
         "temp": _worst([row.temp_disk_gib for row in rows], min, ".0f"),
-        "clock s": _worst([row.clock_seconds for row in rows], lambda known: max(known, key=abs), "+.1f"),
+        "clock": _worst([row.clock_seconds for row in rows], lambda known: max(known, key=abs), "+.1f"),
     }
 
 
