@@ -50,7 +50,7 @@ class Cluster:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_PRESETS)}
         own = {"DIR": str(folder), "OWNER": str(os.getpid()), **settings}
         self._env = {**kept, **{f"SLURM_TEST_{name}": value for name, value in own.items()}}
-        self._asked: dict[str, None] = {}  # the jobs of the test, in order
+        self._job_logs: dict[Path, None] = {}  # of the jobs that the test asked about, in order
 
     def start(self) -> None:
         """Return when all nodes are idle. It ends by itself where this process is gone."""
@@ -100,20 +100,25 @@ class Cluster:
 
     def job(self, job_id: int | str) -> dict[str, str]:
         """What `scontrol show job` says of a job, or of a task of an array ("5_1"); empty where there is none of that number."""
-        self._asked[str(job_id)] = None
         shown = self.run(["scontrol", "show", "job", "-o", str(job_id)], check=False).stdout
         found = list(re.finditer(r"(?:^|\s)([A-Z][A-Za-z/:]*)=", shown))
         ends = [match.start() for match in found[1:]] + [len(shown)]
-        return {match[1]: shown[match.end() : end].strip() for match, end in zip(found, ends)}
+        facts = {match[1]: shown[match.end() : end].strip() for match, end in zip(found, ends)}
+        if "StdOut" in facts:
+            self._job_logs[Path(facts["StdOut"])] = None
+        return facts
 
     def state(self, job_id: int | str) -> str:
         """PENDING, RUNNING, COMPLETING, COMPLETED, FAILED, CANCELLED, ...; empty where there is none of that number."""
         return self.job(job_id).get("JobState", "")
 
     def hurry(self, job_id: int | str) -> None:
-        """Let a requeued job start now: Slurm makes it wait, in production for two minutes."""
+        """Let a requeued job start in a second: Slurm makes it wait, in production for two minutes.
+
+        Not at once: its nodes refuse a job within the second in which they ended its last life, and it fails.
+        """
         self.wait_for(lambda: self.state(job_id) != "COMPLETING", 60, f"job {job_id} to leave its nodes")
-        self.run(["scontrol", "update", f"jobid={job_id}", "StartTime=now"], check=False)
+        self.run(["scontrol", "update", f"jobid={job_id}", "StartTime=now+1"], check=False)
 
     def cancel_all(self) -> None:
         """Cancel every job and wait until they have left their nodes."""
@@ -129,7 +134,7 @@ class Cluster:
             self.heal(node)
         self.cancel_all()
         self.wait_for(self._is_idle, 90, "all nodes to be idle")
-        self._asked.clear()
+        self._job_logs.clear()
 
     def wait_for(self, condition: Callable[[], object], seconds: float, what: str) -> None:
         """Poll until the condition holds; else the test fails with the logs of the jobs it asked about and slurmctld's."""
@@ -141,8 +146,7 @@ class Cluster:
 
     def logs(self) -> str:
         """The ends of the logs of the jobs that were asked about, and of slurmctld's."""
-        files = {Path(self.job(job_id).get("StdOut", "")): None for job_id in list(self._asked)}
-        files[self.folder / "log" / "slurmctld.log"] = None
+        files = [*self._job_logs, self.folder / "log" / "slurmctld.log"]
         return "\n".join(f"--- {path}\n{_tail(path)}" for path in files)
 
     def _is_idle(self) -> bool:
