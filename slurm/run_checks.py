@@ -69,7 +69,11 @@ def refuse_busy(submit_dir: Path, run_dirs: Sequence[Path]) -> None:
             f"muybridge cancel {shlex.quote(str(run_dir))}"
         )
     for run_dir in run_dirs:
-        if who := holder_at_work(run_dir):
+        try:
+            who = holder_at_work(run_dir)
+        except OSError as error:
+            raise ValueError(f"run_dir={run_dir} cannot be read ({error.strerror or error})") from error
+        if who:
             raise ValueError(
                 f"run_dir={run_dir} is in use by another attempt ({who}, in lock.json); stop that, or wait for its end"
             )

@@ -1,0 +1,400 @@
+"""Queueing a run: what is refused before anything is written, what a job is given, and that a failure leaves no trace."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from muybridge.slurm.config import SITE_VARIABLE
+from muybridge.slurm.plan import quoted
+from muybridge.slurm.submit import main
+from muybridge.tests.slurm.programs import FakeSlurm
+from muybridge.tests.slurm.stub_run import read_fields
+from muybridge.train import run_lock
+
+Submit = Callable[..., str]
+HOSTILE = 'it\'s "a" $(touch pwned) `touch pwned`; rm -rf * & | ? [x] {y} é #'
+
+
+@pytest.fixture(autouse=True)
+def no_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings of whoever runs the tests."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(SITE_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "first"
+
+
+@pytest.fixture
+def submit(tiny_run: list[str], run_dir: Path, capsys: pytest.CaptureFixture[str]) -> Submit:
+    """Submits a run that takes seconds, with more of its settings; returns what was printed."""
+
+    def call(*arguments: str, folder: Path = run_dir) -> str:
+        capsys.readouterr()
+        fast = ["slurm.gpus_per_node=2", "slurm.snapshot_code=false"]
+        assert main([*tiny_run, *fast, f"run_dir={quoted(str(folder))}", *arguments]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """The files of a folder but for the copy of the code."""
+    found = (path for path in folder.rglob("*") if path.is_file() and "code" not in path.parts)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def test_a_run_is_queued_with_everything_its_job_reads(fake_slurm: FakeSlurm, submit: Submit, run_dir: Path) -> None:
+    printed = submit("slurm.nodes=4", "slurm.time=24:00:00", "slurm.snapshot_code=true")
+    slurm_dir = run_dir / "slurm"
+    script = slurm_dir / "train.sbatch"
+    assert fake_slurm.calls("sbatch") == [
+        ["--parsable", f"--chdir={run_dir}", "--dependency=singleton", str(script)],
+    ]
+    assert read_fields(slurm_dir / "tasks") == [str(run_dir)]
+    work, python, code, stage, *overrides = read_fields(slurm_dir / "command")
+    assert (work, python, stage) == (os.getcwd(), sys.executable, "")
+    assert (Path(code) / "muybridge" / "train" / "trainer.py").is_file()
+    assert overrides[-1] == f"run_dir={quoted(str(run_dir))}"
+    assert not [text for text in overrides if text.startswith("slurm.")]
+    job = json.loads((slurm_dir / "job.json").read_text())
+    assert re.fullmatch(r"first-[0-9a-f]{6}", job.pop("name"))
+    assert job.pop("submitted_unix_seconds") > 1.7e9
+    assert job == {
+        "jobs": [101],
+        "array_index": None,
+        "submit_dir": str(run_dir),
+        "nodes": 4,
+        "processes": 8,
+        "lead_seconds": 300,
+    }
+    text = script.read_text()
+    assert "#SBATCH --nodes=4\n" in text
+    assert "#SBATCH --time=24:00:00\n" in text
+    assert "\nLEAD_SECONDS=300\nRESTART_LIMIT=3\nHEALTH=1\n" in text
+    assert "Queued job 101 as first-" in printed
+    assert printed.splitlines()[-3:] == [
+        f"Next: muybridge status {run_dir}",
+        f"      tail -F {slurm_dir / 'log-101.txt'}",
+        f"      muybridge cancel {run_dir}",
+    ]
+
+
+def test_the_record_of_a_submission_says_what_it_was(
+    fake_slurm: FakeSlurm, submit: Submit, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", secret := "0123456789abcdef0123456789abcdef01234567")
+    submit("seed=7", "slurm.snapshot_code=true")
+    submit("seed=7", "slurm.nodes=2", "slurm.snapshot_code=true")
+    first, second = sorted((run_dir / "slurm" / "submissions").iterdir())
+    assert yaml.safe_load((first / "config.yaml").read_text())["seed"] == 7
+    assert "seed=7" in json.loads((second / "overrides.json").read_text())
+    facts = json.loads((second / "submission.json").read_text())
+    assert facts["slurm"]["nodes"] == 2
+    assert json.loads((first / "job.json").read_text())["jobs"] == [101]
+    assert (second / "train.sbatch").read_text() == (run_dir / "slurm" / "train.sbatch").read_text()
+    assert (second / "changes.diff").exists()
+    assert len(list((run_dir / "slurm" / "code").iterdir())) == 1
+    assert not [name for name, content in files_below(run_dir).items() if secret.encode() in content]
+    # The job itself has it, as it has the rest of the environment.
+    assert fake_slurm.environment("sbatch")["WANDB_API_KEY"] == secret
+
+
+def test_hostile_text_reaches_no_shell(fake_slurm: FakeSlurm, submit: Submit, tmp_path: Path) -> None:
+    folder = tmp_path / HOSTILE
+    prompt = HOSTILE + "\nand a line"
+    submit(f"validation.prompts=[{quoted(prompt)}]", "validation.every_steps=5", folder=folder)
+    arguments = fake_slurm.calls("sbatch")[0]
+    assert arguments[1:] == [f"--chdir={folder}", "--dependency=singleton", f"{folder}/slurm/train.sbatch"]
+    script = (folder / "slurm" / "train.sbatch").read_text()
+    assert re.search(r"#SBATCH --job-name=it-s-a-touch-pwned[\w-]+\n", script)  # its safe words, and no more
+    assert not any(sign in script for sign in ("touch pwned", "rm -rf *"))
+    overrides = read_fields(folder / "slurm" / "command")[4:]
+    from muybridge.train.config import load_train_config
+
+    config = load_train_config(overrides)
+    assert (config.run_dir, config.validation.prompts) == (str(folder), [prompt])
+    assert not list(tmp_path.rglob("pwned"))
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["partition", "account", "qos", "constraint", "reservation", "exclude", "memory", "time"]
+)
+@pytest.mark.parametrize(
+    "text", ["a b", "a\n#SBATCH --uid=0", "a;b", "$(x)", "`x`", 'a"', "a'", "%j", "\\", "", "a\t", "é"]
+)
+def test_a_setting_that_is_more_than_a_word_is_refused(name: str, text: str) -> None:
+    from muybridge.slurm.config import SlurmConfig
+
+    faults = SlurmConfig(**{name: text}).faults("slurm")
+    assert len(faults) == 1
+    assert faults[0].startswith(f"slurm.{name}={text!r} must be ")
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("slurm.nodess=2", "slurm.nodess is not a setting of slurm, did you mean slurm.nodes?"),
+        ("slurm.nodes=two", "slurm.nodes=two"),
+        ("slurm.nodes=0", "slurm.nodes=0 must be at least 1"),
+        ("slurm.gpus_per_node=-1", "slurm.gpus_per_node=-1 must be at least 0"),
+        ("slurm.processes_per_node=3", "slurm.processes_per_node=3 must be at most slurm.gpus_per_node=2"),
+        ("slurm.chain=0", "slurm.chain=0 must be at least 1"),
+        ("slurm.time=9", "slurm.time=9 must be at least 600 s: slurm.lead_seconds=300"),
+        ("slurm.time=tomorrow", "slurm.time='tomorrow' must be minutes, H:M:S or D-H:M:S"),
+        ("slurm.lead_seconds=0", "slurm.lead_seconds=0 must be in 1..65535"),
+        ("slurm.lead_seconds=70000", "slurm.lead_seconds=70000 must be in 1..65535"),
+        ("slurm.options=['-p x']", "slurm.options='-p x' must be --NAME or --NAME=VALUE"),
+        ("slurm.options=['--comment=a b']", "must be --NAME or --NAME=VALUE"),
+        ("slurm.options=['--job-name=x']", "must not be --job-name: set slurm.name instead"),
+        ("slurm.options=['--depend=x']", "must not be --dependency: set slurm.after and slurm.chain instead"),
+        ("slurm.options=['--wrap=x']", "must not be --wrap: the job depends on it"),
+        ("slurm.name='a b'", "slurm.name='a b' must be 1 to 64 letters"),
+        ("slurm.after=12,", "'slurm.after=12,' is not KEY=VALUE"),
+        ("slurm.after=x", "slurm.after='x' must be the number of a job"),
+        ("slurm.python=python", "slurm.python='python' must be an absolute path"),
+        ("slurm.stage_to=scratch", "slurm.stage_to='scratch' must be an absolute path"),
+        ("slurm.template=nowhere", "slurm.template='nowhere' must be a file"),
+        ("slurm.parallel=2", "slurm.parallel=2 must be 0 without --multirun"),
+        ("slurm.nodes=1,2", "a sweep needs --multirun"),
+        ("stpes=3", "stpes is not a setting of TrainConfig, did you mean steps?"),
+        ("steps=0", "steps=0 must be at least 1"),
+        ("data.path=nowhere", "data.latents"),
+        ("data.access=raw", "data.path"),
+        ("vae.path=nowhere", "vae.path=nowhere must be a folder with config.json"),
+        ("validation.path=nowhere", "validation.path=nowhere must be there"),
+        ("run_dir='a%jb'", "must be without %"),
+        ("run_dir='a\nb'", "must be without %"),
+        ("model=huge", "huge"),
+    ],
+)
+def test_a_mistake_is_named_and_nothing_is_written(
+    fake_slurm: FakeSlurm, submit: Submit, tmp_path: Path, override: str, fault: str
+) -> None:
+    gone = [f"data.path={tmp_path}/gone", f"data.latents={tmp_path}/gone"] if override.startswith("data.") else []
+    with pytest.raises(ValueError, match=re.escape(fault)):
+        submit(*gone, override)
+    assert fake_slurm.calls("sbatch") == []
+    assert os.listdir(tmp_path) == ["fake_slurm"]
+
+
+def test_all_mistakes_come_in_one_message(fake_slurm: FakeSlurm, submit: Submit, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("partitoin: gpu\naccount: a b\n")
+    os.environ[SITE_VARIABLE] = str(tmp_path / "site.yaml")
+    with pytest.raises(ValueError, match="the configuration has 6 faults") as caught:
+        submit("slurm.nodes=0", "optimizer.lrr=1", "vae.path=nowhere", "slurm.qoss=x")
+    message = str(caught.value)
+    assert f"{tmp_path}/site.yaml: partitoin is not a setting of SlurmConfig, did you mean partition?" in message
+    assert f"{tmp_path}/site.yaml: slurm.account='a b' must be" in message
+    for part in ("slurm.nodes=0", "optimizer.lrr", "vae.path=nowhere", "slurm.qoss"):
+        assert part in message
+
+
+def test_a_sites_settings_hold_until_the_command_line_says_otherwise(
+    fake_slurm: FakeSlurm, submit: Submit, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home" / ".config" / "muybridge"
+    home.mkdir(parents=True)
+    (home / "slurm.yaml").write_text("partition: gpu\ntime: 24:00:00\noptions: [--gres=nvme:1]\nnodes: 3\n")
+    submit("slurm.nodes=2")
+    lines = (run_dir / "slurm" / "train.sbatch").read_text().splitlines()
+    # YAML by itself takes 24:00:00 for the number 86400, which Slurm would take for 60 days.
+    assert {"#SBATCH --partition=gpu", "#SBATCH --time=24:00:00", "#SBATCH --gres=nvme:1"} <= set(lines)
+    assert "#SBATCH --nodes=2" in lines
+    monkeypatch.setenv(SITE_VARIABLE, str(tmp_path / "none.yaml"))
+    with pytest.raises(ValueError, match=r"MUYBRIDGE_SLURM_SITE=.*none.yaml must be a YAML file"):
+        submit()
+
+
+def test_a_secret_among_the_settings_is_refused_and_not_repeated(
+    submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", secret := "s3cr3t-s3cr3t-s3cr3t")
+    for override in (f"slurm.python=/{secret}", f"slurm.nodess={secret}", f"steps={secret}"):
+        with pytest.raises(ValueError, match="must not be the value of the environment variable MY_TOKEN") as caught:
+            submit(override)
+        assert secret not in str(caught.value)
+
+
+def test_without_slurm_one_line_says_what_to_do(
+    submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"sbatch is not on PATH: .* login node .* --dry-run") as caught:
+        submit()
+    assert "\n" not in str(caught.value)
+    command, *script = submit("--dry-run").splitlines()
+    assert command.startswith("sbatch --parsable --chdir=")
+    assert script[0] == "#!/bin/bash"
+    assert submit("dry_run=true").splitlines() == [command, *script]
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_slurm_refuses_is_told_with_the_settings_and_leaves_no_trace(
+    fake_slurm: FakeSlurm, submit: Submit, tmp_path: Path, run_dir: Path
+) -> None:
+    fake_slurm.answer("sbatch", "echo 'sbatch: error: invalid partition specified: nope' >&2; exit 1")
+    with pytest.raises(ValueError, match=r"Slurm does not take the job: invalid .*: nope \(slurm.partition=nope,"):
+        submit("slurm.partition=nope")
+    assert sorted(os.listdir(tmp_path)) == ["fake_slurm"]
+    # Of a run that was submitted before, what that left stays as it was.
+    fake_slurm.answer("sbatch", "")
+    submit()
+    for name in ("gave_up", "fruitless", "cancelled"):
+        (run_dir / "slurm" / name).write_text(name)
+    before = files_below(run_dir)
+    fake_slurm.answer("sbatch", "echo 'sbatch: error: Requested node configuration is not available' >&2; exit 1")
+    with pytest.raises(ValueError, match=r"slurm.nodes=9, slurm.gpus_per_node=2"):
+        submit("slurm.nodes=9")
+    assert files_below(run_dir) == before
+
+
+def test_a_new_submission_takes_away_what_would_stop_it(fake_slurm: FakeSlurm, submit: Submit, run_dir: Path) -> None:
+    (run_dir / "slurm").mkdir(parents=True)
+    for name in ("gave_up", "fruitless", "cancelled", "lives.jsonl"):
+        (run_dir / "slurm" / name).write_text("")
+    submit()
+    left = {path.name for path in (run_dir / "slurm").iterdir()}
+    assert left == {"lives.jsonl", "train.sbatch", "tasks", "command", "job.json", "submissions"}
+
+
+def test_a_controller_that_is_away_has_an_exit_code_of_its_own(
+    fake_slurm: FakeSlurm, tiny_run: list[str], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_slurm.answer(
+        "sbatch", "echo 'sbatch: error: Batch job submission failed: Unable to contact slurm controller' >&2; exit 1"
+    )
+    assert main([*tiny_run, f"run_dir={run_dir}"]) == 75
+    said = capsys.readouterr().err
+    assert "Slurm's controller cannot be reached" in said
+    assert "squeue --name=first-" in said
+    assert not run_dir.exists()
+
+
+def test_a_chain_is_queued_one_after_the_other(fake_slurm: FakeSlurm, submit: Submit, run_dir: Path) -> None:
+    printed = submit("slurm.chain=3", "slurm.after=77")
+    dependencies = [call[2] for call in fake_slurm.calls("sbatch")]
+    assert dependencies == [
+        "--dependency=singleton,afterok:77",
+        "--dependency=singleton,afterany:101",
+        "--dependency=singleton,afterany:102",
+    ]
+    assert json.loads((run_dir / "slurm" / "job.json").read_text())["jobs"] == [101, 102, 103]
+    assert "Queued jobs 101, 102, 103, one after the other, as" in printed
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+def test_a_chain_that_breaks_is_taken_back(fake_slurm: FakeSlurm, submit: Submit, run_dir: Path, cancels: bool) -> None:
+    fake_slurm.answer("sbatch", "[ $number -lt 3 ] || { echo 'sbatch: error: Job violates limits' >&2; exit 1; }")
+    fake_slurm.answer("scancel", "" if cancels else "echo 'scancel: error: Access denied' >&2; exit 1")
+    said = "was cancelled" if cancels else r"could not be cancelled \(Access denied\): scancel 101 102"
+    with pytest.raises(ValueError, match=f"Job violates limits.*; job 101, 102.* {said}"):
+        submit("slurm.chain=4")
+    assert fake_slurm.calls("scancel") == [["101", "102"]]
+    assert not run_dir.exists()
+
+
+def test_a_run_with_a_job_in_the_queue_is_refused(fake_slurm: FakeSlurm, submit: Submit, run_dir: Path) -> None:
+    submit()
+    name = json.loads((run_dir / "slurm" / "job.json").read_text())["name"]
+    before = files_below(run_dir)
+    fake_slurm.answer("squeue", f"echo '101|PENDING|Priority|0:00||{name}'")
+    with pytest.raises(ValueError, match=r"first has a job in the queue already: 101 \(PENDING\).* muybridge cancel "):
+        submit()
+    assert files_below(run_dir) == before
+    # The number has gone to somebody else's job.
+    fake_slurm.answer("squeue", "echo '101|RUNNING|None|0:10|n1|other'")
+    submit()
+    # A job that its batch script queued to go on counts as well.
+    lives = ['{"event": "start", "life": "102.0", "job": 102, "unix_seconds": 1, "nodes": "n1"}']
+    lives += ['{"event": "resubmit", "life": "102.0", "job": 130, "unix_seconds": 2}']
+    (run_dir / "slurm" / "lives.jsonl").write_text("\n".join(lives))
+    fake_slurm.answer("squeue", f"echo '130|PENDING|Dependency|0:00||{name}'")
+    with pytest.raises(ValueError, match="has a job in the queue already: 130"):
+        submit()
+    assert fake_slurm.calls("squeue")[-1][-1] == "--jobs=102,130"
+
+
+def test_a_run_at_work_outside_of_slurm_is_refused(
+    fake_slurm: FakeSlurm, submit: Submit, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir.mkdir(parents=True)
+    holder = asdict(run_lock._this_process())
+    (run_dir / "lock.json").write_text(json.dumps(holder))
+    with pytest.raises(ValueError, match=rf"is in use by another attempt \(process {os.getpid()} on"):
+        submit()
+    # One that another machine left, and that nobody keeps up, is no obstacle.
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.1)
+    (run_dir / "lock.json").write_text(json.dumps({**holder, "boot": "another"}))
+    submit()
+
+
+def test_a_run_of_other_settings_is_not_gone_on_with(fake_slurm: FakeSlurm, submit: Submit, run_dir: Path) -> None:
+    from muybridge.train.fragments import FORMAT_VERSION
+
+    checkpoint = run_dir / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    saved = {"seed": "0", "global_batch": "8", "task": "text_to_video", "expert": "none", "conditioning.form": "none"}
+    (checkpoint / "run.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **saved}))
+    with pytest.raises(ValueError, match="cannot be continued, these changed: seed: 0 saved, 5 now"):
+        submit("seed=5")
+    with pytest.raises(ValueError, match="resume=never: there are checkpoints"):
+        submit("resume=never")
+    with pytest.raises(ValueError, match="resume=20: there is no checkpoint of that step"):
+        submit("resume=20")
+    assert fake_slurm.calls("sbatch") == []
+    submit()
+
+
+def test_a_folder_that_cannot_be_written_is_named(fake_slurm: FakeSlurm, submit: Submit, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run_dir=.*/file/run cannot be read \(Not a directory\)"):
+        submit(folder=tmp_path / "file" / "run")
+    assert fake_slurm.calls("sbatch") == []
+
+
+def test_a_disk_that_fills_up_leaves_no_half_submission(
+    fake_slurm: FakeSlurm, tiny_run: list[str], run_dir: Path, tmp_path: Path
+) -> None:
+    program = "import sys; from muybridge.scripts.cli import complain; from muybridge.slurm.submit import main\n"
+    program += "try: sys.exit(main(sys.argv[1:]))\nexcept ValueError as error: sys.exit(complain(str(error)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *tiny_run, f"run_dir={run_dir}"],
+        # To a process, no file can be longer than this: some of the package's are.
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 64
+    assert f"run_dir={run_dir} cannot be written (File too large): nothing is queued" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["fake_slurm"]
+
+
+def test_batches_that_leave_processes_idle_and_a_short_warning_are_told(
+    fake_slurm: FakeSlurm, tiny_run: list[str], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*tiny_run, f"run_dir={run_dir}", "slurm.nodes=2", "slurm.lead_seconds=30"])
+    said = capsys.readouterr().err
+    assert "slurm.lead_seconds=30 is short" in said
+    assert "88% of the GPUs' work is for nothing: 8 samples" in said
+
+
+def test_help_and_wrong_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--help"], ["+experiment=quickstart", "-h"]):
+        assert main(argv) == 0
+        assert capsys.readouterr().out.startswith("usage: muybridge submit +experiment=NAME")
+    with pytest.raises(ValueError, match="unknown option --dryrun"):
+        main(["+experiment=quickstart", "--dryrun"])
