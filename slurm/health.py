@@ -27,6 +27,7 @@ from typing import NoReturn, TypedDict
 from ..redaction import redact_output
 from ..train.exit_codes import ExitCode
 from ..train.life import Asked, tell_end
+from ..train.open_files import allow_open_files
 from .health_findings import NodeReport, SumResult, replace_file
 from .health_place import SECONDS_VARIABLE, Place, find_place
 from .health_rules import Fault, Limits, Verdict, judge, node_faults, silence, sum_faults
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> int:
 
 def check(place: Place) -> NoReturn:
     """Run the check and end the process with its outcome."""
+    allow_open_files()  # rank 0 has a connection to every process, or two
     # Also where a call into the system holds Python's lock, and then says where.
     faulthandler.dump_traceback_later(place.deadlines.kill, exit=True)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # errors arrive as exceptions, too

@@ -19,8 +19,10 @@ class Limits:
     slowish_gpu: float = 0.9
     # The sum over the GPUs of one node, against the other nodes: half the speed is a link that has gone or has lost lanes.
     slow_links: float = 0.5
-    # The CUDA context that nvidia-smi may already see takes 0.5 GB of a card; more is another job's, or a process that was left.
+    # Less is another job's, or a process that was left.
     free_gpu_memory: float = 0.95
+    # Unless it is this check's own, whose other processes may be quicker than nvidia-smi: a CUDA context and some matrices.
+    own_gpu_mib: float = 2048.0
     # Most cards slow down from 83 to 90 degrees Celsius on.
     hot_celsius: float = 85.0
     # NCCL keeps buffers of 10 MB for each pair of GPUs and channel there; containers come with 64 MB, which 8 GPUs exceed.
@@ -232,9 +234,10 @@ def _gpu_faults(gpu: Gpu, limits: Limits) -> Iterable[tuple[str, str, bool]]:
         yield "ECC", "waits for a reset that replaces broken rows of its memory", True
     if gpu.has_pages_pending:
         yield "ECC", "waits for a reset that retires broken pages of its memory", True
-    if gpu.memory_mib and gpu.free_mib is not None and gpu.free_mib < limits.free_gpu_memory * gpu.memory_mib:
+    if gpu.memory_mib and gpu.free_mib is not None:
         used = gpu.memory_mib - gpu.free_mib
-        yield "GPU memory", f"has {used / 1024:.1f} of {gpu.memory_mib / 1024:.0f} GiB in use by others", True
+        if used > max(limits.own_gpu_mib, (1 - limits.free_gpu_memory) * gpu.memory_mib):
+            yield "GPU memory", f"has {used / 1024:.1f} of {gpu.memory_mib / 1024:.0f} GiB in use by others", True
     if gpu.celsius is not None and gpu.celsius >= limits.hot_celsius:
         yield "heat", f"has {gpu.celsius:.0f} degrees Celsius", False
     if gpu.slowed_by:

@@ -1,11 +1,9 @@
 """One training run from its settings to the exit of the process: what went wrong, in words and as an exit code."""
 
 import os
-import resource
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +23,7 @@ from .life import Asked, tell_end
 from .memory import peak_memory_words
 from .model_hash import RanksDiffer
 from .one_attempt import NoProgress, OneAttempt
+from .open_files import allow_open_files
 from .preemption import StoppedInSetUp, leave_on_signal
 from .probe import ProbeError, probe
 from .run_lock import RunIsLocked
@@ -74,13 +73,6 @@ def train(config: TrainConfig) -> NoReturn:
     elif os.environ.get("RANK", "0") == "0":
         tell_end(outcome.code, outcome.asked, outcome.text)
     exit_process(outcome.code, alone=bool(outcome.text))
-
-
-def allow_open_files() -> None:
-    """Let this process have as many files and connections as the system allows: every rank is connected with every other one."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # where "without a limit" is more than the system has
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _print_what_can_be_printed() -> None:

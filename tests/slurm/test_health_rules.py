@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from muybridge.slurm import health_checks
 from muybridge.slurm.health_checks import SmiError, ask_gpus, code_hash, read_fault
+from muybridge.slurm.health_devices import try_device
 from muybridge.slurm.health_findings import GIB, MIB, Device, Gpu, NodeReport, SumResult, one_line
 from muybridge.slurm.health_place import find_place, node_names
 from muybridge.slurm.health_rules import Fault, Limits, judge, node_faults, silence, sum_faults
@@ -82,6 +84,10 @@ def test_what_a_card_does_not_say_is_no_fault() -> None:
 )
 def test_a_gpu_that_is_not_sound(changes: dict[str, Any], words: str, is_bad: bool) -> None:
     assert faults(report(1, gpus=[gpu(0), gpu(1, **changes)])) == [(f"n1: {words}", is_bad)]
+
+
+def test_what_the_checks_own_processes_hold_of_a_small_card_is_no_fault() -> None:
+    assert faults(report(1, gpus=[gpu(0), gpu(1, memory_mib=24564.0, free_mib=22700.0)])) == []
 
 
 def test_gpus_that_are_another_jobs_are_not_looked_at() -> None:
@@ -317,6 +323,20 @@ def test_the_code_has_one_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert code_hash() != first
 
 
+def test_a_process_without_a_gpu_of_its_own_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    place = replace(find_place(tmp_path, {}), local_rank=1)
+    assert try_device(place) == (None, Device(0, fault="process 1 of the node needs GPU 1, and torch sees 1"))
+
+    def lost(_: object) -> None:
+        raise RuntimeError("CUDA error: GPU is lost")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lost)
+    _, found = try_device(replace(place, local_rank=0))
+    assert found.fault == "GPU 0 does not work: CUDA error: GPU is lost"
+
+
 @pytest.mark.parametrize(
     ("text", "names"),
     [
@@ -392,7 +412,7 @@ def test_a_table_of_many_nodes_is_short_and_names_the_bad_ones(width: int, capsy
     assert max(map(len, lines)) <= width
     rows = [line.split() for line in lines if line.endswith(("BAD", "warning", "ok"))]
     assert [(row[0], row[-1]) for row in rows] == [("n7", "BAD"), ("n9", "warning"), ("298", "ok")]
-    assert [row[-8] for row in rows] == ["700", "700", "640"]
+    assert [row[-9] for row in rows] == ["700", "700", "640"]
     assert "BAD n7: GPU 1 has 3 uncorrected memory errors" in lines
     assert "warning: n9: GPU 0 has 90 degrees Celsius" in lines
 

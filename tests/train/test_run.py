@@ -2,7 +2,7 @@
 
 import resource
 
-from muybridge.train.run import allow_open_files
+from muybridge.train.open_files import allow_open_files
 
 
 def test_a_run_may_open_as_many_files_as_the_system_allows() -> None:
