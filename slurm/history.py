@@ -69,20 +69,22 @@ def _holds(home: Stretch, began: float, until: float) -> bool:
 
 
 def _of_life(life: Life) -> Stretch:
-    found = Stretch(life.begin, life.end, life.name, nodes=life.nodes, code=life.code, decision=life.decision)
+    found = Stretch(life.begin, end=life.end, life=life.name, nodes=life.nodes, code=life.code, decision=life.decision)
     # The trainer says what happened, the script what follows from it.
     found.cause = (life.ended.cause if life.ended else "") or life.why
     return found
 
 
 def _take_attempt(stretch: Stretch, attempt: Attempt, rows: Iterable[dict[str, Any]]) -> None:
-    stretch.attempt, stretch.start_step = attempt.number, attempt.start_step
+    stretch.attempt = attempt.number
     stretch.nodes = stretch.nodes or str(attempt.start.get("host", ""))
     stretch.checkpoints = len(attempt.commits)
     events = [*attempt.commits, *([attempt.end] if attempt.end else []), *([attempt.begin] if attempt.begin else [])]
     mine = [row for row in rows if row.get("attempt") == attempt.number]
     signs = [_seconds(row) for row in [attempt.start, *events, *attempt.failed_saves, *mine]]
     stretch.seen = max(signs)
+    begin = (attempt.begin or {}).get("step")
+    stretch.start_step = begin if isinstance(begin, int) else None
     steps = [row["step"] for row in [*events, *mine] if isinstance(row.get("step"), int)]
     stretch.step = max(steps, default=None)
     if attempt.end is not None:

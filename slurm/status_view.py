@@ -15,7 +15,6 @@ from rich.text import Text
 from ..data.captions import printable
 from ..scripts.report_times import duration
 from ..train.exit_codes import ExitCode
-from .history import Stretch
 from .run_status import Progress, QueuedJob, RunStatus
 
 _SHOWN_STRETCHES = 10
@@ -36,8 +35,10 @@ _REMEDIES = {
 
 def print_status(status: RunStatus, to: Console) -> None:
     """One run in full."""
-    head = Text.assemble((printable(status.run), "bold"), "  ", (printable(status.words), _COLOURS[status.state]))
-    to.print(head, soft_wrap=True)
+    name = status.state.replace("_", " ")
+    to.print(Text.assemble((printable(status.run), "bold"), "  ", (name, _COLOURS[status.state])), soft_wrap=True)
+    if status.words not in (name, *(job.words for job in status.jobs)):
+        _line(to, "state", status.words)
     for job in status.jobs:
         _line(to, "job", _job_words(job, status))
     if status.slurm_fault:
@@ -46,13 +47,13 @@ def print_status(status: RunStatus, to: Console) -> None:
     if status.checkpoint is not None:
         _line(to, "checkpoint", _checkpoint_words(status))
     if status.history:
-        _print_history(status.history, to, now=status.now, is_running=status.state in ("running", "ending"))
+        _print_history(status, to)
     if status.fruitless:
         _line(to, "no progress", f"{_count(status.fruitless, 'life', 'lives')} in a row left no new checkpoint")
     for node in status.bad_nodes:
         _line(to, "bad node", f"{node.name}: {node.reason}")
     if excluded := ", ".join(job.excluded_nodes for job in status.jobs if job.excluded_nodes):
-        _line(to, "does without", excluded)
+        _line(to, "left out", excluded)
     if status.wandb is not None:
         _line(to, "W&B", _wandb_words(status))
     if status.log is not None:
@@ -149,7 +150,7 @@ def _job_words(job: QueuedJob, status: RunStatus) -> str:
         if job.start is not None:
             parts.append(f"Slurm expects to start it {_moment(job.start, status.now)}")
     elif job.start is not None:
-        parts.append(f"since {_moment(job.start, status.now)} ({duration(max(0.0, status.now - job.start))})")
+        parts.append(f"since {_moment(job.start, status.now)} ({_short(status.now - job.start)})")
     if job.state != "PENDING" and job.limit is not None:
         left = job.limit - status.now
         parts.append(f"{duration(left)} left" if left > 0 else "its time is over")
@@ -164,10 +165,12 @@ def _print_progress(status: RunStatus, to: Console) -> None:
     if progress.eta_seconds is not None and progress.step < (progress.steps or 0):
         done += f", about {duration(progress.eta_seconds)} to go"
     if progress.steps:
+        text = f"{100 * progress.step / progress.steps:.1f} %, {done}"
+        width = min(30, max(8, to.width - _LABEL_WIDTH - 2 - len(text)))
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_column(width=_LABEL_WIDTH - 2)
-        bar = ProgressBar(progress.steps, min(progress.step, progress.steps), width=min(30, max(10, to.width - 60)))
-        grid.add_row("progress", bar, f"{100 * progress.step / progress.steps:.1f} %, {done}")
+        grid.add_column(width=width)
+        grid.add_row("progress", ProgressBar(progress.steps, min(progress.step, progress.steps), width=width), text)
         to.print(grid)
     elif progress.step or status.history:
         _line(to, "progress", done)
@@ -176,7 +179,7 @@ def _print_progress(status: RunStatus, to: Console) -> None:
         _line(to, "speed", _speed_words(progress))
     if progress.row_unix_seconds is not None:
         age = max(0.0, status.now - progress.row_unix_seconds)
-        words = f"{duration(age)} ago" if status.state == "running" else _moment(progress.row_unix_seconds, status.now)
+        words = f"{_short(age)} ago" if status.state == "running" else _moment(progress.row_unix_seconds, status.now)
         _line(to, "last row", words, style="")
     if progress.is_quiet:
         what = "it is still setting up" if progress.row_unix_seconds is None else "that is unusually long for this run"
@@ -195,38 +198,37 @@ def _checkpoint_words(status: RunStatus) -> str:
     assert saved is not None
     parts = [f"step {saved.step:,}"]
     if saved.unix_seconds is not None:
-        parts.append(f"{duration(max(0.0, status.now - saved.unix_seconds))} ago")
+        parts.append(f"{_short(status.now - saved.unix_seconds)} ago")
     parts.append("its MANIFEST.json cannot be read" if saved.bytes is None else _size(saved.bytes))
     return ", ".join([*parts, saved.name])
 
 
-def _print_history(history: Sequence[Stretch], to: Console, *, now: float, is_running: bool) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def _print_history(status: RunStatus, to: Console) -> None:
+    """A line of figures for each stretch, and how it ended below that."""
+    history, shown = status.history, status.history[-_SHOWN_STRETCHES:]
     has_lives = any(stretch.life for stretch in history)
-    for name in ("life" if has_lives else "attempt", "began", "lasted", "nodes", "steps"):
-        table.add_column(name, no_wrap=name != "nodes", justify="right" if name in ("lasted", "steps") else "left")
-    table.add_column("how it ended", overflow="fold")
-    shown = history[-_SHOWN_STRETCHES:]
+    rows, endings = [], []
     for stretch in shown:
-        goes_on = stretch.end is None and stretch is history[-1] and is_running
-        end = now if goes_on else stretch.end
+        goes_on = stretch is history[-1] and status.state in ("running", "ending") and stretch.end is None
+        end = status.now if goes_on else stretch.end
         if end is not None:
             lasted = _short(end - stretch.begin)
         else:
             lasted = "?" if stretch.seen is None else f"> {_short(stretch.seen - stretch.begin)}"
-        steps = f"{stretch.start_step} to {stretch.step}" if stretch.start_step is not None else "none"
-        ended = "it goes on" if goes_on else printable(stretch.words) or "without a word: killed, or its node went down"
-        table.add_row(
-            (stretch.life or "by hand") if has_lives else str(stretch.attempt),
-            _moment(stretch.begin, now),
-            lasted,
-            Text(printable(stretch.nodes)),
-            steps,
-            Text(ended),
-        )
-    to.print(table)
+        steps = "no step" if stretch.start_step is None else f"steps {stretch.start_step} to {stretch.step}"
+        name = (stretch.life or "by hand") if has_lives else str(stretch.attempt)
+        rows.append([name, _moment(stretch.begin, status.now), lasted, printable(stretch.nodes), steps])
+        unknown = "it goes on" if goes_on else "without a word: killed, or its node went down"
+        endings.append(stretch.words or unknown)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    label = "lives" if has_lives else "attempts"
     if len(shown) < len(history):
-        to.print(f"{len(history) - len(shown)} earlier ones are in attempts.jsonl and slurm/lives.jsonl.")
+        _line(to, label, f"{len(history)}, of which the last {len(shown)}:")
+        label = ""
+    for number, (row, ending) in enumerate(zip(rows, endings)):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        _line(to, "" if number else label, "  ".join(cells).rstrip(), wraps=False)
+        _line(to, "", ending, indent=widths[0] + 2, style="dim")
 
 
 def _wandb_words(status: RunStatus) -> str:
@@ -241,14 +243,13 @@ def _wandb_words(status: RunStatus) -> str:
     return f"{name}, offline in {folder}, {wandb.unsynced} of {_count(wandb.offline, 'attempt', 'attempts')} not handed over"
 
 
-def _line(to: Console, label: str, text: str, *, style: str = "") -> None:
+def _line(to: Console, label: str, text: str, *, style: str = "", indent: int = 0, wraps: bool = True) -> None:
     """A label and its text, which is wrapped between words but never within a path or a command that one may copy."""
-    width = max(20, to.width - _LABEL_WIDTH)
-    lines = textwrap.wrap(printable(text), width, break_long_words=False, break_on_hyphens=False) or [""]
-    if any(len(line) > width for line in lines):
-        lines = [printable(text)]
+    text, left = printable(text), _LABEL_WIDTH + indent
+    width = max(20, to.width - left)
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) if wraps else [text]
     for number, line in enumerate(lines):
-        to.print(Text(f"{'' if number else label:<{_LABEL_WIDTH}}").append(line, style), soft_wrap=True)
+        to.print(Text(f"{'' if number else label:<{left}}").append(line, style), soft_wrap=True)
 
 
 def _moment(seconds: float, now: float) -> str:
