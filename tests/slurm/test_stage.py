@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from muybridge.data.index import ClipIndex, write_manifest
-from muybridge.data.staged import STAGED_VARIABLE, is_whole, staging_folder
+from muybridge.data.staged import STAGED_VARIABLE, staging_folder
 from muybridge.slurm import copying, stage
 from muybridge.tests.data import test_latent_cache as latents
 from muybridge.tests.data.conftest import write_synthetic
@@ -293,17 +294,23 @@ def test_help_says_how_to_clean_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert "-atime +30 -delete" in capsys.readouterr().out
 
 
-def test_a_lock_on_a_file_that_was_renamed_meanwhile_is_no_lock(tmp_path: Path) -> None:
+def test_a_lock_on_a_file_that_was_renamed_meanwhile_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     partial, target = tmp_path / "a.partial", tmp_path / "a"
-    first = copying._locked(partial)
-    assert first is not None
-    assert copying._locked(partial) is None
-    first.write(b"whole")
-    partial.rename(target)
-    second = copying._locked(partial)  # another file of this name
-    assert second is not None
-    second.write(b"x")
+    flock = fcntl.flock
+
+    def finished_first(file: object, operation: int) -> None:
+        if not target.exists():  # another process had the lock, and renames its work before it gives it up
+            partial.write_bytes(b"whole")
+            partial.rename(target)
+        flock(file, operation)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", finished_first)
+    found = copying._locked(partial)
+    assert found is not None
+    with found:
+        assert copying._locked(partial) is None
+        found.write(b"x")
     assert target.read_bytes() == b"whole"
-    first.close()
-    second.close()
-    assert is_whole(target, 5)
+    assert partial.read_bytes() == b"x"
