@@ -88,6 +88,13 @@ def sleep(moment: Moment, seconds: float) -> None:
     time.sleep(seconds)
 
 
+def wait_for_parent(moment: Moment) -> None:
+    """Stand still until the process that started this one has ended."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(0.01)
+
+
 def fail(moment: Moment, number: str = "EIO", kind: str = "") -> None:
     """An OSError with this errno, or another exception `MODULE:NAME`."""
     if kind:
@@ -218,6 +225,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "kill child": kill_child,
     "fault the writer": fault_the_writer,
     "sleep": sleep,
+    "wait for parent": wait_for_parent,
     "fail": fail,
     "limit file size": limit_file_size,
     "limit memory": limit_memory,

@@ -56,7 +56,7 @@ IN_FOREGROUND = COMMITS | {
     ),
 }
 # The writer stands still until its rank is gone: it must go, too, and what it wrote never counts.
-SLOW_WRITER = in_writer(at_file("open", SHARD_1, "sleep", **{"with": {"seconds": 3}}))
+SLOW_WRITER = in_writer(at_file("open", SHARD_1, "wait for parent"))
 TAKE = {"at": "call muybridge.train.snapshot:SharedImage.take", "nth": 2, "do": "kill"}
 IN_BACKGROUND = COMMITS | {
     "K9 during the snapshot": KillPoint(1, [TAKE], resumes=2),
