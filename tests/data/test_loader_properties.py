@@ -159,7 +159,9 @@ class Run:
                 self.state, self.next_step = json.dumps(ranks[0].state(step + 1)), step + 1
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     history=legs(max_steps=8).map(lambda found: found[:4]),
     bad=st.dictionaries(
@@ -223,7 +225,9 @@ def test_what_is_known_to_be_bad_in_a_pass_is_not_read_again(folders: dict[str, 
     assert samples(same) == samples(batches)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(flaky=st.sets(st.integers(1, 60), max_size=4))
 def test_storage_that_does_not_answer_ends_the_run_and_changes_nothing(
     folders: dict[str, Path], media: Media, flaky: set[int]

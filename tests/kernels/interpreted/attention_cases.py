@@ -199,7 +199,12 @@ def test_each_way_of_loading_matches_fp64(query_length: int, key_length: int, he
     check_forward(normals(2, query_length, key_length, head_width)[0], launch)
 
 
-@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=16,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     lengths=st.tuples(st.integers(1, 150), st.integers(1, 280)),
     head_width=st.integers(1, 8).map(lambda n: 16 * n),
