@@ -264,10 +264,11 @@ def _slow_gpus(devices: Sequence[tuple[str, Device]], limits: Limits) -> list[Fa
     for _, device in devices:
         if device.tflops is not None:
             speeds.setdefault(device.name, []).append(device.tflops)
+    medians = {name: statistics.median_high(known) for name, known in speeds.items()}
     for node, device in devices:
         if device.tflops is None:
             continue
-        share = device.tflops / (median := statistics.median_high(speeds[device.name]))
+        share = device.tflops / (median := medians[device.name])
         if share < limits.slowish_gpu:
             text = f"rank {device.rank}'s GPU makes {device.tflops:.0f} TFLOP/s, {share:.0%} of the median {median:.0f}"
             faults.append(Fault(node, "speed", text, share < limits.slow_gpu))

@@ -33,7 +33,7 @@ def has_faults(rank: int, folder: Path) -> None:
     """Of six nodes, n2 runs other code, n3 has broken GPUs, n4 another folder, n5 computes wrongly and a clock of its own."""
     os.environ["MUYBRIDGE_HEALTH_SECONDS"] = WAITED
     if rank == 1:
-        health_checks.code_hash = lambda: "0123456789ab"
+        replace(health_checks, code_hash=lambda: "0123456789ab")
     if rank == 2:
         os.environ.pop("DS_ACCELERATOR")
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"
@@ -47,7 +47,7 @@ def has_faults(rank: int, folder: Path) -> None:
         sys.argv[-1] = str(folder / "elsewhere" / "run")
         os.environ["MUYBRIDGE_LIFE_DIR"] = str(folder / "elsewhere" / "life")
     if rank == 4:
-        health_devices.wrong_products = lambda device: "3 of 128 rows of a product are wrong"
+        replace(health_devices, wrong_products=lambda device: "3 of 128 rows of a product are wrong")
         put_clock_ahead(100.0)
 
 
@@ -57,27 +57,27 @@ def loses_a_node(rank: int, folder: Path) -> None:
     if rank == 1:
         os._exit(0)
     if rank == 2:
-        health_devices.try_device = lambda place: time.sleep(1000)
+        replace(health_devices, try_device=lambda place: time.sleep(1000))
 
 
 def loses_a_rank(rank: int, folder: Path) -> None:
     """Of two nodes of two processes, rank 3 dies when it is to add up."""
     os.environ["MUYBRIDGE_HEALTH_SECONDS"] = WAITED
     if rank == 3:
-        health_devices.add_up = lambda *_: os._exit(9)
+        replace(health_devices, add_up=lambda *_: os._exit(9))
 
 
 def loses_rank_0(rank: int, folder: Path) -> None:
     """Of three nodes, that of rank 0 stops before it has opened its store."""
     os.environ["MUYBRIDGE_HEALTH_SECONDS"] = WAITED
     if rank == 0:
-        health_talk.Talk._open_server = lambda self: os.kill(os.getpid(), signal.SIGSTOP)
+        replace(health_talk.Talk, _open_server=lambda self: os.kill(os.getpid(), signal.SIGSTOP))
 
 
 def has_small_shm(rank: int, folder: Path) -> None:
     """Of two nodes of two processes, both have what a container has by default."""
     free_bytes = health_checks._free_bytes
-    health_checks._free_bytes = lambda path: 64 << 20 if path == Path("/dev/shm") else free_bytes(path)
+    replace(health_checks, _free_bytes=lambda path: 64 << 20 if path == Path("/dev/shm") else free_bytes(path))
 
 
 def has_no_port(rank: int, folder: Path) -> None:
@@ -86,6 +86,13 @@ def has_no_port(rank: int, folder: Path) -> None:
     if rank == 0:
         taken = socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"])), reuse_port=False)
         os.environ["KEPT_OPEN"] = str(taken.detach())
+
+
+def replace(owner: object, **parts: object) -> None:
+    """Put other functions into a module or a class, for this process."""
+    for name, part in parts.items():
+        assert hasattr(owner, name), name
+        setattr(owner, name, part)
 
 
 def put_smi(folder: Path, *, gpus: list[str], remap: str) -> None:
@@ -102,7 +109,7 @@ def put_smi(folder: Path, *, gpus: list[str], remap: str) -> None:
 def put_clock_ahead(seconds: float) -> None:
     """For this process."""
     now = time.time
-    time.time = lambda: now() + seconds
+    replace(time, time=lambda: now() + seconds)
 
 
 CASES: dict[Spoil, tuple[int, int]] = {  # nodes, processes on each
@@ -169,5 +176,5 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    health_checks.code_hash = lambda: "ba9876543210"  # somebody may be at work on the code
+    replace(health_checks, code_hash=lambda: "ba9876543210")  # somebody may be at work on the code
     main(Path(sys.argv[1]))
