@@ -3,7 +3,9 @@
 import json
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -241,7 +243,11 @@ def test_what_does_not_fit_the_time_is_left_out_and_named(tmp_path: Path) -> Non
     assert path.name.startswith("kernels-fake-2")
 
 
-def test_a_later_command_of_the_day_adds_to_the_file_and_replaces_what_it_measured_again(tmp_path: Path) -> None:
+def test_a_later_command_of_the_day_adds_to_the_file_and_replaces_what_it_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    day = SimpleNamespace(now=lambda zone: datetime(2026, 1, 2, tzinfo=zone))
+    monkeypatch.setattr(bench_kernels, "datetime", day)
     other = Problem("masks", "other", "attention", {}, ("a",), ("forward",), mask="packed")
     for problems in ([PROBLEM], [other], [PROBLEM]):
         worker = fake_worker(tmp_path, "    [result(who) for who in left]")

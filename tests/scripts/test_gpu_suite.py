@@ -1,7 +1,8 @@
 import json
 import sys
-import time
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,18 +14,21 @@ GPU = {"gpu": "Some GPU 9000", "torch": "2", "cuda": "13", "python": "3"}
 
 
 def parts_that_note(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[str]:
-    """Replaces every part by one that takes `seconds` and notes its name."""
+    """Replaces every part by one that takes `seconds` of a clock of its own, on one day, and notes its name."""
     seen: list[str] = []
+    now = [0.0]
 
     def replaced(name: str) -> gpu_suite.Part:
         def run(out: Path, left: float) -> dict[str, Any]:
             seen.append(name)
-            time.sleep(seconds)
+            now[0] += seconds
             return {name: {"ok": name != "steps"}}
 
         return run
 
     monkeypatch.setattr(gpu_suite, "PARTS", {name: replaced(name) for name in gpu_suite.PARTS})
+    monkeypatch.setattr(gpu_suite, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(gpu_suite, "datetime", SimpleNamespace(now=lambda zone: datetime(2026, 1, 2, tzinfo=zone)))
     return seen
 
 
