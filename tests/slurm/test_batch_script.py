@@ -88,7 +88,8 @@ def test_every_task_has_its_place_in_the_world(make_run: MakeRun, cluster: Clust
         assert (env["PYTHONSAFEPATH"], env["MUYBRIDGE_STOP_LEAD_SECONDS"]) == ("1", "60")
         assert env["MUYBRIDGE_LIFE_DIR"] == str(run.life_dir())
         for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"):
-            assert env[name].startswith(env["MUYBRIDGE_CACHE"])
+            assert Path(env[name]).parent.name.startswith("muybridge-cache-")  # on the node's disk, unlike other caches
+        assert env["MUYBRIDGE_STAGED"] == str(run.run_dir / "staged")
         assert (run.life_dir() / f"given-train-{rank}.folder").read_text().strip() == str(run.run_dir)
     assert run.given("stage", 1) == ["-m", "muybridge.slurm.stage", str(run.run_dir / "staged"), "steps=5"]
     assert not (run.life_dir() / "given-stage-2.argv").exists()  # one task a node
@@ -364,6 +365,17 @@ def test_a_run_goes_on_without_a_node_that_died(make_run: MakeRun, cluster: Clus
     cluster.run(["scontrol", "update", "nodename=n2", "state=down", "reason=test"])
     assert run.to_end() == "COMPLETED"
     assert [start["nodes"] for start in run.events("start")] == ["n[1-2]", "n[1,3]"]
+    assert run.decisions()[-1] == "done"
+
+
+def test_a_life_does_not_end_the_next_one_that_slurm_has_begun(make_run: MakeRun, cluster: Cluster) -> None:
+    # A node that is down for a moment: Slurm takes the job back, and the script of the life before is still there.
+    run = make_run(train='trap "" TERM; [ "$life" = 0 ] || { sleep 5; leave 0; }; wait_for "$run_dir/never"')
+    run.submit(*TWO_BY_TWO)
+    run.wait_for_phase("train", ranks=4)
+    cluster.run(["scontrol", "update", "nodename=n2", "state=down", "reason=test"])
+    assert run.to_end() == "COMPLETED"
+    assert cluster.job(run.job)["Restarts"] == "1"
     assert run.decisions()[-1] == "done"
 
 
