@@ -21,23 +21,24 @@ from zlib_ng.zlib_ng import crc32
 
 from .index import Clip, ClipIndex
 from .media_bytes import read_media
-from .storage import FileFacts, file_facts, read_range
+from .storage import FileFacts, file_facts
 
 STAGED_VARIABLE = "MUYBRIDGE_STAGED"
 
 _log = logging.getLogger(__name__)
+_LOGGED = 5
 
 
-def staging_folder(place: str) -> Path:
+def staging_folder(place: str, *, field: str = STAGED_VARIABLE) -> Path:
     """The folder of this user's copies in `place`, a folder on the machine's own disk; $VARIABLES in it may differ by machine.
 
-    Raises ValueError for a place that has no meaning.
+    Raises ValueError for a place that has no meaning; `field` is what it was given as.
     """
     path = os.path.expandvars(place)
     if "$" in path:
-        raise ValueError(f"the place for copies {place} names an environment variable that is not set")
+        raise ValueError(f"{field}={place} names an environment variable that is not set")
     if not os.path.isabs(path):
-        raise ValueError(f"the place for copies {place} must be an absolute path")
+        raise ValueError(f"{field}={place} must be an absolute path")
     return Path(path) / f"muybridge-staged-{os.geteuid()}"  # where others have theirs beside it
 
 
@@ -85,12 +86,14 @@ class StagedShards:
         """The media bytes of a clip. Raises what `media_bytes.read_media` does of the original."""
         if (copy := self._copies.get(clip.shard)) is not None:
             try:
-                data = read_range(str(copy), clip.offset, clip.size)
+                with copy.open("rb") as file:  # once, as there is another place to read it from
+                    file.seek(clip.offset)
+                    data = file.read(clip.size)
                 if crc32(data) == clip.checksum:
                     return data
                 reason = f"clip {clip.key} is damaged in it"
-            except (OSError, EOFError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
+            except OSError as error:
+                reason = error.strerror or str(error)
             self.abandon(clip.shard, reason)
         return read_media(
             self._index.shard_names[clip.shard],
@@ -107,7 +110,7 @@ class StagedShards:
             if copy is None:
                 return
             self._counts["lost_copies"] += 1
-        _give_up(copy, reason)
+        _give_up(copy, reason, self._counts["lost_copies"])
 
 
 class StagedStreams:
@@ -135,7 +138,7 @@ class StagedStreams:
     def abandon(self, file: BinaryIO, reason: str) -> None:
         """Gives up a copy that `open` returned."""
         self.counts["lost_copies"] += 1
-        _give_up(Path(file.name), reason)
+        _give_up(Path(file.name), reason, self.counts["lost_copies"])
 
 
 def _folder() -> Path | None:
@@ -150,7 +153,9 @@ def _file_name(name: str, content: str, size: int) -> str:
     return f"{digest.hexdigest()}-{readable[:80]}"
 
 
-def _give_up(copy: Path, reason: str) -> None:
-    _log.warning("the copy %s cannot be used (%s); the original is read instead", copy, reason)
+def _give_up(copy: Path, reason: str, number: int) -> None:
+    if number <= _LOGGED:  # a disk that breaks takes all of them
+        last = "; further ones are only counted" if number == _LOGGED else ""
+        _log.warning("the copy %s cannot be used (%s); the original is read instead%s", copy, reason, last)
     with suppress(OSError):  # so that the next start makes it again; who has it open keeps it
         copy.unlink()

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0
     try:
-        folder = staging_folder(argv[0])
+        folder = staging_folder(argv[0], field="TO")
         config = compose_config(argv[1:], config_class=TrainConfig, config_name="train", schema_name=SCHEMA_NAME)
         if faults := config.data.faults("data"):
             raise ValueError("; ".join(faults))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from muybridge.data import staged
 from muybridge.data.batch import VideoBatch
 from muybridge.data.config import DataConfig, build_buckets
 from muybridge.data.index import ClipIndex
@@ -150,6 +151,19 @@ def test_a_copy_that_breaks_under_the_run_costs_a_warning(
     assert not copy.is_file()  # so that the next start makes it again
 
 
+def test_a_disk_that_breaks_does_not_fill_the_log(
+    own: ClipIndex, place: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staged, "_LOGGED", 2)
+    copies = stage(own, place)
+    with closing(raw_loader(own)) as loader:
+        shutil.rmtree(place)
+        batches(loader, steps=6)
+        assert loader.counts()["lost_copies"] == len(copies) > 2
+    assert len(caplog.records) == 2
+    assert caplog.records[1].message.endswith("further ones are only counted")
+
+
 @pytest.mark.parametrize("fault", ["short", "of another user", "a link"])
 def test_what_is_no_copy_of_ours_is_not_read(own: ClipIndex, place: Path, fault: str) -> None:
     copy = stage(own, place)[0]
@@ -250,7 +264,7 @@ def test_the_place_of_copies_may_differ_by_machine(monkeypatch: pytest.MonkeyPat
     assert staging_folder("$LOCAL_DISK/shards") == Path(f"/mnt/nvme3/shards/muybridge-staged-{os.geteuid()}")
     with pytest.raises(ValueError, match=r"\$NO_DISK/shards names an environment variable that is not set"):
         staging_folder("$NO_DISK/shards")
-    with pytest.raises(ValueError, match="nvme must be an absolute path"):
+    with pytest.raises(ValueError, match="MUYBRIDGE_STAGED=nvme must be an absolute path"):
         staging_folder("nvme")
 
 

@@ -262,7 +262,7 @@ def test_a_stream_that_changes_meanwhile_is_not_kept(
 
     monkeypatch.setattr(copying, "read_range", read_and_change)
     assert stage.main([str(tmp_path / "disk"), f"data.path={tars}", "data.access=stream"]) == 0
-    assert "00.tar: it changed while it was copied" in (said := capsys.readouterr().out)
+    assert ".tar: it changed while it was copied" in (said := capsys.readouterr().out)
     assert "and 7 more" in said
     assert not copies(tmp_path / "disk")
 
@@ -279,7 +279,7 @@ def test_data_that_are_not_there_and_a_disk_that_is_none_are_left_to_the_trainin
 
 def test_wrong_settings_are_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert stage.main(["nvme", "data.path=x"]) == 64
-    assert "nvme must be an absolute path" in capsys.readouterr().err
+    assert "TO=nvme must be an absolute path" in capsys.readouterr().err
     assert stage.main(["/nvme", "data.pth=x"]) == 64
     assert "data.pth is not a setting" in capsys.readouterr().err
     assert stage.main(["/nvme", "data.access=stream", "data.path=x", "data.workers=0"]) == 64
