@@ -304,7 +304,7 @@ def test_a_lock_on_a_file_that_was_renamed_meanwhile_is_no_lock(
         if not target.exists():  # another process had the lock, and renames its work before it gives it up
             partial.write_bytes(b"whole")
             partial.rename(target)
-        flock(file, operation)  # type: ignore[arg-type]
+        flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", finished_first)
     found = copying._locked(partial)
