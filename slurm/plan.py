@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
+from rich.console import Console
+from rich.progress import track
 
 from ..train.compose import ConfigFaults, compose_config, fault_message, read_settings
 from ..train.config import SCHEMA_NAME, TrainConfig, load_train_config
@@ -87,19 +89,24 @@ def build_plan(overrides: list[str], *, multirun: bool, dry_run: bool) -> Plan:
             raise ValueError(fault_message([*faults, str(error)])) from error
     elif slurm.parallel:
         faults.append(f"slurm.parallel={slurm.parallel} must be 0 without --multirun: there is one run")
-    submit_dir, runs = _run_dir(common), []
+    runs: list[Run] = []
+    folder = _sweep_folder(common) if multirun else None
     fault_of: dict[str, list[str]] = {}
-    for combination in combinations:
-        run_dir = submit_dir / combination.name if submit_dir is not None else None
-        run, found = _check_run(common, combination, run_dir, world_size=max(1, slurm.processes), dry_run=dry_run)
+    shown = Console(stderr=True)
+    for combination in track(
+        combinations, "checking the runs", console=shown, transient=True, disable=len(combinations) < 5
+    ):
+        run, found = _check_run(common, combination, folder, world_size=max(1, slurm.processes), dry_run=dry_run)
         runs += [run] if run is not None else []
         for fault in found:
             fault_of.setdefault(fault, []).append(" ".join(combination.overrides))
     for fault, where in fault_of.items():
         faults.append(fault if len(where) == len(combinations) else f"{fault} (with {where[0]})")
+    if multirun and folder is None and not faults:
+        faults.append("run_dir=FOLDER must be set with --multirun, for the runs to lie in")
     if faults:
         raise ValueError(fault_message(faults))
-    assert submit_dir is not None
+    submit_dir = folder or runs[0].run_dir
     is_dry = dry_run or runs[0].config.dry_run
     still_needed = (
         [text for run in runs for text in [*run.config.missing_inputs(), *missing_data(run.config)]] if is_dry else []
@@ -153,10 +160,10 @@ def _slurm_config(overrides: list[str]) -> tuple[SlurmConfig, list[str]]:
     return composed.slurm, [*faults, *(f"{path}: {fault}" if fault in of_site else fault for fault in found)]
 
 
-def _run_dir(overrides: list[str]) -> Path | None:
-    """Where the settings put the run, as an absolute path; None where they do not compose, which others report."""
+def _sweep_folder(common: list[str]) -> Path | None:
+    """Where the settings put the runs of a sweep, as an absolute path; None where they do not compose, as each run says."""
     try:
-        config = compose_config(overrides, config_class=TrainConfig, config_name="train", schema_name=SCHEMA_NAME)
+        config = compose_config(common, config_class=TrainConfig, config_name="train", schema_name=SCHEMA_NAME)
     except ConfigFaults as error:
         config = error.partial
     except ValueError:
@@ -165,13 +172,12 @@ def _run_dir(overrides: list[str]) -> Path | None:
 
 
 def _check_run(
-    common: list[str], combination: Combination, run_dir: Path | None, *, world_size: int, dry_run: bool
+    common: list[str], combination: Combination, folder: Path | None, *, world_size: int, dry_run: bool
 ) -> tuple[Run | None, list[str]]:
-    """One run and its faults."""
-    if run_dir is not None and (fault := path_fault(str(run_dir))):
-        return None, [fault]
+    """One run and its faults; its directory is in the sweep's `folder`, or where the settings put it."""
     settings = [*common, *combination.overrides]
-    settings += [] if run_dir is None else [f"run_dir={quoted(str(run_dir))}"]
+    if folder is not None:
+        settings.append(f"run_dir={quoted(str(folder / combination.name))}")
     try:
         config = load_train_config([*settings, "dry_run=true"] if dry_run else settings, world_size=world_size)
     except ConfigFaults as error:
@@ -180,9 +186,13 @@ def _check_run(
         return None, [*error.faults, *also]
     except ValueError as error:
         return None, [str(error)]
-    assert run_dir is not None  # settings without a run_dir have a fault
-    faults = [] if config.dry_run else [*missing_data(config), *filter(None, [other_run_fault(config)])]
-    return Run(run_dir, settings, config, combination.overrides), faults
+    config.run_dir = os.path.abspath(config.run_dir)  # the job's working directory may be another one day
+    if folder is None:
+        settings.append(f"run_dir={quoted(config.run_dir)}")
+    faults = [path_fault(config.run_dir)]
+    if not config.dry_run:
+        faults += [*missing_data(config), other_run_fault(config)]
+    return Run(Path(config.run_dir), settings, config, combination.overrides), [fault for fault in faults if fault]
 
 
 def _idle_places(config: TrainConfig, processes: int) -> list[str]:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.table import Table
@@ -52,8 +53,29 @@ ours, but Slurm's controller keeps a job's environment as long as the job.
 
 Exit code: 0 queued; 64 a mistake, or Slurm refused, and nothing is queued; 75 Slurm's controller cannot be reached, try again."""
 
+# Why a job waits that no other job's end will let start; Slurm takes such a job unless the site has set EnforcePartLimits.
+_NEVER = (
+    "PartitionConfig",
+    "PartitionNodeLimit",
+    "PartitionTimeLimit",
+    "BadConstraints",
+    "InvalidAccount",
+    "InvalidQOS",
+)
+_SIZES = (
+    "nodes",
+    "gpus_per_node",
+    "processes_per_node",
+    "cpus_per_process",
+    "memory",
+    "constraint",
+    "partition",
+    "exclude",
+)
 # Which settings Slurm's words may be about; the first that fits counts.
-_FIELDS_OF_WORDS = {
+_FIELDS_OF_WORDS: dict[str, tuple[str, ...]] = {
+    "PartitionTimeLimit": ("time", "partition"),
+    "PartitionConfig|PartitionNodeLimit|BadConstraints": _SIZES,
     "partition": ("partition", "nodes", "time"),
     "account": ("account", "partition", "qos"),
     "qos": ("qos", "account"),
@@ -62,10 +84,7 @@ _FIELDS_OF_WORDS = {
     "feature|constraint": ("constraint",),
     "node count": ("nodes", "partition"),
     "memory": ("memory",),
-    "node configuration|cpu count|gres|exceed": (
-        *("nodes", "gpus_per_node", "processes_per_node", "cpus_per_process", "memory", "constraint", "partition"),
-        *("exclude", "options"),
-    ),
+    "node configuration|cpu count|gres|exceed": (*_SIZES, "options"),
     "node name": ("exclude", "options"),
     "dependency": ("after",),
     "array": ("parallel",),
@@ -96,6 +115,10 @@ def main(argv: list[str]) -> int:
             "sbatch is not on PATH: run this on a login node of the cluster, or add --dry-run to see what would be submitted"
         )
     try:
+        if plan.slurm.after is not None and scheduler.job_facts(plan.slurm.after) is None:
+            raise ValueError(
+                f"slurm.after={plan.slurm.after} must be a job that Slurm knows; it forgets jobs some minutes after their end"
+            )
         refuse_busy(plan.submit_dir, [run.run_dir for run in plan.runs])
         jobs = submit(plan)
     except scheduler.SchedulerAway as error:
@@ -119,6 +142,7 @@ def submit(plan: Plan) -> list[int]:
                 placement.remove(run.run_dir / name)
         while len(jobs) < plan.slurm.chain:
             jobs.append(scheduler.sbatch(plan.sbatch_arguments(previous=jobs[-1] if jobs else None)))
+        _refuse_to_wait_for_ever(jobs[0])
         _place_job_facts(plan, jobs, records, placement)
     except BaseException as error:
         placement.undo()
@@ -138,6 +162,15 @@ def submit(plan: Plan) -> list[int]:
         raise
     placement.keep()
     return jobs
+
+
+def _refuse_to_wait_for_ever(job: int) -> None:
+    """Raises SchedulerError where the job that was queued can never start."""
+    reasons: set[str] = set()
+    with suppress(scheduler.SchedulerError):  # it is queued, and `muybridge status` will say so
+        reasons = {task.reason for task in scheduler.queued([job])}
+    if never := reasons.intersection(_NEVER):
+        raise scheduler.SchedulerError(f"it would wait for ever, for {never.pop()}")
 
 
 def _about(words: str, slurm: SlurmConfig) -> str:

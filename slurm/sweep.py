@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 
 _MOST_NAME_CHARACTERS = 100
 
@@ -45,7 +45,7 @@ def expand(overrides: list[str]) -> Sweep:
             common.append(text)
         elif override.key_or_group == "run_dir":
             raise ValueError(f"{text!r}: run_dir cannot be swept, it is the folder that the runs of the sweep lie in")
-        elif not override.is_discrete_sweep():
+        elif not override.is_discrete_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
             raise ValueError(
                 f"{text!r}: a sweep needs values that can be counted, such as a,b or choice(a,b) or range(1,4)"
             )
