@@ -42,7 +42,7 @@ class StubRun:
 
     def write_script(self, *resources: str, limit: int = 3, set_up: str = "") -> Path:
         """The batch script; `set_up` are lines where a site has its own, and each of `resources` is an option of sbatch."""
-        lines = [f"#SBATCH {option}" for option in ("--job-name=stub", "--cpus-per-task=1", *resources)]
+        lines = [f"#SBATCH {option}" for option in ("--job-name=stub", *resources)]
         numbers = {"LEAD_SECONDS": 60, "RESTART_LIMIT": limit, "HEALTH": int(self.phases["health"] is not None)}
         text = render(TEMPLATE.read_text(), resources=lines, numbers=numbers)
         script = self.folder / "train.sbatch"

@@ -158,7 +158,9 @@ def test_a_warned_job_comes_back_and_goes_on(make_run: MakeRun) -> None:
 
 @pytest.mark.parametrize("phase", ["stage", "health"])
 def test_a_warning_before_the_training_ends_the_life_at_once(make_run: MakeRun, phase: str) -> None:
-    run = make_run(**{"train": "leave 0", "stage": "true", "health": "true", phase: '[ "$life" != 0 ] || sleep 300'})
+    run = make_run(
+        **{"train": "leave 0", "stage": "true", "health": "true", phase: '[ "$life" != 0 ] || exec sleep 300'}
+    )
     run.submit(*TWO_BY_TWO)
     run.wait_for_phase(phase, ranks=2)
     run.warn()
@@ -222,7 +224,11 @@ def test_a_job_preempted_without_grace_comes_back(silent_cluster: Cluster, tmp_p
 @pytest.mark.parametrize("phase", ["health", "train"])
 def test_a_job_that_an_admin_requeues_comes_back(make_run: MakeRun, cluster: Cluster, phase: str) -> None:
     run = make_run(
-        **{"train": "leave 0", "health": "true", phase: '[ "$life" != 0 ] || sleep 300; [ $phase = health ] || leave 0'}
+        **{
+            "train": "leave 0",
+            "health": "true",
+            phase: '[ "$life" != 0 ] || exec sleep 300; [ $phase = health ] || leave 0',
+        }
     )
     run.submit(*TWO_BY_TWO)
     run.wait_for_phase(phase, ranks=4)
@@ -302,7 +308,7 @@ def test_what_would_fail_again_is_not_tried_again(make_run: MakeRun) -> None:
 
 
 def test_a_killed_process_costs_a_life_and_not_the_run(make_run: MakeRun, cluster: Cluster) -> None:
-    run = make_run(train='[ "$life" = 0 ] || leave 0; save step-5; sleep 300')
+    run = make_run(train='[ "$life" = 0 ] || leave 0; save step-5; exec sleep 300')
     run.submit(*TWO_BY_TWO)
     run.wait_for_phase("train", ranks=4)
     run.wait_until((run.run_dir / "checkpoints" / "LATEST").exists, "a checkpoint")
@@ -311,6 +317,22 @@ def test_a_killed_process_costs_a_life_and_not_the_run(make_run: MakeRun, cluste
     assert run.to_end() == "COMPLETED"
     assert run.decisions() == ["requeue", "done"]
     assert (run.folder / "fruitless").read_text() == "0\n"
+
+
+def test_a_working_folder_that_is_missing_costs_a_life(make_run: MakeRun) -> None:
+    run = make_run()
+    write_fields(run.folder / "command", [str(run.run_dir / "missing"), str(run.run_dir / "python"), "", ""])
+    run.submit(*ONE, limit=1)
+    assert run.to_end() == "FAILED"
+    assert run.decisions() == ["give_up"]
+    assert "missing: No such file or directory" in run.log()
+
+
+def test_a_process_has_its_share_of_a_whole_node(make_run: MakeRun) -> None:
+    run = make_run()
+    run.submit("--nodes=1", "--ntasks-per-node=2", "--exclusive")
+    assert run.to_end() == "COMPLETED"
+    assert run.environment("train", 0)["SLURM_CPUS_PER_TASK"] == "4"
 
 
 def test_a_step_that_ends_well_without_a_word_is_no_end_of_the_training(make_run: MakeRun) -> None:
@@ -357,7 +379,7 @@ def test_files_of_another_life_of_that_name_say_nothing(make_run: MakeRun, clust
 
 
 def test_a_run_goes_on_without_a_node_that_died(make_run: MakeRun, cluster: Cluster) -> None:
-    run = make_run(train='[ "$life" = 0 ] || leave 0; sleep 300')
+    run = make_run(train='[ "$life" = 0 ] || leave 0; exec sleep 300')
     run.submit(*TWO_BY_TWO)
     run.wait_for_phase("train", ranks=4)
     cluster.crash("n2")
@@ -380,15 +402,22 @@ def test_a_life_does_not_end_the_next_one_that_slurm_has_begun(make_run: MakeRun
 
 
 def test_a_requeue_waits_for_the_controller(make_run: MakeRun, cluster: Cluster) -> None:
-    run = make_run(train='[ "$life" = 0 ] || leave 0; wait_for "$run_dir/go"; leave 75 scheduler')
-    run.submit(*ONE)
+    # The controller goes once it knows that the step has ended: else the job is a minute in coming back.
+    waits = (
+        'scontrol() { until [ "$1" != requeue ] || [ -e "$run_dir/go" ]; do sleep 0.1; done; command scontrol "$@"; }'
+    )
+    run = make_run(train='[ "$life" = 0 ] || leave 0; leave 75 scheduler')
+    run.submit(*ONE, set_up=waits)
     run.wait_for_phase("train")
+    run.wait_until(
+        lambda: f"{run.job}.0" not in cluster.run(["squeue", "-s", "-h", "-o", "%i"]).stdout, "the end of the step"
+    )
     cluster.controller_stop()
     (run.run_dir / "go").touch()
     log = run.folder / f"log-{run.job}.txt"
     cluster.wait_for(lambda: "scontrol requeue: " in log.read_text(), 60, "a requeue that fails")
     cluster.controller_start()
-    assert run.to_end(seconds=200) == "COMPLETED"
+    assert run.to_end() == "COMPLETED"
     assert run.decisions() == ["requeue", "done"]
 
 
