@@ -15,6 +15,8 @@ from ..data.captions import printable
 from ..redaction import redacted
 from ..slurm.run_files import is_at_work, is_run_dir
 from ..train.exit_codes import ExitCode
+from ..train.outputs import replace_text
+from ..train.tracking import URL_NAME
 
 USAGE = """\
 usage: muybridge sync RUN [RUN ...]
@@ -94,7 +96,9 @@ def _sync_run(run_dir: Path) -> int:
     had = len(attempts) - len(waiting)
     _say(f"{run_dir}: W&B has taken {len(waiting)} of {len(attempts)} attempts{f', and had {had}' if had else ''}.")
     addresses = [line.rpartition(" at ")[2] for line in words if "View run" in line]
-    _say(f"Next: look at {addresses[-1]}" if addresses else "Next: look at the run in W&B")
+    if addresses:
+        replace_text(run_dir / URL_NAME, addresses[-1])
+    _say(f"Next: look at {addresses[-1] if addresses else 'the run in W&B'}")
     return 0
 
 

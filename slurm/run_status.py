@@ -14,7 +14,7 @@ import yaml
 from ..scripts.sync import offline_attempts
 from ..train.exit_codes import ExitCode
 from ..train.json_lines import read_last_json_lines
-from ..train.tracking import METRICS_NAME
+from ..train.tracking import METRICS_NAME, URL_NAME
 from .history import Stretch, read_history
 from .run_files import BadNode, RunFiles, is_at_work
 from .run_jobs import RUNNING, state_words
@@ -25,6 +25,8 @@ RECENT_ROWS = 100
 # A run that works and has written nothing for as long is worth a look: this, and so many times what is usual.
 QUIET_SECONDS, QUIET_FACTOR = 600.0, 10
 QUIET_SET_UP_SECONDS = 1800.0
+# By which the time of a submission may be after the start of its first life.
+_SUBMIT_SECONDS = 5.0
 # What Slurm makes of a job without a limit.
 _NO_LIMIT_SECONDS = 364 * 86400.0
 
@@ -71,6 +73,7 @@ class Checkpoint:
 class WandbState:
     run_id: str
     project: str
+    url: str  # empty where W&B has nothing of it yet
     is_online: bool  # the newest attempt's
     offline: int  # attempts
     unsynced: int
@@ -172,7 +175,11 @@ def _state(
     if running:
         words = running[0].words
         return "running", "running, and asked to stop" if _is_asked_to_stop(files) else words
-    if last is not None and last.code == ExitCode.done and last.decision in ("", "done"):
+    # A life tells nothing of a job that was submitted later, such as one with more steps for a run that was done.
+    is_new = (
+        files.job is not None and last is not None and files.job.submitted_unix_seconds > last.begin + _SUBMIT_SECONDS
+    )
+    if last is not None and not is_new and last.code == ExitCode.done and last.decision in ("", "done"):
         return "done", "done: all steps are trained"
     for job in jobs:
         return ("waiting", job.words) if job.state == "PENDING" else ("ending", job.words)
@@ -180,7 +187,7 @@ def _state(
         return "running", "running" if is_asked else "running, as far as its files say"
     if files.gave_up:
         return "gave_up", f"given up: {files.gave_up}"
-    if last is None:
+    if last is None or is_new:
         return _state_before(files, is_asked=is_asked)
     if last.end is None:
         if not is_asked and last.life:
@@ -310,4 +317,8 @@ def _wandb(run_dir: Path, settings: dict[str, Any]) -> WandbState | None:
         return None  # it is off
     newest = max((attempt.folder.name.removeprefix("offline-") for attempt in offline), default="")
     unsynced = sum(not attempt.is_synced for attempt in offline)
-    return WandbState(run_id, project, bool(online) and max(online) > newest, len(offline), unsynced)
+    try:
+        url = (run_dir / URL_NAME).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        url = ""
+    return WandbState(run_id, project, url, bool(online) and max(online) > newest, len(offline), unsynced)

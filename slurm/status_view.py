@@ -235,6 +235,8 @@ def _wandb_words(status: RunStatus) -> str:
     wandb = status.wandb
     assert wandb is not None
     name = f"run {wandb.run_id}" + (f" of project {wandb.project}" if wandb.project else "")
+    if wandb.url:
+        name = wandb.url
     if wandb.is_online:
         return f"{name}, online"
     folder = f"{status.run}/wandb"

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ def wandb_records(path: Path) -> Iterator[Any]:
             record.ParseFromString(buffer)
             yield record
             buffer = b""
+
+
+def wait_until_written(path: Path) -> None:
+    """Until the end of a run is in its file: W&B's service, which writes it, may be behind the client that says it has finished."""
+    deadline = time.monotonic() + 60
+    while not any(record.WhichOneof("record_type") == "exit" for record in wandb_records(path)):
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.05)
 
 
 def wandb_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,17 @@ from pathlib import Path
 # Besides the files STOP and SAVE, which the user makes.
 OUTPUTS = (
     *("config.yaml", "provenance.json", "metrics.jsonl", "metrics_dropped.jsonl", "attempts.jsonl", "lock.json"),
-    *("wandb_run_id.txt", "checkpoints", "validation", "stacks", "tokenizer", "model", "wandb", "slurm"),
+    *(
+        "wandb_run_id.txt",
+        "wandb_url.txt",
+        "checkpoints",
+        "validation",
+        "stacks",
+        "tokenizer",
+        "model",
+        "wandb",
+        "slurm",
+    ),
 )
 _FOLDERS = ("checkpoints", "validation", "stacks", "model", "slurm")
 

@@ -12,7 +12,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -28,6 +28,8 @@ from .outputs import replace_text
 
 METRICS_NAME = "metrics.jsonl"
 DROPPED_NAME = "metrics_dropped.jsonl"
+# Where to look at the run, once W&B has it.
+URL_NAME = "wandb_url.txt"
 PLAIN_LINE_SECONDS = 10
 MAX_CAPTION_CHARACTERS = 500  # of a video in W&B
 # The column that tells that a validation is complete.
@@ -282,6 +284,9 @@ def _start_wandb(run_dir: Path, config: TrackingConfig, *, run_id: str, run_conf
         # W&B drops rows whose own step counter goes back, as after a resume from an older step; ours is an ordinary metric.
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
+        if not run.offline and run.url:
+            with suppress(OSError):
+                replace_text(run_dir / URL_NAME, run.url)
         return run
     except Exception as error:  # no key, no network, a full disk
         print(f"muybridge: W&B is off for this run ({error}); metrics.jsonl has everything", file=sys.stderr)

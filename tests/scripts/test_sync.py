@@ -12,6 +12,7 @@ import pytest
 from muybridge.scripts import sync
 from muybridge.scripts.sync import main, offline_attempts
 from muybridge.tests.scripts.wandb_server import WandbServer, serve_wandb
+from muybridge.tests.wandb_files import wait_until_written
 from muybridge.train.tracking import Tracker, TrackingConfig, WandbMode
 
 ROW = {"loss": 0.5, "grad_norm": 1.0, "lr": 1e-4, "seconds_per_step": 0.1, "samples_per_second": 80.0}
@@ -45,6 +46,7 @@ def train_offline(run_dir: Path, steps: range, *, attempt: int) -> None:
     for step in steps:
         tracker.log(step, ROW)
     tracker.close()
+    wait_until_written(offline_attempts(run_dir)[-1].file)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,9 @@ def test_all_attempts_become_one_run_and_none_goes_twice(
     assert main([str(run_dir)]) == 0
     printed = capsys.readouterr().out
     assert "W&B has taken 2 of 2 attempts." in printed
-    assert f"Next: look at {server.url}/someone/muybridge/runs/" in printed
+    address = (run_dir / "wandb_url.txt").read_text()
+    assert address.startswith(f"{server.url}/someone/muybridge/runs/")
+    assert f"Next: look at {address}" in printed
     first = [(10, 1), (20, 1), (30, 1), (30, 2), (40, 2), (50, 2)]
     assert rows_of(server, run_dir) == first
 

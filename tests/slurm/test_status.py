@@ -15,7 +15,7 @@ from muybridge.tests.scripts.run_story import RunStory
 from muybridge.tests.slurm.cluster import Cluster
 from muybridge.tests.slurm.programs import FakeSlurm
 from muybridge.tests.slurm.stub_run import StubRun
-from muybridge.tests.slurm.submitted import muybridge, set_facts, set_queue, write_job, write_life
+from muybridge.tests.slurm.submitted import SUBMITTED, muybridge, set_facts, set_queue, write_job, write_life
 
 FACTS = (
     "JobId=7 JobName=mb-run UserId=root(0) JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=2 RunTime=00:40:00 "
@@ -154,6 +154,42 @@ def test_a_run_that_is_over_says_how_it_ended_and_what_to_do(
     facts, text = status_of(story.run_dir, capsys)
     assert (facts["state"], facts["code"]) == (state, code)
     assert words in text
+
+
+def test_a_run_that_was_done_and_submitted_again_waits(
+    slurm: FakeSlurm, story: RunStory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_life(story.run_dir, "7.0", SUBMITTED - 1000, SUBMITTED - 100, decision="done", code=0)
+    write_job(story.run_dir, [8])
+    set_queue(slurm, "8|PENDING|Resources|0:00||mb-run")
+    assert status_of(story.run_dir, capsys)[0]["state"] == "waiting"
+    set_queue(slurm)
+    facts, text = status_of(story.run_dir, capsys)
+    assert facts["state"] == "lost"
+    assert "Slurm has no job of it, and none has begun" in text
+    write_life(story.run_dir, "8.0", SUBMITTED + 10, SUBMITTED + 100, decision="done", code=0)
+    set_queue(slurm, "9|PENDING|Dependency|0:00||mb-run")  # of a chain, and ends at once
+    assert status_of(story.run_dir, capsys)[0]["state"] == "done"
+
+
+def test_where_to_look_at_the_run_in_w_and_b(
+    slurm: FakeSlurm, story: RunStory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (story.run_dir / "wandb_run_id.txt").write_text("abcd1234")
+    assert status_of(story.run_dir, capsys)[0]["wandb"] is None  # it is off
+    folder = story.run_dir / "wandb" / "offline-run-20261101_000000-abcd1234"
+    folder.mkdir(parents=True)
+    (folder / "run-abcd1234.wandb").write_bytes(b"rows")
+    _, text = status_of(story.run_dir, capsys)
+    assert "run abcd1234 of project films, offline" in text
+    assert f"muybridge sync {story.run_dir} hands what is offline to W&B" in text
+    (folder / "run-abcd1234.wandb.synced").touch()
+    (story.run_dir / "wandb_url.txt").write_text("https://wandb.ai/someone/films/runs/abcd1234")
+    facts, text = status_of(story.run_dir, capsys)
+    assert "W&B https://wandb.ai/someone/films/runs/abcd1234, offline, all handed over" in text
+    assert not facts["wandb"]["is_online"]
+    (story.run_dir / "wandb" / "run-20261102_000000-abcd1234").mkdir()
+    assert status_of(story.run_dir, capsys)[0]["wandb"]["is_online"]
 
 
 def test_without_slurm_the_files_speak(

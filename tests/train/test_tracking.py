@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from muybridge.tests.wandb_files import wandb_records, wandb_rows
+from muybridge.tests.wandb_files import wait_until_written, wandb_records, wandb_rows
 from muybridge.train.json_lines import JsonLines
 from muybridge.train.tracking import Tracker, TrackingConfig, WandbMode
 
@@ -202,6 +202,7 @@ def test_wandb_goes_on_in_the_same_run_after_a_resume_and_a_roll_back(tmp_path: 
 
     found, natives = [], []
     for file in sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb")):
+        wait_until_written(file)
         kinds: dict[str, list[Any]] = {}
         for record in wandb_records(file):
             kind = record.WhichOneof("record_type")
