@@ -61,8 +61,10 @@ def loses_a_node(rank: int, folder: Path) -> None:
 
 
 def loses_a_rank(rank: int, folder: Path) -> None:
-    """Of two nodes of two processes, rank 3 dies when it is to add up."""
+    """Of two nodes of two processes, rank 3 dies when it is to add up, and rank 2 waits as NCCL lets it: for ever."""
     os.environ["MUYBRIDGE_HEALTH_SECONDS"] = WAITED
+    if rank == 2:
+        replace(health_devices, add_up=lambda *_: time.sleep(1000))
     if rank == 3:
         replace(health_devices, add_up=lambda *_: os._exit(9))
 
