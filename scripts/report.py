@@ -128,7 +128,10 @@ def _attempt_facts(current: AttemptTimes) -> dict[str, Any]:
 def _bad_clips(run_dir: Path) -> int:
     """Different clips that could not be read, as of the newest checkpoint."""
     ledgers = [folder / LEDGER_NAME for folder in committed_checkpoints(run_dir / "checkpoints")]
-    return len(from_lines(ledgers[-1])) if ledgers and ledgers[-1].is_file() else 0
+    try:
+        return len(from_lines(ledgers[-1])) if ledgers else 0
+    except FileNotFoundError:  # none in it, or the run has removed it since
+        return 0
 
 
 def print_report(times: RunTimes, facts: dict[str, Any], to: Console) -> None:
