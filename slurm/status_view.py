@@ -69,25 +69,33 @@ def print_table(statuses: Sequence[RunStatus], to: Console) -> None:
     if fault := next((status.slurm_fault for status in statuses if status.slurm_fault), ""):
         to.print(f"{fault}; below is what the files say", markup=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", overflow="fold")
+    table.add_column("run", overflow="fold", min_width=14)
     table.add_column("state", no_wrap=True)
-    for name in ("step", "loss", "s/step", "to go", "last row", "lives", "job"):
+    is_wide = to.width >= 100
+    for name in ("step", "loss", *(("s/step", "lives") if is_wide else ()), "to go", "last row", "job"):
         table.add_column(name, justify="right", no_wrap=True)
     for status in statuses:
         progress = status.progress
-        age = "" if progress.row_unix_seconds is None else _short(status.now - progress.row_unix_seconds)
+        age = "" if progress.row_unix_seconds is None else f"{_brief(status.now - progress.row_unix_seconds)} ago"
+        wide = [_figure(progress.seconds_per_step), str(len(status.history) or "")]
         table.add_row(
             Text(printable(_short_path(status.run, statuses))),
             Text(status.state.replace("_", " "), _COLOURS[status.state]),
             f"{progress.step}/{progress.steps}" if progress.steps else str(progress.step or "-"),
             _figure(progress.loss),
-            _figure(progress.seconds_per_step),
-            "" if progress.eta_seconds is None else _short(progress.eta_seconds),
+            *(wide if is_wide else ()),
+            "" if progress.eta_seconds is None else _brief(progress.eta_seconds),
             Text(age, "bold red" if progress.is_quiet else ""),
-            str(len(status.history) or ""),
             status.jobs[0].id if status.jobs else "",
         )
     to.print(table)
+    for status in statuses:
+        if status.state in ("gave_up", "failed", "lost"):
+            to.print(
+                f"{printable(_short_path(status.run, statuses))}: {printable(status.words)}",
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 def next_steps(status: RunStatus) -> list[str]:
@@ -99,7 +107,8 @@ def next_steps(status: RunStatus) -> list[str]:
         if status.submitted_nodes is not None
         else f"touch {shlex.quote(status.run + '/STOP')}"
     )
-    goes_on = f"{submit} goes on from {_where(status)}"
+    saved = status.checkpoint
+    goes_on = f"{submit} {f'goes on from step {saved.step:,}' if saved else 'begins it anew'}"
     match status.state:
         case "running" if status.progress.is_quiet:
             steps = [
@@ -125,10 +134,6 @@ def next_steps(status: RunStatus) -> list[str]:
     if status.log is not None and status.state in ("running", "failed", "gave_up", "lost"):
         steps.append(f"tail -F {shlex.quote(status.log)}")
     return steps
-
-
-def _where(status: RunStatus) -> str:
-    return f"step {status.checkpoint.step:,}" if status.checkpoint else "the beginning: there is no checkpoint"
 
 
 def _now(status: RunStatus) -> str:
@@ -264,6 +269,13 @@ def _moment(seconds: float, now: float) -> str:
 
 def _short(seconds: float) -> str:
     return duration(round(max(0.0, seconds)))
+
+
+def _brief(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}" if unit == "min" else f"{seconds / size:.1f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def _figure(value: float | None) -> str:

@@ -283,6 +283,7 @@ def test_several_runs_are_a_table_and_one_question(
         ["lr-1", "waiting"],
         ["lr-2", "lost"],
     ]
+    assert "lr-2: gone: Slurm has no job of it, and none has begun" in text
     assert "3 runs: 1 running, 1 waiting, 1 lost" in text
     assert len(slurm.calls("squeue")) == 1
     with pytest.raises(ValueError, match="must be the directory of a run"):
