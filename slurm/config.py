@@ -141,7 +141,7 @@ class SlurmConfig:
         for name, smallest in least.items():
             if (number := getattr(self, name)) is not None and number < smallest:
                 found.append(f"{field}.{name}={number} must be at least {smallest}")
-        if self.gpus_per_node and (self.processes_per_node or 0) > self.gpus_per_node:
+        if 0 < self.gpus_per_node < (self.processes_per_node or 0):
             found.append(
                 f"{field}.processes_per_node={self.processes_per_node} must be at most {field}.gpus_per_node={self.gpus_per_node}: "
                 "a process has a GPU of its own"

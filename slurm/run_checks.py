@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..data.config import Access
@@ -11,8 +12,11 @@ from ..train.checkpoint_folder import candidates_to_resume
 from ..train.config import TrainConfig
 from ..train.fixed_settings import refuse_changed_settings
 from ..train.run_lock import holder_at_work
-from .run_files import RunFiles, read_run_files
-from .scheduler import Job, queued
+from .run_files import read_run_files
+from .run_jobs import is_known
+from .scheduler import queued
+
+_MOST_WATCHED = 200  # locks at the same time
 
 
 def missing_data(config: TrainConfig) -> list[str]:
@@ -60,7 +64,7 @@ def refuse_busy(submit_dir: Path, run_dirs: Sequence[Path]) -> None:
     run_dirs = list(dict.fromkeys([*run_dirs, *submitted_runs(submit_dir)]))
     files = [read_run_files(run_dir) for run_dir in run_dirs]
     jobs = queued(sorted({job for found in files for job in found.job_ids()}))
-    busy = [(found.run_dir, job) for found in files for job in jobs if _is_of(job, found)]
+    busy = [(found.run_dir, job) for found in files for job in jobs if is_known(found, job)]
     if busy:
         run_dir, job = busy[0]
         others = f" (and {len(busy) - 1} more)" if len(busy) > 1 else ""
@@ -68,11 +72,10 @@ def refuse_busy(submit_dir: Path, run_dirs: Sequence[Path]) -> None:
             f"run_dir={run_dir} has a job in the queue already: {job.id} ({job.state}){others}. Wait for it, or end it with: "
             f"muybridge cancel {shlex.quote(str(run_dir))}"
         )
-    for run_dir in run_dirs:
-        try:
-            who = holder_at_work(run_dir)
-        except OSError as error:
-            raise ValueError(f"run_dir={run_dir} cannot be read ({error.strerror or error})") from error
+    # At the same time: of each lock that a killed job left it takes seconds to see that nobody keeps it up.
+    with ThreadPoolExecutor(_MOST_WATCHED) as threads:
+        holders = list(threads.map(_holder, run_dirs))
+    for run_dir, who in zip(run_dirs, holders):
         if who:
             raise ValueError(
                 f"run_dir={run_dir} is in use by another attempt ({who}, in lock.json); stop that, or wait for its end"
@@ -88,12 +91,11 @@ def submitted_runs(submit_dir: Path) -> list[Path]:
     return [Path(os.fsdecode(field)) for field in fields if field]
 
 
-def _is_of(job: Job, found: RunFiles) -> bool:
-    # Numbers begin anew where a cluster is set up anew, and of an array each run has one task.
-    if found.job is None or job.number not in found.job_ids() or job.name != found.job.name:
-        return False
-    task = job.id.partition("_")[2]
-    return not task or found.job.array_index is None or task == str(found.job.array_index)
+def _holder(run_dir: Path) -> str:
+    try:
+        return holder_at_work(run_dir)
+    except OSError as error:
+        raise ValueError(f"run_dir={run_dir} cannot be read ({error.strerror or error})") from error
 
 
 def _is_there(path: str, *, may_be_pattern: bool = False) -> bool:

@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
         refuse_busy(plan.submit_dir, [run.run_dir for run in plan.runs])
         jobs = submit(plan)
     except scheduler.SchedulerAway as error:
-        print(f"muybridge: {error}", file=sys.stderr)
+        print(f"muybridge: {error}; nothing was queued here, try again later", file=sys.stderr)
         return ExitCode.requeue
     _report(plan, jobs)
     return 0
@@ -153,7 +153,7 @@ def submit(plan: Plan) -> list[int]:
             ) from error
         if isinstance(error, scheduler.SchedulerAway):
             raise scheduler.SchedulerAway(
-                f"{error}{after}. Try again later; whether the job was taken nevertheless, says: squeue --name={plan.job_name}"
+                f"{error}{after}; `squeue --name={plan.job_name}` says whether the job was taken nevertheless"
             ) from error
         if isinstance(error, scheduler.SchedulerError):
             raise scheduler.SchedulerError(

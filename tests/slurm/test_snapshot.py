@@ -81,16 +81,14 @@ def test_every_file_that_is_installed_is_copied() -> None:
 
 def test_the_copy_is_what_python_finds_and_it_brings_its_settings(tmp_path: Path) -> None:
     folder = place_code(tmp_path / "code", Placement())
-    program = (
-        "import muybridge, muybridge.train.config as c;"
-        "print(muybridge.__file__);"
-        "print(c.load_train_config(['+experiment=quickstart', 'dry_run=true']).steps)"
-    )
+    program = "import muybridge.configs, muybridge.slurm.scheduler as s; print(s.__file__, muybridge.configs.__file__)"
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         [sys.executable, "-c", program], env=env, cwd=PACKAGE, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [str(folder / "muybridge" / "__init__.py"), "2000"]
+    found = [str(folder / "muybridge" / name) for name in ("slurm/scheduler.py", "configs/__init__.py")]
+    assert done.stdout.split() == found
+    assert (folder / "muybridge" / "configs" / "experiment" / "quickstart.yaml").is_file()
 
 
 def test_the_change_since_the_last_commit_is_kept_without_secrets(
@@ -171,6 +169,6 @@ def test_a_write_that_fails_leaves_no_half_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Not a directory"):
         placement.write(tmp_path / "file" / "below", b"x")
     with pytest.raises(TypeError):
-        placement.write(tmp_path / "text", "no bytes")  # type: ignore[arg-type]
+        placement.write(tmp_path / "text", "no bytes")
     placement.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

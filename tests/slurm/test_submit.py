@@ -4,16 +4,16 @@ import json
 import os
 import re
 import resource
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from muybridge.slurm.config import SITE_VARIABLE
+from muybridge.slurm.config import SITE_VARIABLE, SlurmConfig, limit_seconds
 from muybridge.slurm.plan import quoted
 from muybridge.slurm.submit import main
 from muybridge.slurm.sweep import expand
@@ -21,6 +21,8 @@ from muybridge.tests.slurm.cluster import Cluster
 from muybridge.tests.slurm.programs import FakeSlurm, real_programs
 from muybridge.tests.slurm.stub_run import read_fields
 from muybridge.train import run_lock
+from muybridge.train.config import load_train_config
+from muybridge.train.fragments import FORMAT_VERSION
 
 Submit = Callable[..., str]
 # Instead of the batch script: what it would read goes to RUN_DIR/seen, and it waits.
@@ -135,8 +137,6 @@ def test_hostile_text_reaches_no_shell(fake_slurm: FakeSlurm, submit: Submit, tm
     assert re.search(r"#SBATCH --job-name=it-s-a-touch-pwned[\w-]+\n", script)  # its safe words, and no more
     assert not any(sign in script for sign in ("touch pwned", "rm -rf *"))
     overrides = read_fields(folder / "slurm" / "command")[4:]
-    from muybridge.train.config import load_train_config
-
     config = load_train_config(overrides)
     assert (config.run_dir, config.validation.prompts) == (str(folder), [prompt])
     assert not list(tmp_path.rglob("pwned"))
@@ -150,11 +150,48 @@ def test_hostile_text_reaches_no_shell(fake_slurm: FakeSlurm, submit: Submit, tm
     "text", ["a b", "a\n#SBATCH --uid=0", "a;b", "$(x)", "`x`", 'a"', "a'", "%j", "\\", "", "a\t", "é"]
 )
 def test_a_setting_that_is_more_than_a_word_is_refused(name: str, text: str) -> None:
-    from muybridge.slurm.config import SlurmConfig
-
     faults = SlurmConfig(**{name: text}).faults("slurm")
     assert len(faults) == 1
     assert faults[0].startswith(f"slurm.{name}={text!r} must be ")
+
+
+RULES = [
+    ({"nodes": 0}, "slurm.nodes=0 must be at least 1"),
+    ({"gpus_per_node": -1}, "slurm.gpus_per_node=-1 must be at least 0"),
+    ({"gpus_per_node": 2, "processes_per_node": 3}, "slurm.processes_per_node=3 must be at most slurm.gpus_per_node=2"),
+    ({"chain": 0}, "slurm.chain=0 must be at least 1"),
+    ({"parallel": -1}, "slurm.parallel=-1 must be at least 0"),
+    ({"time": "9"}, "slurm.time=9 must be at least 600 s: slurm.lead_seconds=300"),
+    ({"time": "0:09:59"}, "slurm.time=0:09:59 must be at least 600 s"),
+    ({"time": "tomorrow"}, "slurm.time='tomorrow' must be minutes, H:M:S or D-H:M:S"),
+    ({"lead_seconds": 0}, "slurm.lead_seconds=0 must be in 1..65535"),
+    ({"lead_seconds": 70000}, "slurm.lead_seconds=70000 must be in 1..65535"),
+    ({"options": ["-p x"]}, "slurm.options='-p x' must be --NAME or --NAME=VALUE"),
+    ({"options": ["--comment=a b"]}, "must be --NAME or --NAME=VALUE"),
+    ({"options": ["--job-name=x"]}, "must not be --job-name: set slurm.name instead"),
+    ({"options": ["--depend=x"]}, "must not be --dependency: set slurm.after and slurm.chain instead"),
+    ({"options": ["--wrap=x"]}, "must not be --wrap: the job depends on it"),
+    ({"name": "a b"}, "slurm.name='a b' must be 1 to 64 letters"),
+    ({"after": "x"}, "slurm.after='x' must be the number of a job"),
+    ({"python": "python"}, "slurm.python='python' must be an absolute path"),
+    ({"stage_to": "scratch"}, "slurm.stage_to='scratch' must be an absolute path"),
+    ({"template": "nowhere"}, "slurm.template='nowhere' must be a file"),
+]
+
+
+@pytest.mark.parametrize(("settings", "fault"), RULES)
+def test_a_setting_of_slurm_that_breaks_a_rule_is_named(settings: dict[str, Any], fault: str) -> None:
+    found = SlurmConfig(**settings).faults("slurm")
+    assert len(found) == 1
+    assert fault in found[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("90:30", 5430), ("24:00:00", 86400), ("1-0", 86400), ("1-12:30", 131400), ("1-12:30:05", 131405)],
+)
+def test_times_are_read_as_slurm_reads_them(text: str, seconds: int) -> None:
+    assert limit_seconds(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -163,24 +200,7 @@ def test_a_setting_that_is_more_than_a_word_is_refused(name: str, text: str) -> 
         ("slurm.nodess=2", "slurm.nodess is not a setting of slurm, did you mean slurm.nodes?"),
         ("slurm.nodes=two", "slurm.nodes=two"),
         ("slurm.nodes=0", "slurm.nodes=0 must be at least 1"),
-        ("slurm.gpus_per_node=-1", "slurm.gpus_per_node=-1 must be at least 0"),
-        ("slurm.processes_per_node=3", "slurm.processes_per_node=3 must be at most slurm.gpus_per_node=2"),
-        ("slurm.chain=0", "slurm.chain=0 must be at least 1"),
-        ("slurm.time=9", "slurm.time=9 must be at least 600 s: slurm.lead_seconds=300"),
-        ("slurm.time=tomorrow", "slurm.time='tomorrow' must be minutes, H:M:S or D-H:M:S"),
-        ("slurm.lead_seconds=0", "slurm.lead_seconds=0 must be in 1..65535"),
-        ("slurm.lead_seconds=70000", "slurm.lead_seconds=70000 must be in 1..65535"),
-        ("slurm.options=['-p x']", "slurm.options='-p x' must be --NAME or --NAME=VALUE"),
-        ("slurm.options=['--comment=a b']", "must be --NAME or --NAME=VALUE"),
-        ("slurm.options=['--job-name=x']", "must not be --job-name: set slurm.name instead"),
-        ("slurm.options=['--depend=x']", "must not be --dependency: set slurm.after and slurm.chain instead"),
-        ("slurm.options=['--wrap=x']", "must not be --wrap: the job depends on it"),
-        ("slurm.name='a b'", "slurm.name='a b' must be 1 to 64 letters"),
         ("slurm.after=12,", "'slurm.after=12,' is not KEY=VALUE"),
-        ("slurm.after=x", "slurm.after='x' must be the number of a job"),
-        ("slurm.python=python", "slurm.python='python' must be an absolute path"),
-        ("slurm.stage_to=scratch", "slurm.stage_to='scratch' must be an absolute path"),
-        ("slurm.template=nowhere", "slurm.template='nowhere' must be a file"),
         ("slurm.parallel=2", "slurm.parallel=2 must be 0 without --multirun"),
         ("slurm.nodes=1,2", "a sweep needs --multirun"),
         ("stpes=3", "stpes is not a setting of TrainConfig, did you mean steps?"),
@@ -204,9 +224,11 @@ def test_a_mistake_is_named_and_nothing_is_written(
     assert os.listdir(tmp_path) == ["fake_slurm"]
 
 
-def test_all_mistakes_come_in_one_message(fake_slurm: FakeSlurm, submit: Submit, tmp_path: Path) -> None:
+def test_all_mistakes_come_in_one_message(
+    fake_slurm: FakeSlurm, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "site.yaml").write_text("partitoin: gpu\naccount: a b\n")
-    os.environ[SITE_VARIABLE] = str(tmp_path / "site.yaml")
+    monkeypatch.setenv(SITE_VARIABLE, str(tmp_path / "site.yaml"))
     with pytest.raises(ValueError, match="the configuration has 6 faults") as caught:
         submit("slurm.nodes=0", "optimizer.lrr=1", "vae.path=nowhere", "slurm.qoss=x")
     message = str(caught.value)
@@ -357,8 +379,6 @@ def test_a_run_at_work_outside_of_slurm_is_refused(
 
 
 def test_a_run_of_other_settings_is_not_gone_on_with(fake_slurm: FakeSlurm, submit: Submit, run_dir: Path) -> None:
-    from muybridge.train.fragments import FORMAT_VERSION
-
     checkpoint = run_dir / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)
     saved = {"seed": "0", "global_batch": "8", "task": "text_to_video", "expert": "none", "conditioning.form": "none"}
@@ -381,21 +401,17 @@ def test_a_folder_that_cannot_be_written_is_named(fake_slurm: FakeSlurm, submit:
 
 
 def test_a_disk_that_fills_up_leaves_no_half_submission(
-    fake_slurm: FakeSlurm, tiny_run: list[str], run_dir: Path, tmp_path: Path
+    fake_slurm: FakeSlurm, submit: Submit, run_dir: Path, tmp_path: Path
 ) -> None:
-    program = "import sys; from muybridge.scripts.cli import complain; from muybridge.slurm.submit import main\n"
-    program += "try: sys.exit(main(sys.argv[1:]))\nexcept ValueError as error: sys.exit(complain(str(error)))"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *tiny_run, f"run_dir={run_dir}"],
-        # To a process, no file can be longer than this: some of the package's are.
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 64
-    assert f"run_dir={run_dir} cannot be written (File too large): nothing is queued" in done.stderr
-    assert sorted(os.listdir(tmp_path)) == ["fake_slurm"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))  # longer than some of the package's files may be
+    try:
+        with pytest.raises(ValueError, match=r"first cannot be written \(File too large\): nothing is queued$"):
+            submit("slurm.snapshot_code=true")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert fake_slurm.calls("sbatch") == []
+    assert os.listdir(tmp_path) == ["fake_slurm"]
 
 
 def test_batches_that_leave_processes_idle_and_a_short_warning_are_told(
