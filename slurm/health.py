@@ -74,6 +74,9 @@ def check(place: Place) -> NoReturn:
     # Also where a call into the system holds Python's lock, and then says where.
     faulthandler.dump_traceback_later(place.deadlines.kill, exit=True)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # errors arrive as exceptions, too
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = (
+        "0"  # a process that NCCL ends could not tell that another one was the fault
+    )
     talk = Talk(place)
     threading.Thread(target=talk.run, name="checks", daemon=True).start()
     code = _lead(place, talk) if place.rank == 0 else _follow(place, talk)

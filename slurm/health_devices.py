@@ -51,21 +51,26 @@ def versions() -> dict[str, str]:
     return {"NCCL": nccl} if nccl else {}
 
 
-def add_up(place: Place, device: torch.device, store: dist.Store, ranks: list[int], seconds: float) -> SumResult:
-    """Join these ranks, of which this one is, and add up with those of the same node, then with all."""
+def add_up(place: Place, device: torch.device, store: dist.Store, ranks: list[int]) -> SumResult:
+    """Join these ranks, of which this one is, and add up with those of the same node, then with all.
+
+    Waits for ever for a GPU that does not take part: a time-out of NCCL would end the process, which then could not tell.
+    """
     result = SumResult(place.rank)
+    deadlines = place.deadlines
+    timeout = timedelta(seconds=place.left(deadlines.waiting if device.type == "cpu" else 2 * deadlines.total))
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("sums", store),
             rank=ranks.index(place.rank),
             world_size=len(ranks),
-            timeout=timedelta(seconds=seconds),
+            timeout=timeout,
         )
         first = place.rank - place.local_rank
         neighbours = [number for number, rank in enumerate(ranks) if first <= rank < first + place.local_world]
         if 1 < len(neighbours) < len(ranks):
-            group = dist.new_group(neighbours, timedelta(seconds=seconds), use_local_synchronization=True)
+            group = dist.new_group(neighbours, timeout, use_local_synchronization=True)
             result.node_fault = wrong_sum(device, group=group)
             if device.type == "cuda":  # between processes on a CPU there are no links
                 result.node_seconds = _sum_seconds(device, group)
@@ -99,7 +104,8 @@ def _wait_for_server(place: Place, until: float) -> None:
     """Until somebody listens there. Raises OSError, whose words say more about the network than torch's."""
     while True:
         try:
-            with socket.create_connection((place.master, place.port), timeout=place.left(until)):
+            seconds = max(_LEAST_STORE_SECONDS, place.left(until))
+            with socket.create_connection((place.master, place.port), timeout=seconds):
                 return
         except OSError:
             if place.elapsed > until:

@@ -96,7 +96,10 @@ def sum_faults(
     faults = []
     silent = [rank for rank, result in results.items() if result is None]
     answers = {rank: result for rank, result in results.items() if result is not None}
-    for node, ranks in _by_node(silent, node_of).items():
+    silent_on, nodes = _by_node(silent, node_of), {node_of(rank) for rank in results}
+    if 1 < len(silent_on) > len(nodes) / 2:  # such as all but that of rank 0, with a library that ends every process
+        silent_on = {"": silent}
+    for node, ranks in silent_on.items():
         faults.append(Fault(node, "sum", f"{_ranks(ranks)} did not take part in the sum within {seconds:.0f} s"))
     for node, ranks in _by_node([rank for rank in answers if answers[rank].node_fault], node_of).items():
         faults.append(Fault(node, "sum", f"its own processes: {answers[ranks[0]].node_fault}"))

@@ -50,9 +50,9 @@ class Talk:
 
     def _take_part(self) -> None:
         place = self._place
+        with suppress(OSError):  # which the check of the folder reports
+            place.folder.mkdir(parents=True, exist_ok=True)
         if place.local_rank == 0:
-            with suppress(OSError):  # which the check of the folder reports
-                place.folder.mkdir(parents=True, exist_ok=True)
             first = place.rank - place.local_rank
             self._report = NodeReport(place.node, place.attempt, list(range(first, first + place.local_world)))
             self._publish("its own checks")
@@ -83,7 +83,7 @@ class Talk:
         if place.rank in plan["ranks"] and device is not None:
             fault = read_fault(place.folder, plan["reads"][place.node]) if place.local_rank == 0 else ""
             self.is_adding_up = True
-            result = devices.add_up(place, device, store, plan["ranks"], place.left(place.deadlines.waiting))
+            result = devices.add_up(place, device, store, plan["ranks"])
             self.is_adding_up = False
             result.folder_fault = fault
             store.set(f"sum/{place.rank}", json.dumps(asdict(result)))

@@ -9,10 +9,7 @@ from typing import Any
 import pytest
 
 from muybridge.slurm.health_table import load_table
-from muybridge.slurm.run_files import read_run_files
 from muybridge.tests.slurm.cluster import Cluster, patience
-
-FolderOf = dict[str, Path]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +65,6 @@ def test_each_bad_node_is_named_with_its_reasons_and_the_others_add_up(
     assert "its clock is 10" in bad["n5"]
     assert "sum over 2 processes: right" in found["has_faults"]["said"][0]
     assert "warning: n3: GPU 1 is slowed down (hw slowdown)" in found["has_faults"]["said"][0]
-    life = read_run_files(root / "has_faults" / "run")
-    assert not life.faults
 
 
 def test_nodes_that_fall_silent_are_named_by_the_deadline(root: Path, found: dict[str, dict[str, Any]]) -> None:

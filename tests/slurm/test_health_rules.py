@@ -188,6 +188,7 @@ def test_of_a_sum_that_failed_who_fell_silent_is_blamed_and_not_who_waited() -> 
     assert said_of(results()) == []
     waited = {f"r{rank}": SumResult(rank, error="it waited for the others for 40 s") for rank in (0, 1, 2)}
     assert said_of(results(**waited, r3=None)) == [("n2", "rank 3 did not take part in the sum within 44 s")]
+    assert said_of(results(r1=None, r2=None)) == [("", "ranks 1, 2 did not take part in the sum within 44 s")]
     assert said_of(results(**waited)) == [("", "ranks 0, 1, 2 could not add up: it waited for the others for 40 s")]
 
 
