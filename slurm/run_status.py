@@ -189,6 +189,8 @@ def _state(
         return "gave_up", f"given up: {files.gave_up}"
     if last is None or is_new:
         return _state_before(files, is_asked=is_asked)
+    if files.is_cancelled and is_asked:  # also where Slurm ended it before it could say so
+        return "cancelled", "stopped on request; it can go on"
     if last.end is None:
         if not is_asked and last.life:
             return (
@@ -196,8 +198,8 @@ def _state(
                 "unknown: as far as its files say its last life goes on, and Slurm does not say whether it does",
             )
         return "lost", "gone: it ended without a word (killed, or its machine went down)"
-    if last.decision in ("stopped", "cancelled") or files.is_cancelled:
-        return "cancelled" if files.is_cancelled else "stopped", "stopped on request; it can go on"
+    if last.decision in ("stopped", "cancelled"):
+        return last.decision, "stopped on request; it can go on"
     if last.decision in ("requeue", "resubmit"):
         words = "its last life went back into the queue"
         return "lost", f"gone: {words}, where Slurm has no job of it" if is_asked else f"waiting: {words}"

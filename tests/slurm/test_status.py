@@ -156,6 +156,18 @@ def test_a_run_that_is_over_says_how_it_ended_and_what_to_do(
     assert words in text
 
 
+def test_a_job_that_was_cancelled_and_killed_is_not_lost(
+    slurm: FakeSlurm, story: RunStory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_job(story.run_dir, [7])
+    write_life(story.run_dir, "7.0", SUBMITTED + 10)
+    assert status_of(story.run_dir, capsys)[0]["state"] == "lost"
+    (story.run_dir / "slurm" / "cancelled").touch()
+    assert status_of(story.run_dir, capsys)[0]["state"] == "cancelled"
+    set_queue(slurm, "7|COMPLETING|None|40:00|n[1-2]|mb-run")
+    assert status_of(story.run_dir, capsys)[0]["state"] == "ending"
+
+
 def test_a_run_that_was_done_and_submitted_again_waits(
     slurm: FakeSlurm, story: RunStory, capsys: pytest.CaptureFixture[str]
 ) -> None:
