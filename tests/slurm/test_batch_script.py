@@ -235,6 +235,7 @@ def test_a_job_that_an_admin_requeues_comes_back(make_run: MakeRun, cluster: Clu
     cluster.run(["scontrol", "requeue", str(run.job)])
     assert run.to_end() == "COMPLETED"
     assert run.decisions() == ["slurm", "done"]
+    assert not (run.folder / "fruitless").exists()
 
 
 @pytest.mark.parametrize("answer", ["leave 75 scheduler TERM", "exit 1"])
@@ -249,8 +250,8 @@ def test_a_cancelled_job_does_not_come_back(make_run: MakeRun, cluster: Cluster,
 
 
 def test_what_muybridge_cancel_marked_is_not_requeued(make_run: MakeRun) -> None:
-    run = make_run(train=TWO_LIVES)
-    run.submit(*ONE)
+    run = make_run(train='wait_for "$life_dir/stop"; exit 1')
+    run.submit(*ONE, limit=1)
     run.wait_for_phase("train")
     (run.folder / "cancelled").touch()
     run.warn()
