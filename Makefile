@@ -14,10 +14,10 @@ IN_VENV := PATH="$(BIN):$$PATH"
 # A suite that neither asks for a network nor lets two workers fight for the cores.
 TEST_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install quickstart test test-faults slurm-packages check format gpu clean
+.PHONY: help install quickstart test test-faults slurm-packages wheelhouse check format gpu clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-19s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-22s %s\n' "$$name" "$$text"; done
 	@echo "Variables: VENV=.venv  PYTHON=python3  ARGS='options passed on'"
 
 install: $(VENV)/.dev-installed ## everything that development needs, into .venv
@@ -40,6 +40,25 @@ slurm-packages: ## what the tests of the Slurm part need (Debian, root); without
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	    slurmctld slurmd slurm-client munge iproute2 shellcheck; \
 	fi
+
+# Old wheels must not stay: pip takes the newest that it finds. What the last build left in build/ would go into the package's own.
+EXTRAS ?= text
+wheelhouse: $(VENV)/bin/pip ## all wheels for a machine without a network, into wheelhouse/ (EXTRAS=text,s3,scenes)
+	rm -rf build wheelhouse
+	@echo 'Collecting wheels: about a minute, longer where torch comes with CUDA.'
+	$(BIN)/pip wheel --quiet -c constraints.txt -w wheelhouse '.[$(EXTRAS)]'
+	@# Nothing but the folder: neither what is installed here nor where pip otherwise looks.
+	PIP_CONFIG_FILE=/dev/null $(BIN)/pip --isolated install --quiet --dry-run --ignore-installed \
+	  --no-index --find-links wheelhouse 'muybridge[$(EXTRAS)]'
+	@cd wheelhouse && python=python$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])') && printf '%s\n' \
+	  "Muybridge for $$python on $$(uname -sm), with $$(ls torch-*.whl). Copy this folder to the machine, and there, beside it:" '' \
+	  "  $$python -m venv muybridge" \
+	  "  muybridge/bin/pip install --no-index --find-links wheelhouse 'muybridge[$(EXTRAS)]'" '' \
+	  'Then: muybridge/bin/muybridge --version; muybridge/bin/muybridge train +experiment=quickstart dry_run=true' '' \
+	  'A torch whose name says +cpu uses no GPU. Either let PIP_FIND_LINKS or PIP_INDEX_URL lead `make wheelhouse` to one for CUDA, or' \
+	  'install into a Python that has its torch (2.11 to 2.13, a module or a container): say --system-site-packages after venv, and' \
+	  'remove torch-*, triton-* and nvidia_* from this folder. Nodes need a C compiler and the headers of Python for Triton.' >INSTALL.txt
+	@cat wheelhouse/INSTALL.txt; echo; echo "Wrote $$(ls wheelhouse/*.whl | wc -l) wheels, $$(du -sh wheelhouse | cut -f 1), to wheelhouse/"
 
 check: $(VENV)/.dev-installed .source/muybridge ## lint, format and types, without changing a file
 	$(IN_VENV) ruff check .
