@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from muybridge.scripts.prepare import main as prepare
 from muybridge.scripts.report_times import Spent, read_run_times
 from muybridge.tests.patience import PATIENCE
-from muybridge.tests.wandb_files import wandb_records, wandb_rows
+from muybridge.tests.wandb_files import wait_until_written, wandb_records, wandb_rows
 from muybridge.train.attempts import KILLED
 from muybridge.train.checkpoint_folder import committed_checkpoints, step_of
 
@@ -380,6 +380,7 @@ def test_wandb_sees_one_run_with_all_its_rows_and_videos(story: dict[str, Any]) 
     run_id = (run_dir / "wandb_run_id.txt").read_text()
     files = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 4
+    wait_until_written(files[-1])
     steps: Counter[int] = Counter()
     videos = []
     for file in files:
