@@ -13,8 +13,7 @@ from ..train.config import TrainConfig
 from ..train.fixed_settings import refuse_changed_settings
 from ..train.run_lock import holder_at_work
 from .run_files import read_run_files
-from .run_jobs import is_known
-from .scheduler import queued
+from .run_jobs import queued_jobs
 
 _MOST_WATCHED = 200  # locks at the same time
 
@@ -63,8 +62,7 @@ def refuse_busy(submit_dir: Path, run_dirs: Sequence[Path]) -> None:
     """
     run_dirs = list(dict.fromkeys([*run_dirs, *submitted_runs(submit_dir)]))
     files = [read_run_files(run_dir) for run_dir in run_dirs]
-    jobs = queued(sorted({job for found in files for job in found.job_ids()}))
-    busy = [(found.run_dir, job) for found in files for job in jobs if is_known(found, job)]
+    busy = [(found.run_dir, job) for found, jobs in zip(files, queued_jobs(files)) for job in jobs]
     if busy:
         run_dir, job = busy[0]
         others = f" (and {len(busy) - 1} more)" if len(busy) > 1 else ""

@@ -103,14 +103,13 @@ def parse_facts(line: str) -> dict[str, str]:
     return facts
 
 
-def cancel(ids: Iterable[int | str], *, signal: str | None = None) -> None:
-    """Cancel jobs, or send their batch scripts (not their tasks) a signal. Ended jobs stay as they are. Raises SchedulerError."""
+def cancel(ids: Iterable[int | str]) -> None:
+    """Cancel jobs, or tasks of arrays. Ended jobs stay as they are. Raises SchedulerError."""
     wanted = [str(job) for job in ids]
     if not wanted:
         return
-    how = ["--batch", f"--signal={signal}"] if signal is not None else []
     try:
-        _run(["scancel", *how, *wanted])
+        _run(["scancel", *wanted])
     except SchedulerError as error:
         if not _UNKNOWN_JOB.search(str(error)):
             raise

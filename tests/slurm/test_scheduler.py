@@ -99,10 +99,9 @@ def test_nothing_to_ask_for_asks_nothing(fake_slurm: FakeSlurm) -> None:
     assert not fake_slurm.calls("scancel")
 
 
-def test_a_signal_goes_to_the_batch_script_only(fake_slurm: FakeSlurm) -> None:
-    scheduler.cancel([7, "8_1"], signal="USR2")
-    scheduler.cancel([7])
-    assert fake_slurm.calls("scancel") == [["--batch", "--signal=USR2", "7", "8_1"], ["7"]]
+def test_jobs_and_tasks_are_cancelled_in_one_call(fake_slurm: FakeSlurm) -> None:
+    scheduler.cancel([7, "8_1"])
+    assert fake_slurm.calls("scancel") == [["7", "8_1"]]
 
 
 def test_values_of_scontrol_may_hold_blanks() -> None:
