@@ -171,9 +171,12 @@ def fruitless_attempts(run_dir: Path, code: str) -> list[Attempt]:
 
 
 def no_progress_message(run_dir: Path, code: str, restart_limit: int) -> str:
-    """Why the run is not tried again, or an empty string; a `restart_limit` of 0 always tries again."""
+    """Why the run is not tried again, or an empty string; a `restart_limit` of 0 always tries again.
+
+    In a Slurm job its batch script counts: also lives that end before there is an attempt, and anew after each submission.
+    """
     found = fruitless_attempts(run_dir, code)
-    if not restart_limit or len(found) < restart_limit:
+    if not restart_limit or len(found) < restart_limit or life_name():
         return ""
     causes = "; ".join(f"attempt {attempt.number}: {attempt.cause}" for attempt in found)
     return (

@@ -91,7 +91,7 @@ def test_a_request_to_go_back_or_to_start_anew_is_done_once(
     assert resume_in_force(tmp_path, "400") == "400"
 
 
-def test_attempts_that_get_nowhere_are_counted(tmp_path: Path) -> None:
+def test_attempts_that_get_nowhere_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fruitless_attempts(tmp_path, "c0de") == []
     fail(tmp_path, step=200)
     for _ in range(2):
@@ -106,6 +106,9 @@ def test_attempts_that_get_nowhere_are_counted(tmp_path: Path) -> None:
         assert words in message
     assert no_progress_message(tmp_path, "c0de", 5) == ""
     assert no_progress_message(tmp_path, "c0de", 0) == ""
+    # Who submits a run again, to Slurm, has mended what is not to be seen here.
+    monkeypatch.setenv("MUYBRIDGE_LIFE_DIR", str(tmp_path / "123.0"))
+    assert no_progress_message(tmp_path, "c0de", 4) == ""
 
 
 @pytest.mark.parametrize(
