@@ -60,9 +60,11 @@ class FakeSlurm:
 def real_programs(cluster: Cluster, folder: Path) -> str:
     """A PATH on which Slurm's programs run on the cluster's head host, which has a network of its own."""
     folder.mkdir()
+    # Jobs, which have the environment of whoever submits them, are to find the real ones.
+    here = f"PATH='{os.environ['PATH']}' SLURM_TEST_DIR='{cluster.folder}'"
     for name in PROGRAMS:
         words = ["bash", Path(__file__).with_name("cluster.sh"), "exec", shutil.which(name)]
         command = " ".join(f"'{word}'" for word in words)
-        (folder / name).write_text(f"#!/bin/bash\nSLURM_TEST_DIR='{cluster.folder}' exec {command} \"$@\"\n")
+        (folder / name).write_text(f'#!/bin/bash\n{here} exec {command} "$@"\n')
         (folder / name).chmod(0o755)
     return f"{folder}{os.pathsep}{os.environ['PATH']}"

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -571,3 +572,25 @@ def test_a_real_slurm_runs_the_tasks_of_a_sweep_side_by_side_and_a_chain_in_turn
         path.unlink()
     cluster.run(["scancel", str(first)])
     cluster.wait_for(lambda: all(path.exists() for path in seen), 60, "the next job of the chain")
+
+
+def test_a_chain_of_sweeps_goes_on_where_jobs_cannot_be_requeued_and_no_job_is_queued_twice(
+    cluster: Cluster, submit: Submit, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", real_programs(cluster, tmp_path / "bin"))
+    python = tmp_path / "python"
+    shutil.copy(Path(__file__).with_name("stub_python.sh"), python)
+    python.chmod(0o755)
+    runs = [run_dir / f"seed_{seed}" for seed in (1, 2)]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "train").write_text('[ ! -e "$run_dir/begun" ] || leave 0\n: >"$run_dir/begun"\nleave 75 scheduler\n')
+    chain = ["slurm.chain=2", "slurm.requeue=false", "slurm.health=false", f"slurm.python={python}"]
+    submit("--multirun", "seed=1,2", "slurm.gpus_per_node=1", *chain)
+    jobs = json.loads((runs[0] / "slurm" / "job.json").read_text())["jobs"]
+    tasks = [f"{jobs[1]}_{index}" for index in (0, 1)]
+    cluster.wait_for(lambda: {cluster.state(task) for task in tasks} == {"COMPLETED"}, 90, "the last job of the chain")
+    for run in runs:
+        events = [json.loads(line) for line in (run / "slurm" / "lives.jsonl").read_text().splitlines()]
+        assert [row["event"] for row in events] == ["start", "end", "start", "end"]
+        assert [row["decision"] for row in events[1::2]] == ["resubmit", "done"]
