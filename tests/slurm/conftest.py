@@ -10,6 +10,7 @@ import pytest
 
 from muybridge.tests.slurm.cluster import Cluster, why_no_cluster
 from muybridge.tests.slurm.programs import FakeSlurm
+from muybridge.tests.slurm.stub_run import MakeRun, StubRun
 
 
 def require_cluster() -> None:
@@ -37,6 +38,12 @@ def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
     """A cluster of three idle nodes, n1-n3, with four GPUs each that are none; afterwards jobs are cancelled and nodes mended."""
     yield session_cluster
     session_cluster.mend()
+
+
+@pytest.fixture
+def make_run(cluster: Cluster, tmp_path: Path) -> MakeRun:
+    """Makes run directories for the batch script with a stub for the trainer; those of one test have names of their own."""
+    return lambda name="run", **phases: StubRun(cluster, tmp_path / name, **phases)
 
 
 @pytest.fixture

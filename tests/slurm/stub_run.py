@@ -8,6 +8,10 @@ from pathlib import Path
 from muybridge.slurm.render import TEMPLATE, render
 from muybridge.tests.slurm.cluster import Cluster
 
+TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
+ONE = ("--nodes=1", "--ntasks-per-node=1")
+# The first life trains until it is asked to stop, the second to the end.
+TWO_LIVES = '[ "$life" = 0 ] || leave 0; wait_for "$life_dir/stop"; leave 75 scheduler "asked to stop"'
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 _SECONDS = 60
 
@@ -125,3 +129,6 @@ def write_fields(path: Path, fields: Sequence[str]) -> None:
 def read_fields(path: Path) -> list[str]:
     """What `write_fields` wrote."""
     return path.read_bytes().decode().split("\0")[:-1]
+
+
+MakeRun = Callable[..., StubRun]
