@@ -114,7 +114,8 @@ class SlurmConfig:
     snapshot_code: bool = True
     # Whether each life looks at its nodes before it trains on them.
     health: bool = True
-    # Folder on each node's own disk that the data is copied to first; null reads it where it lies.
+    # Folder on each node's own disk that the data is copied to first, such as /scratch or $TMPDIR/data, where variables are those of
+    # the node; null reads it where it lies.
     stage_to: str | None = None
 
     @property
@@ -149,9 +150,10 @@ class SlurmConfig:
         for name, (pattern, rule) in _WORDS.items():
             if (text := getattr(self, name)) is not None and not re.fullmatch(pattern, text, re.ASCII):
                 found.append(f"{field}.{name}={text!r} must be {rule}")
-        for name in ("python", "stage_to"):
-            if (text := getattr(self, name)) is not None and not (os.path.isabs(text) and text.isprintable()):
-                found.append(f"{field}.{name}={text!r} must be an absolute path without control characters")
+        for name, starts in (("python", ("/",)), ("stage_to", ("/", "$"))):
+            if (text := getattr(self, name)) is not None and not (text.startswith(starts) and text.isprintable()):
+                variable = " or begin with a variable of the node's" if "$" in starts else ""
+                found.append(f"{field}.{name}={text!r} must be an absolute path{variable}, without control characters")
         if self.template is not None and not Path(self.template).is_file():
             found.append(f"{field}.template={self.template!r} must be a file, a copy of muybridge/slurm/train.sbatch")
         return found + self._time_faults(field) + self._option_faults(field)

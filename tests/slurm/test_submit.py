@@ -175,7 +175,7 @@ RULES = [
     ({"name": "a b"}, "slurm.name='a b' must be 1 to 64 letters"),
     ({"after": "x"}, "slurm.after='x' must be the number of a job"),
     ({"python": "python"}, "slurm.python='python' must be an absolute path"),
-    ({"stage_to": "scratch"}, "slurm.stage_to='scratch' must be an absolute path"),
+    ({"stage_to": "scratch"}, "slurm.stage_to='scratch' must be an absolute path or begin with a variable"),
     ({"template": "nowhere"}, "slurm.template='nowhere' must be a file"),
 ]
 
