@@ -19,3 +19,12 @@ def guard_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[
     answer = subprocess.run(program, capture_output=True, text=True, check=False, env=env)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return {world: json.loads((root / f"w{world}.json").read_text()) for world in (1, 2)}
+
+
+@pytest.fixture
+def life_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a life of a Slurm job, as the batch script makes it."""
+    folder = tmp_path / "lives" / "123.0"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("MUYBRIDGE_LIFE_DIR", str(folder))
+    return folder

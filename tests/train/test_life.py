@@ -9,26 +9,17 @@ from muybridge.train.life import Asked
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a life, as the batch script makes it."""
-    folder = tmp_path / "lives" / "123.1"
-    folder.mkdir(parents=True)
-    monkeypatch.setenv("MUYBRIDGE_LIFE_DIR", str(folder))
-    return folder
-
-
-@pytest.fixture
 def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MUYBRIDGE_LIFE_DIR", "MUYBRIDGE_STOP_LEAD_SECONDS", "SLURMD_NODENAME"):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_the_script_reads_three_lines_whatever_the_cause_looks_like(folder: Path) -> None:
+def test_the_script_reads_three_lines_whatever_the_cause_looks_like(life_folder: Path) -> None:
     life.tell_end(77, Asked.nobody, "diverged:\n  the loss\tis nan\n")
-    assert (folder / "ended").read_text() == "77\nnobody\ndiverged: the loss is nan\n"
+    assert (life_folder / "ended").read_text() == "77\nnobody\ndiverged: the loss is nan\n"
     life.tell_end(0, Asked.nobody, "")
-    assert (folder / "ended").read_text() == "0\nnobody\n\n"
-    assert [path.name for path in folder.iterdir()] == ["ended"]
+    assert (life_folder / "ended").read_text() == "0\nnobody\n\n"
+    assert [path.name for path in life_folder.iterdir()] == ["ended"]
 
 
 @pytest.mark.usefixtures("no_job")
@@ -42,20 +33,20 @@ def test_outside_of_a_job_there_is_nobody_to_talk_to(tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_nodes_have_the_names_that_slurm_knows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_nodes_have_the_names_that_slurm_knows(life_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for node, reason in (("n1", "3 of 128 rows\nare wrong"), ("n2", "a product failed")):
         monkeypatch.setenv("SLURMD_NODENAME", node)
         life.tell_bad_node(reason)
-    assert (folder / "bad_nodes").read_text() == "n1\t3 of 128 rows are wrong\nn2\ta product failed\n"
+    assert (life_folder / "bad_nodes").read_text() == "n1\t3 of 128 rows are wrong\nn2\ta product failed\n"
 
 
 def test_a_folder_that_went_away_ends_no_run(
-    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    life_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder.rmdir()
+    life_folder.rmdir()
     life.tell_end(0, Asked.nobody, "")
     life.tell_bad_node("a product failed")
-    assert [str(folder) in record.getMessage() for record in caplog.records] == [True, True]
+    assert [str(life_folder) in record.getMessage() for record in caplog.records] == [True, True]
 
 
 @pytest.mark.parametrize(

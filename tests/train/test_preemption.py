@@ -90,15 +90,6 @@ def test_copies_of_a_signal_are_one_request_and_a_later_one_ends_the_process(
     assert deadly == [(signal.SIGTERM, signal.SIG_DFL), (signal.SIGTERM, "raised")]
 
 
-@pytest.fixture
-def life_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the batch script of a Slurm job asks for the end."""
-    folder = tmp_path / "lives" / "123.0"
-    folder.mkdir(parents=True)
-    monkeypatch.setenv("MUYBRIDGE_LIFE_DIR", str(folder))
-    return folder
-
-
 @pytest.mark.usefixtures("handlers")
 def test_the_batch_script_asks_by_a_file_that_stays(tmp_path: Path, life_folder: Path) -> None:
     requests = Requests(tmp_path, timeout_seconds=60)
