@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm cluster on one machine, for tests: munged, slurmctld and a slurmd for each node. As root; packages: `make slurm-packages`.
+# A real Slurm cluster on one machine, for tests: munged, slurmctld and a slurmd a node. As root, after `make slurm-packages`.
 #
 #   cluster.sh start              start, and return when every node is idle
 #   cluster.sh exec CMD [ARG...]  run CMD as a user on the head host (sbatch, squeue, ...)
@@ -9,8 +9,8 @@
 #   cluster.sh ctl-stop|ctl-start stop and start slurmctld (jobs must survive it)
 #   cluster.sh status | stop
 #
-# Every node has its own network, host name, /etc/hosts, process tree and /dev/shm, like a machine of its own, in namespaces that reach
-# nothing outside; files are shared, like a cluster's parallel file system.
+# Every node has its own network, host name, /etc/hosts, process tree and /dev/shm, like a machine of its own, in namespaces that
+# reach nothing outside; files are shared, like a cluster's parallel file system.
 set -euo pipefail
 
 DIR=${SLURM_TEST_DIR:-/tmp/slurm-test-$(id -u)}      # all state lives here; several clusters = several DIRs
@@ -23,7 +23,7 @@ OWNER=${SLURM_TEST_OWNER:-}                          # a process id: the cluster
 GRACE=${SLURM_TEST_GRACE:-10}                        # GraceTime of the preemptible partition, s
 KILLWAIT=${SLURM_TEST_KILLWAIT:-5}                   # SIGTERM -> SIGKILL, s (production default 30)
 NODE_TIMEOUT=${SLURM_TEST_NODE_TIMEOUT:-10}          # silence after which a node is DOWN (production 300)
-CRED=${SLURM_TEST_CRED:-10}                          # s a requeued job waits (production 120); under 10 a busy machine fails launches
+CRED=${SLURM_TEST_CRED:-10}                          # s a requeued job waits (production 120); under 10 busy machines fail
 PREEMPT_SIGNAL=${SLURM_TEST_PREEMPT_SIGNAL:-yes}     # yes: preemption sends the job's own --signal
 
 export PATH=$PATH:/usr/sbin:/sbin
@@ -60,7 +60,8 @@ write_conf() {
     mkdir -p "$DIR"/{etc,run,log,state,spool,dev,munge}
     rm -f "$DIR"/etc/*
     chmod 755 "$DIR" "$DIR/munge"
-    local i n files=()
+    local i n gres='' files=()
+    [ "$GPUS" = 0 ] || gres=" Gres=gpu:fake:$GPUS"
     (umask 077; [ -s "$DIR/munge/key" ] || head -c 1024 /dev/urandom >"$DIR/munge/key")
     {   cat <<END
 ClusterName=test
@@ -106,7 +107,7 @@ END
         i=0
         for n in $(nodes); do
             i=$((i + 1))
-            echo "NodeName=$n NodeHostname=$n NodeAddr=$SUBNET.$((10 + i)) CPUs=$CPUS RealMemory=$MEM$([ "$GPUS" = 0 ] || echo " Gres=gpu:fake:$GPUS")"
+            echo "NodeName=$n NodeHostname=$n NodeAddr=$SUBNET.$((10 + i)) CPUs=$CPUS RealMemory=$MEM$gres"
         done
         echo "PartitionName=train  Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10  PreemptMode=REQUEUE GraceTime=$GRACE"
         echo "PartitionName=urgent Nodes=ALL Default=NO  MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF"
@@ -171,8 +172,8 @@ all_idle() { [ "$(client sinfo -h -N -p train -o %t | grep -cx idle)" = "$NODES"
 
 watch_owner() {
     [ -n "$OWNER" ] || return 0
-    SLURM_TEST_DIR=$DIR setsid bash -c 'while kill -0 "$1" 2>/dev/null; do sleep 1; done; exec bash "$2" stop' watch "$OWNER" "$0" "$DIR" \
-        </dev/null >>"$DIR/log/watch.log" 2>&1 &
+    SLURM_TEST_DIR=$DIR setsid bash -c 'while kill -0 "$1" 2>/dev/null; do sleep 1; done; exec bash "$2" stop' \
+        watch "$OWNER" "$0" "$DIR" </dev/null >>"$DIR/log/watch.log" 2>&1 &
     echo $! >"$DIR/run/watch.pid"; disown
 }
 
