@@ -114,8 +114,8 @@ class SlurmConfig:
     snapshot_code: bool = True
     # Whether each life looks at its nodes before it trains on them.
     health: bool = True
-    # Folder on each node's own disk that the data is copied to first, such as /scratch or $TMPDIR/data, where variables are those of
-    # the node; null reads it where it lies.
+    # Folder on each node's own disk that the data is copied to first, such as /scratch or $TMPDIR/data (variables are those of the
+    # node); null reads it where it lies.
     stage_to: str | None = None
 
     @property
