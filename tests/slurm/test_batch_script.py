@@ -249,6 +249,17 @@ def test_what_muybridge_cancel_marked_is_not_requeued(make_run: MakeRun) -> None
     assert len(run.events("start")) == 1
 
 
+def test_what_was_cancelled_before_the_training_does_not_train(make_run: MakeRun) -> None:
+    run = make_run(health='wait_for "$run_dir/go"')
+    run.submit(*ONE)
+    run.wait_for_phase("health")
+    (run.folder / "cancelled").touch()
+    (run.run_dir / "go").touch()
+    assert run.to_end() == "COMPLETED"
+    assert run.decisions() == ["cancelled"]
+    assert not (run.life_dir() / "given-train-0.argv").exists()
+
+
 def test_what_a_person_stopped_stays_stopped(make_run: MakeRun) -> None:
     run = make_run(train='wait_for "$run_dir/STOP"; leave 75 user "a file STOP"')
     run.submit(*TWO_BY_TWO)
