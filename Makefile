@@ -26,7 +26,7 @@ quickstart: $(VENV)/.core-installed ## data, VAE, DiT and generated videos in ru
 	$(IN_VENV) muybridge quickstart $(ARGS)
 
 test: $(VENV)/.dev-installed ## the whole CPU test suite
-	$(IN_VENV) $(TEST_ENV) python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(IN_VENV) $(TEST_ENV) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-faults: $(VENV)/.dev-installed ## more faults done to real runs than `make test` does; minutes
 	$(IN_VENV) $(TEST_ENV) python -m pytest -n 2 --dist loadfile -m faults tests/faults $(ARGS)

@@ -40,6 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.timeout = PATIENCE * float(config.getini("timeout"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # It takes minutes, and waits most of the time: the other worker goes through all other files meanwhile.
+    items.sort(key=lambda item: item.path.parts[-2:] != ("slurm", "test_training.py"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def user_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder that stands for the user's caches, of which nothing is read or written."""

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from muybridge.tests.patience import PATIENCE
+
 _SCRIPT = Path(__file__).with_name("cluster.sh")
 _COMMAND_SECONDS = 120.0
 _LOG_LINES = 40
@@ -16,11 +18,6 @@ _LOG_LINES = 40
 _PRESETS = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_", "SCONTROL_", "SRUN_")
 
 NODES = ("n1", "n2", "n3")
-
-
-def patience() -> float:
-    """By how much waits are stretched, for a machine that is busy or slow."""
-    return float(os.environ.get("MUYBRIDGE_TEST_PATIENCE", "1"))
 
 
 def why_no_cluster() -> str:
@@ -138,10 +135,10 @@ class Cluster:
 
     def wait_for(self, condition: Callable[[], object], seconds: float, what: str) -> None:
         """Poll until the condition holds; else the test fails with the logs of the jobs it asked about and slurmctld's."""
-        deadline = time.monotonic() + seconds * patience()
+        deadline = time.monotonic() + seconds * PATIENCE
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"waited {seconds * patience():.0f} s for {what}\n{self.logs()}")
+                raise AssertionError(f"waited {seconds * PATIENCE:.0f} s for {what}\n{self.logs()}")
             time.sleep(0.1)
 
     def logs(self) -> str:
@@ -163,7 +160,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_COMMAND_SECONDS * patience(),
+            timeout=_COMMAND_SECONDS * PATIENCE,
         )
         if check and done.returncode:
             raise AssertionError(f"{' '.join(argv)} ended with {done.returncode}\n{done.stdout}{done.stderr}")

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from muybridge.slurm import health, health_checks, health_devices, health_talk
-from muybridge.tests.slurm.cluster import patience
+from muybridge.tests.patience import PATIENCE
 from muybridge.tests.train.forked import Group
 
 Spoil = Callable[[int, Path], None]
 # Of cases in which somebody is waited for in vain; those that are sound need a second or two of it.
-WAITED = str(18 * patience())
+WAITED = str(18 * PATIENCE)
 _GPU = "{0}, GPU-{0}, NVIDIA H200, 570.1, 143771, {1}, 30, {2}, No, {3}, Not Active, Not Active, Not Active"
 
 

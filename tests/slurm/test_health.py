@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from muybridge.slurm.health_table import load_table
-from muybridge.tests.slurm.cluster import Cluster, patience
+from muybridge.tests.patience import PATIENCE
+from muybridge.tests.slurm.cluster import Cluster
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_a_taken_port_is_the_fault_of_the_node_of_rank_0_alone(root: Path, found
 def test_every_process_leaves_by_the_deadline(found: dict[str, dict[str, Any]]) -> None:
     for case in ("has_faults", "loses_a_node", "loses_a_rank", "loses_rank_0", "has_no_port"):
         # Rank 0 of loses_rank_0 is killed by the program, after the others have left.
-        assert max(found[case]["seconds"]) < 1.1 * 18 * patience(), case
+        assert max(found[case]["seconds"]) < 1.1 * 18 * PATIENCE, case
 
 
 def test_by_hand_one_machine_needs_nothing_but_a_folder(tmp_path: Path, command_env: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from muybridge.tests.faults.run_folder import Story, leftovers, read_rows, read_story
+from muybridge.tests.patience import PATIENCE
 from muybridge.tests.slurm.cluster import Cluster
 
 STEPS = 100
@@ -25,7 +26,7 @@ NODES = ["slurm.nodes=2", "slurm.gpus_per_node=0", "slurm.processes_per_node=2",
 START_SECONDS, REQUEUE_SECONDS, TIME_LIMIT_SECONDS = 150, 60, 120
 TRAINER = "muybridge[.]train"  # as pgrep looks for it, without finding itself
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("one_training_at_a_time")]
+pytestmark = [pytest.mark.timeout(600 * PATIENCE), pytest.mark.usefixtures("one_training_at_a_time")]
 Submit = Callable[..., "Run"]
 
 
