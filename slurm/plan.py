@@ -117,6 +117,7 @@ def build_plan(overrides: list[str], *, multirun: bool, dry_run: bool) -> Plan:
         "LEAD_SECONDS": slurm.lead_seconds,
         "RESTART_LIMIT": runs[0].config.restart_limit,
         "HEALTH": int(slurm.health),
+        "PROCESSES_PER_NODE": slurm.tasks_per_node,
     }
     script = render(template, resources=resources, numbers=numbers)
     warnings = [*slurm.warnings(), *(text for run in runs for text in _idle_places(run.config, slurm.processes))]

@@ -1,11 +1,10 @@
 """What a submission keeps of itself in the run directory: its settings, the code as it was, and where it came from."""
 
-import calendar
 import getpass
 import hashlib
-import itertools
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -91,22 +90,25 @@ def place_code(folder: Path, placement: Placement, package: Path = PACKAGE) -> P
 
 
 def place_submission(plan: Plan, placement: Placement) -> list[Path]:
-    """Write everything that the job reads, and a record of this submission in each run's slurm/submissions/TIME; returns those.
+    """Write everything that the job reads, and a record of this submission in each run's slurm/submissions/NAME; returns those.
 
     Raises OSError.
     """
-    now = time.gmtime()
+    now = time.time()
+    name = submission_name(now)
     code = ""
     if plan.slurm.snapshot_code:
         code = str(place_code(plan.submit_dir / "slurm" / "code", placement))
-    records = [_new_record(run.run_dir / "slurm" / "submissions", now) for run in plan.runs]
+    records = [run.run_dir / "slurm" / "submissions" / name for run in plan.runs]
     for run, record in zip(plan.runs, records):
         placement.write(record / "config.yaml", yaml.safe_dump(plain(run.config), sort_keys=False).encode())
         placement.write(record / "overrides.json", (json.dumps(run.overrides, indent=1) + "\n").encode())
         fields = [os.getcwd(), plan.slurm.python or sys.executable, code, plan.slurm.stage_to or "", *run.overrides]
         placement.write(run.run_dir / "slurm" / "command", nul_terminated(fields))
-    common = records[0] if not plan.is_sweep else _new_record(plan.submit_dir / "slurm" / "submissions", now)
-    facts = {"unix_seconds": calendar.timegm(now), **circumstances(plain(plan.slurm))}
+        # By this the job knows which lives are of its submission: clocks of machines and of file servers differ.
+        placement.write(run.run_dir / "slurm" / "submission", f"{name}\n".encode())
+    common = plan.submit_dir / "slurm" / "submissions" / name
+    facts = {"unix_seconds": round(now, 3), **circumstances(plain(plan.slurm))}
     placement.write(common / "submission.json", (json.dumps(facts, indent=1) + "\n").encode())
     placement.write(common / "changes.diff", changes_since_commit().encode())
     placement.write(common / "train.sbatch", plan.script.encode())
@@ -120,13 +122,10 @@ def nul_terminated(fields: list[str]) -> bytes:
     return b"".join(os.fsencode(text) + b"\0" for text in fields)
 
 
-def _new_record(folder: Path, now: time.struct_time) -> Path:
-    name = time.strftime("%Y%m%dT%H%M%SZ", now)
-    return next(
-        path
-        for number in itertools.count()
-        if not (path := folder / f"{name}{f'-{number}' if number else ''}").exists()
-    )
+def submission_name(now: float) -> str:
+    """The name of a submission at this time, which no other has: names sort by the time."""
+    milliseconds = int(now * 1000)
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(milliseconds // 1000))}.{milliseconds % 1000:03}Z-{secrets.token_hex(3)}"
 
 
 def circumstances(settings: dict[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ _FIELDS_OF_WORDS: dict[str, tuple[str, ...]] = {
     "option": ("options",),
 }
 # What an earlier job left, or `muybridge cancel` of one that ended before it heeded that, and would stop this one.
-_STALE = ("slurm/cancelled", "slurm/gave_up", "slurm/fruitless", "STOP")
+_STALE = ("slurm/cancelled", "slurm/gave_up", "slurm/fruitless", "slurm/bad_lives", "STOP")
 
 
 def main(argv: list[str]) -> int:

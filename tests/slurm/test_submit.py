@@ -99,7 +99,7 @@ def test_a_run_is_queued_with_everything_its_job_reads(fake_slurm: FakeSlurm, su
     text = script.read_text()
     assert "#SBATCH --nodes=4\n" in text
     assert "#SBATCH --time=24:00:00\n" in text
-    assert "\nLEAD_SECONDS=300\nRESTART_LIMIT=3\nHEALTH=1\n" in text
+    assert "\nLEAD_SECONDS=300\nRESTART_LIMIT=3\nHEALTH=1\nPROCESSES_PER_NODE=2\n" in text
     assert "Queued job 101 as first-" in printed
     assert printed.splitlines()[-3:] == [
         f"Next: muybridge status {run_dir}",
@@ -300,11 +300,30 @@ def test_what_slurm_refuses_is_told_with_the_settings_and_leaves_no_trace(
 
 def test_a_new_submission_takes_away_what_would_stop_it(fake_slurm: FakeSlurm, submit: Submit, run_dir: Path) -> None:
     (run_dir / "slurm").mkdir(parents=True)
-    for name in ("gave_up", "fruitless", "cancelled", "lives.jsonl"):
+    for name in ("gave_up", "fruitless", "bad_lives", "cancelled", "lives.jsonl"):
         (run_dir / "slurm" / name).write_text("")
     submit()
     left = {path.name for path in (run_dir / "slurm").iterdir()}
-    assert left == {"lives.jsonl", "train.sbatch", "tasks", "command", "job.json", "submissions"}
+    assert left == {"lives.jsonl", "train.sbatch", "tasks", "command", "job.json", "submission", "submissions"}
+
+
+def test_each_submission_has_a_name_of_its_own_for_all_its_runs(
+    fake_slurm: FakeSlurm, submit: Submit, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 1_790_000_000.25)  # all at the same moment
+    names = []
+    for _ in range(2):
+        submit("--multirun", "seed=1,2")
+        names.append((run_dir / "seed_1" / "slurm" / "submission").read_text())
+        assert (run_dir / "seed_2" / "slurm" / "submission").read_text() == names[-1]
+        assert (run_dir / "seed_1" / "slurm" / "submissions" / names[-1].strip() / "job.json").is_file()
+    assert names[0] != names[1]
+    assert all(re.fullmatch(r"20260921T141320\.250Z-[0-9a-f]{6}\n", name) for name in names)
+    before = files_below(run_dir)
+    fake_slurm.answer("sbatch", "echo 'sbatch: error: no' >&2; exit 1")
+    with pytest.raises(ValueError, match="Slurm does not take the job: no"):
+        submit("--multirun", "seed=1,2")
+    assert files_below(run_dir) == before
 
 
 def test_a_controller_that_is_away_has_an_exit_code_of_its_own(
