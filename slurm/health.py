@@ -134,7 +134,7 @@ def _written_code(place: Place) -> int | None:
 
 def _judge_in_place_of_rank_0(place: Place, reports: dict[str, NodeReport]) -> None:
     first, seconds = place.nodes[0], place.elapsed
-    faults = [Fault(first, "report", f"no word of rank 0 within {seconds:.0f} s")]
+    faults = [Fault(first, "silence", f"no word of rank 0 within {seconds:.0f} s")]
     if first in reports and not reports[first].is_complete:
         faults = [silence(first, reports[first], seconds=seconds)]
     for node in place.nodes[1:]:

@@ -30,6 +30,7 @@ def try_device(place: Place) -> tuple[torch.device | None, Device]:
         return device, found
     if place.local_rank >= (count := torch.cuda.device_count()):
         found.fault = f"process {place.local_rank} of the node needs GPU {place.local_rank}, and torch sees {count}"
+        found.is_out_of_sight = True
         return None, found
     device = torch.device("cuda", place.local_rank)
     try:

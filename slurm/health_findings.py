@@ -39,6 +39,7 @@ class Device:
     uuid: str = ""  # without "GPU-" in front; empty for a CPU
     fault: str = ""
     tflops: float | None = None  # of products in bfloat16; None for a CPU, which is not measured
+    is_out_of_sight: bool = False  # whether torch does not show this process the GPU that it is to have
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..train.exit_codes import ExitCode
 from .health_findings import GIB, MIB, Device, Gpu, NodeReport, SumResult
+from .health_place import SECONDS_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,19 @@ class Verdict:
 
 
 _MOST_WARNINGS = 8  # of one kind
-# A fault that all nodes have comes from how the job was set up; with these the same job would meet it again.
-_SET_UP = {"GPUs", "master's name", "shm", "memory", "run disk", "temp disk", "open files", "shared folder"}
+# A part that breaks: however many nodes have it, each has its own. What else most nodes have has one cause, and is none of theirs.
+_EACH_NODES_OWN = {"ECC", "speed"}
+# Where all nodes have these, they come from how the job was set up, and the same job would meet them again. A full disk that all
+# share is not among them: somebody may make room.
+_SET_UP = {"GPUs", "task binding", "master's name", "shm", "memory", "temp disk", "open files", "shared folder"}
 # What rank 0's node sees of the others: where it is wrong with all of them, either side may be.
-_SEEN_FROM_RANK_0 = {"report", "shared folder", "master"}
+_SEEN_FROM_RANK_0 = {"shared folder", "master"}
+# What to do about faults that are common.
+_REMEDIES = {
+    "task binding": "each task must see all GPUs of its node: ask Slurm by --gpus-per-node or --gres, and leave out what binds "
+    "GPUs to tasks (--gpus-per-task, --ntasks-per-gpu, --gpu-bind, SLURM_GPU_BIND)",
+    "silence": f"where they only need longer to start, {SECONDS_VARIABLE} sets the seconds that the check may take",
+}
 
 
 def node_faults(reports: Sequence[NodeReport], *, first: str, world: int, limits: Limits) -> list[Fault]:
@@ -123,12 +133,12 @@ def sum_faults(
 def silence(node: str, report: NodeReport | None, *, seconds: float) -> Fault:
     """A node of which the findings are missing, or not all there."""
     if report is None:
-        return Fault(node, "report", f"did not report within {seconds:.0f} s")
+        return Fault(node, "silence", f"did not report within {seconds:.0f} s")
     return Fault(node, "silence", f"fell silent: after {seconds:.0f} s it was still at {report.doing}")
 
 
 def judge(faults: Iterable[Fault], nodes: Sequence[str]) -> Verdict:
-    """Which of the nodes, rank 0's first, are bad. What all have from a common cause is no node's fault."""
+    """Which of the nodes, rank 0's first, are bad. What most of them have from a common cause is no node's fault."""
     faults = list(faults)
     verdict = Verdict(warnings=_warnings([fault for fault in faults if not fault.is_bad]))
     is_set_up = False
@@ -136,15 +146,17 @@ def judge(faults: Iterable[Fault], nodes: Sequence[str]) -> Verdict:
         found = [fault for fault in faults if fault.is_bad and fault.check == check]
         if check == "master" and any(fault.node == nodes[0] for fault in found):  # then no other can reach it
             found = [fault for fault in found if fault.node == nodes[0]]
-        who = _common_to({fault.node for fault in found}, check, nodes)
+        blamed = {fault.node for fault in found}
+        who = _common_to(blamed, check, nodes)
         if who == "all other nodes" and check == "master":
             found, who = [Fault(nodes[0], check, f"no other node reaches it: {found[0].text}")], None
         if who is None:
             for fault in found:
                 verdict.bad[fault.node] = "; ".join(filter(None, (verdict.bad.get(fault.node), fault.text)))
         else:
-            is_set_up = is_set_up or check in _SET_UP
-            verdict.common.append(": ".join(filter(None, (who, found[0].text))))
+            is_set_up = is_set_up or (check in _SET_UP and (who.startswith("all ") or check == "task binding"))
+            text = "; ".join(filter(None, (found[0].text, _REMEDIES.get(check))))
+            verdict.common.append(": ".join(filter(None, (who, text))))
     if is_set_up:
         verdict.code = ExitCode.config
     elif verdict.bad or verdict.common:
@@ -169,20 +181,25 @@ def _common_to(blamed: set[str], check: str, nodes: Sequence[str]) -> str | None
     """Whose fault it is if not single nodes'; None if it is theirs."""
     if "" in blamed:
         return ""
-    if check in _SET_UP and 1 < len(nodes) == len(blamed):
+    if check in _EACH_NODES_OWN or (len(nodes) == 1 and check != "task binding"):
+        return None
+    if len(blamed) == len(nodes):
         return "all nodes"
     if check in _SEEN_FROM_RANK_0 and nodes[0] not in blamed and 1 < len(blamed) == len(nodes) - 1:
         return "all other nodes"
-    return None
+    return f"{len(blamed)} of {len(nodes)} nodes" if len(blamed) > len(nodes) / 2 else None
 
 
 def _own_faults(report: NodeReport, world: int, limits: Limits) -> Iterable[tuple[str, str, bool]]:
     """Check, text, whether the node is bad."""
     processes = len(report.ranks)
+    without = [device for device in report.devices if device.is_out_of_sight]
+    # Of a node alone that has two GPUs, one may have been lost; where all tasks but the first see none of theirs, none was.
+    is_bound = bool(without) and (world > processes or len(without) == processes - 1 > 1)
     if report.gpus_needed:
         if report.smi_fault:
             yield "GPUs", report.smi_fault, True
-        elif len(report.gpus) < report.gpus_needed:
+        elif len(report.gpus) < report.gpus_needed and not is_bound:  # which hides GPUs from nvidia-smi as well
             yield "GPUs", f"nvidia-smi lists {len(report.gpus)} GPUs of {report.gpus_needed}", True
         if any(not device.uuid and not device.fault for device in report.devices):
             yield "GPUs", "torch sees no GPU (torch.cuda.is_available() is false)", True
@@ -192,7 +209,8 @@ def _own_faults(report: NodeReport, world: int, limits: Limits) -> Iterable[tupl
                 yield from ((check, f"GPU {gpu.index} {text}", bad) for check, text, bad in _gpu_faults(gpu, limits))
     for device in report.devices:
         if device.fault:
-            yield "products", f"rank {device.rank}: {device.fault}", True
+            check = "task binding" if is_bound and device.is_out_of_sight else "products"
+            yield check, f"rank {device.rank}: {device.fault}", True
     if report.silent_ranks:
         yield "products", f"{_ranks(report.silent_ranks)} did not say how their devices are", True
     shm = min(report.shm_bytes, report.memory_bytes)

@@ -52,7 +52,7 @@ def has_faults(rank: int, folder: Path) -> None:
 
 
 def loses_a_node(rank: int, folder: Path) -> None:
-    """Of three nodes, n2 is not there at all, and n3 hangs in its driver."""
+    """Of four nodes, n2 is not there at all, and n3 hangs in its driver."""
     os.environ["MUYBRIDGE_HEALTH_SECONDS"] = WAITED
     if rank == 1:
         os._exit(0)
@@ -117,7 +117,7 @@ def put_clock_ahead(seconds: float) -> None:
 CASES: dict[Spoil, tuple[int, int]] = {  # nodes, processes on each
     is_sound: (2, 2),
     has_faults: (6, 1),
-    loses_a_node: (3, 1),
+    loses_a_node: (4, 1),
     loses_a_rank: (2, 2),
     loses_rank_0: (3, 1),
     has_small_shm: (2, 2),

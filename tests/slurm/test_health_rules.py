@@ -221,17 +221,76 @@ def test_hardware_of_all_nodes_may_be_broken_but_a_set_up_that_no_node_can_meet_
     assert (judge(on(NODES, "ECC"), NODES).code, list(judge(on(NODES, "ECC"), NODES).bad)) == (75, NODES)
     verdict = judge(on(NODES, "shm", "/dev/shm is small"), NODES)
     assert (verdict.code, verdict.bad, verdict.common) == (64, {}, ["all nodes: /dev/shm is small"])
-    assert list(judge(on(["n1", "n3"], "shm"), NODES).bad) == ["n1", "n3"]
+    assert list(judge(on(["n2"], "shm"), NODES).bad) == ["n2"]
     assert list(judge(on(["n1"], "shm"), ["n1"]).bad) == ["n1"]
 
 
 def test_what_is_wrong_between_rank_0_and_all_others_is_not_blamed_on_all_others() -> None:
-    verdict = judge([silence(node, None, seconds=30) for node in ("n2", "n3")], NODES)
-    assert (verdict.code, verdict.bad, verdict.common) == (75, {}, ["all other nodes: did not report within 30 s"])
     assert list(judge([silence("n2", None, seconds=30)], ["n1", "n2"]).bad) == ["n2"]
     assert judge(on(["n2", "n3"], "shared folder"), NODES).code == 64
     verdict = judge(on(["n2", "n3"], "master", "does not reach it"), NODES)
     assert verdict.bad == {"n1": "no other node reaches it: does not reach it"}
+
+
+@pytest.mark.parametrize("check", ["silence", "products", "folder", "GPU memory", "run disk", "clock", "sum"])
+def test_what_most_nodes_have_is_no_nodes_fault(check: str) -> None:
+    names = [f"n{number}" for number in range(1, 65)]
+    verdict = judge(on(names, check, "Disk quota exceeded"), names)
+    assert (verdict.code, verdict.bad) == (75, {})
+    assert verdict.common[0].startswith("all nodes: Disk quota exceeded")
+    verdict = judge(on(names[:33], check), names)
+    assert (verdict.code, verdict.bad) == (75, {})
+    assert verdict.common[0].startswith("33 of 64 nodes: x")
+    assert list(judge(on(names[:32], check), names).bad) == names[:32]
+    assert list(judge(on(["n1"], check), ["n1"]).bad) == ["n1"]
+
+
+@pytest.mark.parametrize("check", ["ECC", "speed"])
+def test_parts_that_break_are_their_nodes_fault_however_many_there_are(check: str) -> None:
+    assert list(judge(on(["n1", "n2"], check), NODES).bad) == ["n1", "n2"]
+
+
+def test_a_set_up_that_some_node_meets_is_tried_again() -> None:
+    verdict = judge(on(["n1", "n3"], "shm"), NODES)
+    assert (verdict.code, verdict.bad, verdict.common) == (75, {}, ["2 of 3 nodes: x"])
+
+
+def test_most_nodes_that_need_longer_to_start_are_not_bad_and_the_words_say_how_to_give_them_longer() -> None:
+    at_import = report(3, is_complete=False, doing="the import of torch")
+    verdict = judge([silence("n2", None, seconds=30), silence("n3", at_import, seconds=30)], NODES)
+    assert (verdict.code, verdict.bad) == (75, {})
+    (words,) = verdict.common
+    assert words.startswith("2 of 3 nodes: did not report within 30 s; ")
+    assert "MUYBRIDGE_HEALTH_SECONDS" in words
+
+
+def without_gpus(number: int, *, processes: int = 2) -> NodeReport:
+    """Of a node where Slurm shows each task one GPU only."""
+    ranks = [processes * (number - 1) + local for local in range(processes)]
+    text = "process {0} of the node needs GPU {0}, and torch sees 1"
+    devices = [Device(ranks[0], "NVIDIA H200", "u0", "", tflops=700.0)]
+    devices += [Device(rank, fault=text.format(rank % processes), is_out_of_sight=True) for rank in ranks[1:]]
+    return report(number, ranks=ranks, gpus=[gpu(0)], gpus_needed=processes, devices=devices)
+
+
+@pytest.mark.parametrize(("nodes", "processes"), [(2, 2), (3, 8), (1, 8)])
+def test_tasks_that_see_one_gpu_each_are_the_jobs_fault_and_the_words_say_what_to_change(
+    nodes: int, processes: int
+) -> None:
+    reports = [without_gpus(number, processes=processes) for number in range(1, nodes + 1)]
+    found = node_faults(reports, first="n1", world=nodes * processes, limits=LIMITS)
+    verdict = judge(found, [one.node for one in reports])
+    assert (verdict.code, verdict.bad) == (64, {})
+    (words,) = verdict.common
+    assert "rank 1: process 1 of the node needs GPU 1, and torch sees 1; each task must see all GPUs" in words
+    assert "--gpus-per-task" in words
+    assert "--gpu-bind" in words
+
+
+def test_a_node_that_lost_a_gpu_is_bad() -> None:
+    for nodes in ([without_gpus(1)], [report(1), without_gpus(2), report(3)]):
+        found = node_faults(nodes, first="n1", world=2 * len(nodes), limits=LIMITS)
+        assert list(judge(found, [one.node for one in nodes]).bad) == [f"n{min(2, len(nodes))}"]
 
 
 def test_warnings_alone_let_training_begin() -> None:
@@ -328,7 +387,10 @@ def test_a_process_without_a_gpu_of_its_own_says_so(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     place = replace(find_place(tmp_path, {}), local_rank=1)
-    assert try_device(place) == (None, Device(0, fault="process 1 of the node needs GPU 1, and torch sees 1"))
+    assert try_device(place) == (
+        None,
+        Device(0, fault="process 1 of the node needs GPU 1, and torch sees 1", is_out_of_sight=True),
+    )
 
     def lost(_: object) -> None:
         raise RuntimeError("CUDA error: GPU is lost")
