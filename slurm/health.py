@@ -1,12 +1,13 @@
-"""Looks at all nodes of a job before it trains, in less than a minute: which nodes are bad, and why.
+"""Looks at all nodes of a job before it trains, mostly in less than a minute: which nodes are bad, and why.
 
     python -m muybridge.slurm.health RUN_DIR
 
 One process for each training process, as the batch script starts it; by hand, with any folder that is to be tried, on one machine
 or with srun inside of an allocation. The main thread keeps the deadlines: no check that hangs, and no node that does, keeps the
-others. What a node finds out alone is in the life's folder before it meets the others, so that one that cannot is named all the
-same; only nodes that are sound by themselves then add up with each other. Rank 0 judges, or, if it falls silent, the first node
-that reported.
+others. The last process has left 55 s after its start, and with many nodes a second later for each further one, at most after
+300 s; MUYBRIDGE_HEALTH_SECONDS sets another time. What a node finds out alone is in the life's folder before it meets the others,
+so that one that cannot is named all the same; only nodes that are sound by themselves then add up with each other. Rank 0 judges,
+or, if it falls silent, the first node that reported.
 
 Writes LIFE/health/NODE.json for each node, LIFE/bad_nodes (NODE, tab, reason) where there are any, and RUN_DIR/slurm/health.json.
 Ends with 0 where all is well or worth no more than a warning, 75 where nodes are bad, 64 where all nodes have the same fault, which
@@ -29,17 +30,26 @@ from ..train.exit_codes import ExitCode
 from ..train.life import Asked, tell_end
 from ..train.open_files import allow_open_files
 from .health_findings import NodeReport, SumResult, replace_file
-from .health_place import SECONDS_VARIABLE, Place, find_place
+from .health_place import (
+    DEFAULT_SECONDS,
+    MOST_DEFAULT_SECONDS,
+    SECONDS_PER_FURTHER_NODE,
+    SECONDS_VARIABLE,
+    Place,
+    find_place,
+)
 from .health_rules import Fault, Limits, Verdict, judge, node_faults, silence, sum_faults
 from .health_table import FILE_NAME, load_table, make_table, print_table, save_table
 from .health_talk import TO_RANK_0, Talk, report_file
 
+_FURTHER = f"{SECONDS_PER_FURTHER_NODE:.0f} s more for each further node, up to {MOST_DEFAULT_SECONDS:.0f} s"
 USAGE = f"""\
 usage: python -m muybridge.slurm.health FOLDER
        srun [--ntasks-per-node N] python -m muybridge.slurm.health FOLDER     in an allocation: one task for each GPU
 
 Look whether the nodes of a job can train: GPUs, memory, disks, clocks, versions, products, and sums over all processes. FOLDER is a
-run's directory, or any folder on the file system that runs are on. Takes less than a minute ({SECONDS_VARIABLE} sets the limit).
+run's directory, or any folder on the file system that runs are on. Takes at most
+{DEFAULT_SECONDS:.0f} s, and {_FURTHER}; {SECONDS_VARIABLE} sets another limit.
 Prints a table and the bad nodes; ends with 0 (sound), 75 (bad nodes) or 64 (what all nodes have: a fault of the set-up)."""
 
 

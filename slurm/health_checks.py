@@ -21,7 +21,6 @@ from ..redaction import environment_without_secrets
 from .health_findings import MIB, Gpu, NodeReport, one_line
 from .health_place import Place
 
-SMI_SECONDS = 10.0  # of both questions to nvidia-smi; without the persistence daemon a node of 8 GPUs takes 5
 WRITE_BYTES = 8 * MIB  # of each node: hundreds of them write a few GB at the same time
 _WRITE_SECONDS = 4.0  # after which a slow file system has shown what it can
 _READ_TRIES = 4
@@ -51,18 +50,22 @@ class SmiError(RuntimeError):
     """nvidia-smi did not say what it was asked."""
 
 
+class SmiTimeout(SmiError):
+    """Nor anything else, for too long: without the persistence daemon 8 GPUs take 20 s where processes start beside it."""
+
+
 def look_at_node(place: Place, report: NodeReport) -> None:
     """Write all that local rank 0 can tell of its node into its report, also what it could not find out; nothing raises."""
     try:
-        report.gpus = ask_gpus()
+        report.gpus = ask_gpus(place.left(place.deadlines.smi))
     except SmiError as error:
         report.smi_fault = one_line(error)
+        report.has_smi_timed_out = isinstance(error, SmiTimeout)
     report.gpus_needed = place.local_world if _wants_gpus(report.gpus) else 0
     report.versions = {"python": platform.python_version(), **_torch_version(), "muybridge's code": code_hash()}
-    if report.gpus_needed:
-        models = sorted({gpu.model for gpu in report.gpus})
-        report.versions["driver"] = ", ".join(sorted({gpu.driver for gpu in report.gpus})) or "none"
-        report.versions["GPU"] = ", ".join(models) or "none"
+    if report.gpus_needed and report.gpus:
+        report.versions["driver"] = ", ".join(sorted({gpu.driver for gpu in report.gpus}))
+        report.versions["GPU"] = ", ".join(sorted({gpu.model for gpu in report.gpus}))
     memory = psutil.virtual_memory()
     report.memory_bytes, report.node_memory_bytes = memory.available, memory.total
     report.shm_bytes = _free_bytes(Path("/dev/shm"))
@@ -90,9 +93,9 @@ def _wants_gpus(gpus: list[Gpu]) -> bool:
     return bool(gpus or visible) or os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
 
 
-def ask_gpus() -> list[Gpu]:
-    """The node's GPUs as nvidia-smi has them. Raises SmiError where it is missing, fails or hangs."""
-    until = time.monotonic() + SMI_SECONDS
+def ask_gpus(seconds: float) -> list[Gpu]:
+    """The node's GPUs as nvidia-smi has them. Raises SmiError where it is missing or fails, SmiTimeout where it takes longer."""
+    until = time.monotonic() + seconds
     reasons = {reason: reason.replace("_", " ") for reason in _REASONS}
     gpus = []
     for row in _ask("--query-gpu", dict(_QUESTIONS), until):
@@ -112,7 +115,9 @@ def ask_gpus() -> list[Gpu]:
                 slowed_by=", ".join(words for reason, words in reasons.items() if row.get(reason) == "Active"),
             )
         )
-    with suppress(SmiError):  # cards before Ampere have none, and old drivers do not know the question
+    with suppress(
+        SmiError
+    ):  # there may be no time left; cards before Ampere have none, and old drivers do not know the question
         remaps = {
             row["uuid"].removeprefix("GPU-"): row for row in _ask("--query-remapped-rows", _REMAP_QUESTIONS, until)
         }
@@ -141,6 +146,7 @@ def _ask(question: str, names: dict[str, str], until: float) -> list[dict[str, s
 
 def _run_smi(arguments: list[str], until: float) -> tuple[int, str]:
     """Exit code and output. Without a wait for its end: a driver that hangs does not even let it be killed."""
+    began = time.monotonic()
     try:
         process = subprocess.Popen(
             ["nvidia-smi", *arguments],
@@ -159,7 +165,7 @@ def _run_smi(arguments: list[str], until: float) -> tuple[int, str]:
         answer, _ = process.communicate(timeout=max(0.1, until - time.monotonic()))
     except subprocess.TimeoutExpired as error:
         process.kill()
-        raise SmiError(f"nvidia-smi did not answer within {SMI_SECONDS:.0f} s") from error
+        raise SmiTimeout(f"nvidia-smi did not answer within {time.monotonic() - began:.0f} s") from error
     return process.returncode, answer
 
 

@@ -55,6 +55,7 @@ class NodeReport:
     gpus_needed: int = 0
     gpus: list[Gpu] = field(default_factory=list)
     smi_fault: str = ""
+    has_smi_timed_out: bool = False
     versions: dict[str, str] = field(default_factory=dict)  # what has to be the same on all nodes
     shm_bytes: int = 0  # free in /dev/shm
     memory_bytes: int = 0  # that processes could still have

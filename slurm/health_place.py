@@ -12,17 +12,28 @@ from pathlib import Path
 from ..train.life import FOLDER_VARIABLE, NODE_VARIABLE
 
 SECONDS_VARIABLE = "MUYBRIDGE_HEALTH_SECONDS"
-# With it the last process has left before a minute is over. Half of it must do for the start of Python and torch from a file system
-# that all nodes read at the same time: more for a cluster where that takes longer.
+# With these the last process of one node has left before a minute is over. Half of the seconds must do for the start of Python and
+# torch from a file system that all nodes read at the same time, so each further node gets some more, up to a limit: a node that
+# hangs keeps the others for as long.
 DEFAULT_SECONDS = 55.0
+SECONDS_PER_FURTHER_NODE = 1.0
+MOST_DEFAULT_SECONDS = 300.0
 _LEAST_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """When what has to be over, in seconds since this process began; each leaves the next one time to be told."""
+    """When what has to be over, in seconds since this process began; each leaves the next one time to be told.
+
+    The total is 55 s for one node and a second more for each further one, at most 300 s; MUYBRIDGE_HEALTH_SECONDS sets another.
+    """
 
     total: float
+
+    @property
+    def smi(self) -> float:
+        """nvidia-smi has answered by now, or is left alone."""
+        return 0.3 * self.total
 
     @property
     def devices(self) -> float:
@@ -99,9 +110,6 @@ def find_place(run_dir: Path, environment: Mapping[str, str] = os.environ) -> Pl
     Raises ValueError for a variable that does not hold what it must.
     """
     began = time.monotonic()
-    seconds = _number(environment, SECONDS_VARIABLE, DEFAULT_SECONDS)
-    if seconds < _LEAST_SECONDS:
-        raise ValueError(f"{SECONDS_VARIABLE}={seconds:g} must be at least {_LEAST_SECONDS:g} (seconds)")
     run_dir = run_dir.absolute()
     nodes = node_names(environment.get("SLURM_STEP_NODELIST", ""))
     # Slurm gives a batch script ranks, too; those of a step come with its node list.
@@ -117,6 +125,10 @@ def find_place(run_dir: Path, environment: Mapping[str, str] = os.environ) -> Pl
             f"WORLD_SIZE={world} with LOCAL_WORLD_SIZE={local_world} are several nodes, which only Slurm can name: start the check "
             "with srun, or for one node alone without these variables"
         )
+    usual = min(DEFAULT_SECONDS + SECONDS_PER_FURTHER_NODE * (len(nodes) - 1), MOST_DEFAULT_SECONDS)
+    seconds = _number(environment, SECONDS_VARIABLE, usual)
+    if seconds < _LEAST_SECONDS:
+        raise ValueError(f"{SECONDS_VARIABLE}={seconds:g} must be at least {_LEAST_SECONDS:g} (seconds)")
     life_dir = environment.get(FOLDER_VARIABLE, "")
     if not life_dir and not run_dir.is_dir():  # by hand; for a job, a folder that one node lacks is that node's fault
         raise ValueError(f"{run_dir} is not a folder: name one on the file system that runs are on")

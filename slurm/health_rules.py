@@ -77,6 +77,8 @@ _EACH_NODES_OWN = {"ECC", "speed"}
 _SET_UP = {"GPUs", "task binding", "master's name", "shm", "memory", "temp disk", "open files", "shared folder"}
 # What rank 0's node sees of the others: where it is wrong with all of them, either side may be.
 _SEEN_FROM_RANK_0 = {"shared folder", "master"}
+# Versions that a run goes on with: while nodes get another driver one after the other, half of them have the old one.
+_MAY_DIFFER = {"driver", "GPU", "python"}
 # What to do about faults that are common.
 _REMEDIES = {
     "task binding": "each task must see all GPUs of its node: ask Slurm by --gpus-per-node or --gres, and leave out what binds "
@@ -165,15 +167,17 @@ def judge(faults: Iterable[Fault], nodes: Sequence[str]) -> Verdict:
 
 
 def _warnings(faults: Sequence[Fault]) -> list[str]:
-    """One line each; what many nodes have gets one line with the first of them."""
+    """One line each; what many nodes have gets one line with the first of them and some names."""
     lines = []
     for check in dict.fromkeys(fault.check for fault in faults):
         found = [fault for fault in faults if fault.check == check]
-        others = len({fault.node for fault in found}) - 1
-        if others < _MOST_WARNINGS:
+        others = list(dict.fromkeys(fault.node for fault in found))[1:]
+        if len(others) < _MOST_WARNINGS:
             lines += [f"{fault.node}: {fault.text}" for fault in found]
         else:
-            lines.append(f"{found[0].node}: {found[0].text}; and {others} other nodes in the same way")
+            names = ", ".join(others[:_MOST_WARNINGS])
+            more = f" and {len(others) - _MOST_WARNINGS} more" if len(others) > _MOST_WARNINGS else ""
+            lines.append(f"{found[0].node}: {found[0].text}; in the same way {names}{more}")
     return lines
 
 
@@ -198,7 +202,8 @@ def _own_faults(report: NodeReport, world: int, limits: Limits) -> Iterable[tupl
     is_bound = bool(without) and (world > processes or len(without) == processes - 1 > 1)
     if report.gpus_needed:
         if report.smi_fault:
-            yield "GPUs", report.smi_fault, True
+            has_all = len(report.devices) == processes and all(device.uuid for device in report.devices)
+            yield "GPUs", report.smi_fault, not (report.has_smi_timed_out and has_all)
         elif len(report.gpus) < report.gpus_needed and not is_bound:  # which hides GPUs from nvidia-smi as well
             yield "GPUs", f"nvidia-smi lists {len(report.gpus)} GPUs of {report.gpus_needed}", True
         if any(not device.uuid and not device.fault for device in report.devices):
@@ -269,13 +274,16 @@ def _minorities(reports: Sequence[NodeReport], first: str) -> list[Fault]:
     """Nodes that have something else than most; of as many on both sides, than the node of rank 0."""
     faults = []
     for name in sorted({name for report in reports for name in report.versions}):
-        values = {report.node: report.versions.get(name, "none") for report in reports}
+        is_bad = name not in _MAY_DIFFER
+        values = {
+            report.node: report.versions.get(name, "none") for report in reports if is_bad or name in report.versions
+        }
         counts = Counter(values.values())
         usual = max(counts, key=lambda value: (counts[value], values.get(first) == value))
         for node, value in values.items():
             if value != usual:
-                text = f"{name} is {value}, and {usual} on {counts[usual]} of {len(reports)} nodes"
-                faults.append(Fault(node, "versions", text))
+                text = f"{name} is {value}, and {usual} on {counts[usual]} of {len(values)} nodes"
+                faults.append(Fault(node, "versions" if is_bad else name, text, is_bad))
     return faults
 
 

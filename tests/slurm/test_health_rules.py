@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from muybridge.slurm import health_checks
-from muybridge.slurm.health_checks import SmiError, ask_gpus, code_hash, read_fault
+from muybridge.slurm.health_checks import SmiError, SmiTimeout, ask_gpus, code_hash, look_at_node, read_fault
 from muybridge.slurm.health_devices import try_device
 from muybridge.slurm.health_findings import GIB, MIB, Device, Gpu, NodeReport, SumResult, one_line
 from muybridge.slurm.health_place import find_place, node_names
@@ -151,6 +151,32 @@ def test_the_node_with_other_versions_than_most_is_bad_and_of_two_the_one_withou
         ("n1: torch is 2.11.0, and 2.13.0 on 3 of 5 nodes", True),
         ("n2: torch is 2.11.0, and 2.13.0 on 3 of 5 nodes", True),
     ]
+
+
+def test_another_driver_card_or_patch_of_python_is_worth_a_warning() -> None:
+    usual = {"torch": "2.13.0", "python": "3.11.4", "driver": "570.1", "GPU": "NVIDIA H200"}
+    other = {"torch": "2.13.0", "python": "3.11.9", "driver": "575.2", "GPU": "NVIDIA H200 NVL"}
+    assert faults(report(1, versions=usual), report(2, versions=other)) == [
+        ("n2: GPU is NVIDIA H200 NVL, and NVIDIA H200 on 1 of 2 nodes", False),
+        ("n2: driver is 575.2, and 570.1 on 1 of 2 nodes", False),
+        ("n2: python is 3.11.9, and 3.11.4 on 1 of 2 nodes", False),
+    ]
+    assert faults(report(1, versions=usual), report(2, versions={"torch": "2.13.0", "python": "3.11.4"})) == []
+
+
+@pytest.mark.parametrize("name", ["torch", "NCCL", "muybridge's code"])
+def test_another_torch_nccl_or_code_is_bad(name: str) -> None:
+    assert faults(report(1, versions={name: "1"}), report(2, versions={name: "2"})) == [
+        (f"n2: {name} is 2, and 1 on 1 of 2 nodes", True)
+    ]
+
+
+def test_an_nvidia_smi_that_takes_too_long_is_no_fault_of_a_node_whose_gpus_torch_sees() -> None:
+    text = "nvidia-smi did not answer within 16 s"
+    late = report(1, gpus=[], smi_fault=text, has_smi_timed_out=True)
+    assert faults(late) == [(f"n1: {text}", False)]
+    assert faults(replace(late, devices=[], silent_ranks=[0, 1]))[0] == (f"n1: {text}", True)
+    assert faults(replace(late, devices=[Device(0, "cpu"), Device(1, "cpu")]))[0] == (f"n1: {text}", True)
 
 
 def test_a_clock_is_judged_against_most_clocks_and_not_against_rank_0s() -> None:
@@ -301,7 +327,7 @@ def test_warnings_alone_let_training_begin() -> None:
 def test_a_warning_about_many_nodes_is_one_line() -> None:
     names = [f"n{number}" for number in range(1, 300)]
     verdict = judge([Fault(name, "memory", f"{name} is short", is_bad=False) for name in names], names)
-    assert verdict.warnings == ["n1: n1 is short; and 298 other nodes in the same way"]
+    assert verdict.warnings == ["n1: n1 is short; in the same way n2, n3, n4, n5, n6, n7, n8, n9 and 290 more"]
 
 
 def test_what_no_node_can_be_blamed_for_is_tried_again() -> None:
@@ -324,7 +350,7 @@ def test_fields_that_a_card_does_not_have_are_not_known(fake_smi: Path) -> None:
     )
     expected = Gpu(0, "ab", "NVIDIA GeForce RTX 4090", "570.1", 24564.0, 24000.0, 31.0)
     expected.slowed_by = "hw slowdown, hw power brake slowdown"
-    assert ask_gpus() == [expected]
+    assert ask_gpus(30.0) == [expected]
 
 
 def test_a_field_that_a_driver_does_not_know_is_left_out(fake_smi: Path) -> None:
@@ -334,27 +360,23 @@ def test_a_field_that_a_driver_does_not_know_is_left_out(fake_smi: Path) -> None
         "*retired_pages.pending*) echo 'Field \"retired_pages.pending\" is not a valid field to query.'; exit 2;;\nesac\n"
         "echo '0, GPU-ab, NVIDIA H200, 570.1, 143771, 143000, 31, 4, Active, [N/A], Not Active, Not Active'\n"
     )
-    (found,) = ask_gpus()
+    (found,) = ask_gpus(30.0)
     assert (found.uncorrected_errors, found.has_pages_pending, found.slowed_by) == (4.0, None, "hw slowdown")
     assert (found.is_remap_pending, found.has_remap_failed) == (False, True)
 
 
-def test_an_nvidia_smi_that_hangs_fails_or_is_missing_is_named_so(
-    fake_smi: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(health_checks, "SMI_SECONDS", 0.3)
+def test_an_nvidia_smi_that_hangs_fails_or_is_missing_is_named_so(fake_smi: Path) -> None:
     fake_smi.write_text("#!/bin/sh\nexec sleep 60\n")
     began = time.monotonic()
-    with pytest.raises(SmiError, match="nvidia-smi did not answer within 0 s"):
-        ask_gpus()
+    with pytest.raises(SmiTimeout, match="nvidia-smi did not answer within 0 s"):
+        ask_gpus(0.3)
     assert time.monotonic() - began < 30
-    monkeypatch.setattr(health_checks, "SMI_SECONDS", 30.0)
     fake_smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not reach the driver'\nexit 9\n")
     with pytest.raises(SmiError, match=r"nvidia-smi failed \(9\): NVIDIA-SMI has failed because"):
-        ask_gpus()
+        ask_gpus(30.0)
     fake_smi.unlink()
     with pytest.raises(SmiError, match="nvidia-smi is not there"):
-        ask_gpus()
+        ask_gpus(30.0)
 
 
 def test_another_nodes_file_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,9 +468,42 @@ def test_a_place_that_makes_no_sense_is_refused(tmp_path: Path, environment: dic
 
 def test_the_deadlines_come_one_after_the_other(tmp_path: Path) -> None:
     ends = find_place(tmp_path, {}).deadlines
-    order = [ends.devices, ends.meeting, ends.reports, ends.waiting, ends.sums, ends.deputy, ends.total, ends.kill]
+    order = [
+        ends.smi,
+        ends.devices,
+        ends.meeting,
+        ends.reports,
+        ends.waiting,
+        ends.sums,
+        ends.deputy,
+        ends.total,
+        ends.kill,
+    ]
     assert order == sorted(order)
     assert ends.kill < 60
+
+
+def test_more_nodes_get_longer(tmp_path: Path) -> None:
+    def total(nodes: int, **changes: str) -> float:
+        names = {"SLURM_STEP_NODELIST": f"n[1-{nodes}]", "WORLD_SIZE": str(8 * nodes), "LOCAL_WORLD_SIZE": "8"}
+        return find_place(tmp_path, {**names, "RANK": "0", **changes}).deadlines.total
+
+    assert [total(nodes) for nodes in (1, 2, 64, 512)] == [55, 56, 118, 300]
+    assert total(512, MUYBRIDGE_HEALTH_SECONDS="40") == 40
+
+
+def test_nvidia_smi_has_until_its_deadline(tmp_path: Path, fake_smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_smi.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    place = find_place(tmp_path, {"MUYBRIDGE_HEALTH_SECONDS": "5"})
+    place.folder.mkdir(parents=True)
+    found = NodeReport("n1", "7", [0])
+    look_at_node(place, found)
+    assert found.smi_fault.startswith("nvidia-smi did not answer within ")
+    assert found.has_smi_timed_out
+    assert place.elapsed < 30
+    assert "driver" not in found.versions
 
 
 def test_text_of_other_programs_stays_in_its_line() -> None:
