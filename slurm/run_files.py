@@ -125,10 +125,13 @@ def read_run_files(run_dir: Path) -> RunFiles:
     found.is_cancelled = (folder / "cancelled").exists()
     if (folder / "gave_up").exists():
         found.gave_up = _text(folder / "gave_up").strip() or "the batch script did not say why"
-    fruitless = _text(folder / "fruitless").strip()
+    # Its second line is the checkpoint since which is counted; a life counts from its beginning.
+    fruitless = _text(folder / "fruitless").partition("\n")[0].strip()
     found.fruitless = int(fruitless) if fruitless.isascii() and fruitless.isdigit() else 0
     if fruitless and str(found.fruitless) != fruitless:
         found.faults.append(f"{folder / 'fruitless'} does not hold a number")
+    if found.lives and found.lives[-1].decision in ("", "done"):  # it goes on, or all is well
+        found.fruitless = max(0, found.fruitless - 1)
     # Of the life that goes on, they are not among the lines of all lives yet.
     newest = [folder / "lives" / life.name / "bad_nodes" for life in found.lives[-1:]]
     found.bad_nodes = _bad_nodes([folder / "bad_nodes", *newest])

@@ -38,6 +38,7 @@ from ..redaction import redact_output
 from ..train.compose import compose_config
 from ..train.config import SCHEMA_NAME, TrainConfig
 from ..train.exit_codes import ExitCode
+from ..train.life import Asked, tell_end
 from .copying import KEPT_FREE_SHARE, Copier, Outcome, Shard
 
 USAGE = f"""\
@@ -74,6 +75,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         if _node() == 0:  # all machines find the same mistake
             print(f"muybridge: {error}", file=sys.stderr)
+        tell_end(ExitCode.config, Asked.nobody, str(error))
         return ExitCode.config
     try:
         found = find_shards(config, folder)

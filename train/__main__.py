@@ -85,5 +85,5 @@ if __name__ == "__main__":  # torchrun starts this file, not the `muybridge` com
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":  # all ranks find the same mistake
             print(f"muybridge: {error}", file=sys.stderr)
-            tell_end(ExitCode.config, Asked.nobody, str(error))
+        tell_end(ExitCode.config, Asked.nobody, str(error))
         sys.exit(ExitCode.config)

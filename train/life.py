@@ -14,8 +14,6 @@ import socket
 from enum import StrEnum
 from pathlib import Path
 
-from .outputs import replace_text
-
 FOLDER_VARIABLE = "MUYBRIDGE_LIFE_DIR"
 # Between the warning of an end and the end.
 LEAD_VARIABLE = "MUYBRIDGE_STOP_LEAD_SECONDS"
@@ -60,12 +58,21 @@ def lead_seconds() -> float | None:
 
 
 def tell_end(code: int, asked: Asked, cause: str) -> None:
-    """Let the batch script know how the attempt ended. For rank 0."""
+    """Let the batch script know how the attempt ended.
+
+    For rank 0 or, of what all ranks find before they can talk, for each. When one ends, a launcher asks the others to end: that is
+    not why, and does not take the place of a cause.
+    """
     folder = _folder()
     if folder is None:
         return
+    path = folder / "ended"
+    staging = path.with_name(f"ended.{socket.gethostname()}-{os.getpid()}")
     try:
-        replace_text(folder / "ended", f"{int(code)}\n{asked}\n{' '.join(cause.split())}\n")
+        if asked is not Asked.nobody and path.exists():
+            return
+        staging.write_text(f"{int(code)}\n{asked}\n{' '.join(cause.split())}\n", encoding="utf-8")
+        staging.replace(path)
     except OSError as error:  # the script then takes it for a crash, and starts the run again
         _log.warning("muybridge: %s cannot be told how the run ended: %s", folder, error)
 

@@ -75,4 +75,5 @@ class OneAttempt:
             self.diary.end(step=self.step, exit_code=code, cause=cause, **excuses)
             # The script begins the next life once it has read this: the directory must be free by then.
             self.lock.release()
-            tell_end(code, asked, cause)
+            stopped = "" if asked is Asked.nobody else f"stopped at step {self.step}"
+            tell_end(code, asked, cause or stopped)

@@ -19,7 +19,7 @@ from .deepspeed_contract import check_deepspeed
 from .engine import RendezvousError, initialise_distributed
 from .exit_codes import ExitCode, exit_process
 from .guards import Diverged
-from .life import Asked, tell_end
+from .life import Asked, life_name, tell_end
 from .memory import peak_memory_words
 from .model_hash import RanksDiffer
 from .one_attempt import NoProgress, OneAttempt
@@ -63,16 +63,18 @@ def train(config: TrainConfig) -> NoReturn:
         code = trainer.run()
         outcome = Outcome(code, asked=trainer.requests.asked if code == ExitCode.requeue else Asked.nobody)
     except BaseException as error:
-        if attempt is not None and (type(error) is RuntimeError or isinstance(error, dist.DistError)):
+        if attempt is not None and (type(error) is RuntimeError or isinstance(error, (dist.DistError, StoppedInSetUp))):
             attempt.watchdog.give_way()  # ends the process, if the error is what another rank's end looks like from here
         outcome = _outcome(error, config, device, attempt)
     if outcome.text and (not outcome.is_common or os.environ.get("RANK", "0") == "0"):
         print(f"muybridge: {outcome.text}", file=sys.stderr)
     if attempt is not None:
         attempt.end(outcome.code, outcome.text, asked=outcome.asked, failed_probe=outcome.failed_probe)
-    elif os.environ.get("RANK", "0") == "0":
+    else:
         tell_end(outcome.code, outcome.asked, outcome.text)
-    exit_process(outcome.code, alone=bool(outcome.text))
+    # What the batch script of a Slurm job has been told: to srun a code is a failure, for which it ends the others.
+    is_told = life_name() and outcome.asked is not Asked.nobody and not outcome.text
+    exit_process(ExitCode.done if is_told else outcome.code, alone=bool(outcome.text))
 
 
 def _print_what_can_be_printed() -> None:

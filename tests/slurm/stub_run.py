@@ -43,19 +43,22 @@ class StubRun:
         fields = [str(run_dir), str(run_dir / "python"), str(self.folder / "code"), staged, *overrides]
         write_fields(self.folder / "command", fields)
         write_fields(self.folder / "tasks", [str(run_dir)])
+        (self.folder / "submission").write_text("first\n")
 
-    def write_script(self, *resources: str, limit: int = 3, set_up: str = "") -> Path:
+    def write_script(self, *resources: str, limit: int = 3, lead: int = 60, set_up: str = "") -> Path:
         """The batch script; `set_up` are lines where a site has its own, and each of `resources` is an option of sbatch."""
         lines = [f"#SBATCH {option}" for option in ("--job-name=stub", *resources)]
-        numbers = {"LEAD_SECONDS": 60, "RESTART_LIMIT": limit, "HEALTH": int(self.phases["health"] is not None)}
+        numbers = {"LEAD_SECONDS": lead, "RESTART_LIMIT": limit, "HEALTH": int(self.phases["health"] is not None)}
         text = render(TEMPLATE.read_text(), resources=lines, numbers=numbers)
         script = self.folder / "train.sbatch"
         script.write_text(text.replace("# module purge", f"{set_up}\n# module purge", 1))
         return script
 
-    def submit(self, *resources: str, limit: int = 3, set_up: str = "", options: Sequence[str] = ()) -> int:
+    def submit(
+        self, *resources: str, limit: int = 3, lead: int = 60, set_up: str = "", options: Sequence[str] = ()
+    ) -> int:
         """Queue a job; `options` go to sbatch itself."""
-        script = self.write_script(*resources, limit=limit, set_up=set_up)
+        script = self.write_script(*resources, limit=limit, lead=lead, set_up=set_up)
         self.job = self.cluster.sbatch([f"--chdir={self.run_dir}", *options, script])
         return self.job
 
@@ -115,6 +118,10 @@ class StubRun:
     def decisions(self) -> list[object]:
         """What the batch script decided at the end of each life."""
         return [row["decision"] for row in self.events()]
+
+    def fruitless(self) -> int:
+        """Lives in a row without a new checkpoint, as the script counts them."""
+        return int((self.folder / "fruitless").read_text().split("\n")[0])
 
     def log(self) -> str:
         """The job's log."""

@@ -15,8 +15,9 @@ def test_the_next_job_of_a_chain_has_nothing_to_do_after_a_run_that_is_done(make
     run.submit(*ONE, options=[f"--dependency=afterany:{first}"])
     assert run.to_end() == "COMPLETED"
     assert run.decisions() == ["done"]
-    # Submitted again, with more steps say, it goes on.
-    write_fields(run.folder / "command", [str(run.run_dir), str(run.run_dir / "python"), "", ""])
+    # Submitted again, with more steps say, it goes on, also where the clock of the login node is behind.
+    (run.folder / "submission").write_text("second\n")
+    os.utime(run.folder / "command", (0, 0))
     run.submit(*ONE)
     assert run.to_end() == "COMPLETED"
     assert run.decisions() == ["done", "done"]
@@ -47,7 +48,8 @@ def test_a_killed_process_costs_a_life_and_not_the_run(make_run: MakeRun, cluste
     cluster.on("n2", ["kill", "-9", pid])
     assert run.to_end() == "COMPLETED"
     assert run.decisions() == ["requeue", "done"]
-    assert (run.folder / "fruitless").read_text() == "0\n"
+    assert run.fruitless() == 1  # that of the last one, which is done
+    assert "step-5" in (run.folder / "fruitless").read_text()
 
 
 def test_a_working_folder_that_is_missing_costs_a_life(make_run: MakeRun) -> None:
@@ -78,7 +80,7 @@ def test_a_run_without_progress_is_given_up_and_progress_starts_the_count_anew(m
     run.submit(*ONE, limit=2)
     assert run.to_end() == "FAILED"
     assert run.decisions() == ["requeue", "requeue", "requeue", "give_up"]
-    assert (run.folder / "fruitless").read_text() == "2\n"
+    assert run.fruitless() == 2
     assert "2 lives in a row without a new checkpoint" in (run.folder / "gave_up").read_text()
     first = run.job
     run.submit(*ONE, limit=2)  # the next of a chain
@@ -86,12 +88,43 @@ def test_a_run_without_progress_is_given_up_and_progress_starts_the_count_anew(m
     assert [start["job"] for start in run.events("start")] == [first] * 4
 
 
+def test_lives_of_which_no_more_was_heard_are_counted(make_run: MakeRun) -> None:
+    given_up, goes_on = make_run("given up"), make_run("goes on")
+    for run in (given_up, goes_on):
+        (run.folder / "fruitless").write_text("2\nstep-5\n")
+        (run.run_dir / "checkpoints").mkdir()
+    (given_up.run_dir / "checkpoints" / "LATEST").write_text("step-5\n")
+    (goes_on.run_dir / "checkpoints" / "LATEST").write_text("step-9\n")
+    for run in (given_up, goes_on):
+        run.submit(*ONE, limit=2)
+    assert (given_up.to_end(), given_up.decisions()) == ("FAILED", ["give_up"])
+    assert "2 lives in a row without a new checkpoint" in (given_up.folder / "gave_up").read_text()
+    assert not (given_up.life_dir() / "given-train-0.argv").exists()
+    assert (goes_on.to_end(), goes_on.decisions()) == ("COMPLETED", ["done"])
+
+
+def test_a_stop_that_nobody_asked_for_is_a_life_without_progress(make_run: MakeRun) -> None:
+    # As srun stops all ranks where one has failed, and rank 0 takes that for Slurm's wish.
+    run = make_run(train="leave 75 scheduler 'stopped by SIGTERM before the first step'")
+    run.submit(*ONE, limit=2)
+    assert run.to_end() == "FAILED"
+    assert run.decisions() == ["requeue", "give_up"]
+
+
 def test_a_python_that_is_not_there_is_given_up(make_run: MakeRun) -> None:
     run = make_run()
     (run.run_dir / "python").unlink()
-    run.submit(*ONE, limit=1)
+    run.submit(*ONE)
     assert run.to_end() == "FAILED"
     assert [(end["decision"], end["code"]) for end in run.events()] == [("give_up", 127)]
+    assert "could not be started on n1" in (run.folder / "gave_up").read_text()
+
+
+def test_wrong_data_on_one_node_does_not_end_a_run_that_trained(make_run: MakeRun) -> None:
+    run = make_run(train='[ "$life" != 0 ] || { save step-5; leave 75; }; [ "$life" = 1 ] && leave 64; leave 0')
+    run.submit(*ONE)
+    assert run.to_end() == "COMPLETED"
+    assert run.decisions() == ["requeue", "requeue", "done"]
 
 
 def test_files_of_another_life_of_that_name_say_nothing(make_run: MakeRun, cluster: Cluster) -> None:
@@ -159,8 +192,11 @@ def test_a_job_that_may_not_be_requeued_submits_itself_again(make_run: MakeRun, 
     (run.run_dir / "first").write_text(str(first))
     cluster.run(["scontrol", "release", str(first)])
     run.wait_for_phase("train", ranks=4)
+    # Of another run, which is to begin when this one is done: it is not the next of a chain, and must not begin now.
+    other = cluster.sbatch([f"--dependency=afterok:{first}", "--output=/dev/null", "--wrap=true"])
     run.warn()
-    assert run.to_end() == "COMPLETED"
+    assert run.to_end() == "FAILED"
+    assert cluster.state(other) == "PENDING"
     [resubmit] = run.events("resubmit")
     assert (resubmit["life"], run.decisions()[0]) == (f"{first}.0", "resubmit")
     run.job = int(str(resubmit["job"]))
@@ -184,7 +220,7 @@ def test_a_chain_goes_on_with_its_next_job_where_requeue_is_forbidden(make_run: 
     cluster.run(["scontrol", "release", str(first)])
     run.wait_for_phase("train")
     run.warn()
-    assert run.to_end() == "COMPLETED"
+    assert run.to_end() == "FAILED"
     run.job = last
     assert run.to_end() == "COMPLETED"
     assert run.decisions() == ["resubmit", "done"]
@@ -212,6 +248,26 @@ def test_bad_nodes_are_left_out_twice_and_no_more(make_run: MakeRun, cluster: Cl
     assert run.to_end() == "FAILED"
     assert run.decisions() == ["requeue", "requeue", "give_up"]
     assert "third time" in (run.folder / "gave_up").read_text()
+
+
+def test_bad_nodes_between_checkpoints_are_no_row(make_run: MakeRun, cluster: Cluster) -> None:
+    broken = '[ $((life % 2)) = 1 ] || { printf "n3\\tbroken\\n" >"$life_dir/bad_nodes"; exit 1; }'
+    run = make_run(health=broken, train='[ "$life" -lt 7 ] || leave 0; save "step-$life"; leave 1')
+    run.submit(*ONE)
+    assert run.to_end(seconds=120) == "COMPLETED"
+    assert run.decisions() == [*["requeue"] * 7, "done"]
+
+
+def test_nodes_are_left_out_only_where_enough_are_left(make_run: MakeRun, cluster: Cluster) -> None:
+    # A fault that is not the nodes' own would otherwise leave the job waiting for ever.
+    run = make_run(
+        health='[ "$life" != 0 ] || { printf "%s\\tbroken\\n" "$SLURMD_NODENAME" >>"$life_dir/bad_nodes"; exit 1; }'
+    )
+    run.submit(*TWO_BY_TWO)
+    assert run.to_end() == "COMPLETED"
+    assert run.decisions() == ["requeue", "done"]
+    assert "too few are left" in str(run.events()[0]["why"])
+    assert cluster.job(run.job)["ExcNodeList"] == "(null)"
 
 
 # Job arrays.

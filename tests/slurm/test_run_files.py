@@ -20,7 +20,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     (slurm / "lives" / "7.1" / "bad_nodes").write_text("n3\tGPU 2 is gone\n")
     (slurm / "bad_nodes").write_text("n1\tdisk full\nn3\told\n")
     (slurm / "log-7.txt").touch()
-    (slurm / "fruitless").write_text("2\n")
+    (slurm / "fruitless").write_text("2\nstep-00000005\n")
     (slurm / "gave_up").write_text("the training diverged\n")
     files = read_run_files(tmp_path)
     assert files.faults == []
@@ -38,7 +38,11 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (second.end, second.successor, second.nodes) == (None, 9, "n[1-2]")
     assert files.job_ids() == {7, 8, 9}
     assert files.bad_nodes == [BadNode("n1", "disk full"), BadNode("n3", "GPU 2 is gone")]
-    assert (files.fruitless, files.gave_up, files.is_cancelled) == (2, "the training diverged", False)
+    assert (files.fruitless, files.gave_up, files.is_cancelled) == (
+        1,
+        "the training diverged",
+        False,
+    )  # the last life goes on
     assert files.log() == slurm / "log-7.txt"
 
 

@@ -6,6 +6,7 @@ Whatever befalls a run on its way, its losses and weights are those of a run tha
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +212,21 @@ def test_a_life_on_a_node_that_was_cut_off_spoils_nothing(
         if row["event"] in ("start", "commit")
     ]
     assert (first, "commit") not in history[history.index((second, "start")) :]
+
+
+def test_a_mistake_that_only_the_job_can_find_is_not_tried_again(
+    submit: Submit, cluster: Cluster, toy_folder: Path, tmp_path: Path
+) -> None:
+    # All ranks find it, and the first one that leaves has the others ended: the cause is told all the same.
+    latents = shutil.copytree(toy_folder / "latents", tmp_path / "latents")
+    run = submit(tmp_path / "run", f"data.latents={latents}", "slurm.health=false", "slurm.options=[--hold]")
+    shutil.rmtree(latents)
+    cluster.run(["scontrol", "release", run.job])
+    run.wait_for_state("FAILED", "COMPLETED")
+    assert run.ends() == [("0", "give_up")]
+    status = run.status()
+    assert (status["state"], status["code"]) == ("gave_up", 64)
+    assert str(latents) in status["gave_up"]
 
 
 def test_a_run_that_ends_before_its_first_checkpoint_again_and_again_is_given_up(

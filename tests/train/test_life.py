@@ -22,6 +22,15 @@ def test_the_script_reads_three_lines_whatever_the_cause_looks_like(life_folder:
     assert [path.name for path in life_folder.iterdir()] == ["ended"]
 
 
+def test_what_a_launcher_does_after_a_failure_does_not_hide_its_cause(life_folder: Path) -> None:
+    # One rank fails, and the others are ended by SIGTERM: in whatever order they come to say so.
+    life.tell_end(75, Asked.scheduler, "stopped by SIGTERM before the first step")
+    assert (life_folder / "ended").read_text().startswith("75\nscheduler\n")
+    life.tell_end(64, Asked.nobody, "data.path=x must be a folder")
+    life.tell_end(75, Asked.scheduler, "stopped by SIGTERM before the first step")
+    assert (life_folder / "ended").read_text() == "64\nnobody\ndata.path=x must be a folder\n"
+
+
 @pytest.mark.usefixtures("no_job")
 def test_outside_of_a_job_there_is_nobody_to_talk_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
