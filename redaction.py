@@ -37,6 +37,14 @@ _SIGNED_QUERY = re.compile(
 )
 # In the header of a request.
 _LOGIN = re.compile(r"\b((authorization['\"]?\s?[:=]\s?['\"]?\w{1,20}|bearer)\s)[\w.~+/=-]{16,}", re.IGNORECASE)
+# NAME=VALUE, NAME: VALUE or "NAME": "VALUE" as shells, YAML, JSON and Python write it: what stands before the value, and that.
+_ASSIGNMENT = re.compile(r"(?<!\w)(\w{1,80}+)(['\"]?[ \t]{0,8}[=:][ \t]{0,8})")
+# Of a long bare word the beginning tells.
+_BARE = r"[^\s'\"(){}\[\],;$<>|&]"
+_ASSIGNED = re.compile(
+    rf"\"(?P<double>[^\"\n]{{8,}})\"|'(?P<single>[^'\n]{{8,}})'|(?P<bare>{_BARE}{{8,200}}+)(?![({{\[])"
+)
+_REST = re.compile(rf"{_BARE}*+")
 
 
 @cache
@@ -60,6 +68,32 @@ def redacted(text: str) -> str:
             text = text.replace(form, f"[{name}]")
     text = _LOGIN.sub(r"\1[hidden]", _KEYS.sub("[hidden]", text))
     return _SIGNED_QUERY.sub(r"\1[hidden]", _USER_IN_URL.sub(r"\1[hidden]@", text))
+
+
+def without_assigned_secrets(text: str) -> str:
+    """The text of files, such as a `git diff`, with [hidden] for what is assigned to a secret's name: WANDB_API_KEY=0123..."""
+    pieces, position = [], 0
+    for match in _ASSIGNMENT.finditer(text):
+        if match.start() < position or not is_secret_name(match[1]):
+            continue
+        value = _ASSIGNED.match(text, match.end())
+        if value is not None and _may_be_secret(match, value):
+            pieces += [text[position : value.start(value.lastgroup or 0)], "[hidden]"]
+            end = value.end(value.lastgroup or 0)
+            rest = _REST.match(text, end)
+            position = rest.end() if rest is not None and value.lastgroup == "bare" else end
+    return "".join([*pieces, text[position:]])
+
+
+def _may_be_secret(assignment: re.Match[str], value: re.Match[str]) -> bool:
+    """Whether a value is none of what code gives to such a name: `key=by_name`, `token = next(tokens)`, "$HF_TOKEN"."""
+    text, name, sign = value[value.lastgroup or 0], assignment[1], assignment[2]
+    if value.lastgroup != "bare":
+        return not text.startswith("$")
+    if name.isupper() and sign == "=":
+        return True  # as in shells and files of variables
+    is_code = sign.strip() == "=" and sign != "="
+    return not is_code and bool(re.search("[0-9]", text) and re.search("[A-Za-z]", text))
 
 
 def without_secrets(value: Any) -> Any:

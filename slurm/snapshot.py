@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..redaction import environment_without_secrets, redacted
+from ..redaction import environment_without_secrets, redacted, without_assigned_secrets
 from ..train.compose import plain
 from ..train.provenance import git_commit, versions
 from .placing import Placement
@@ -64,27 +65,25 @@ def package_files(package: Path = PACKAGE) -> list[Path]:
     return sorted(path.relative_to(package) for path in [*package.glob("*.py"), *found])
 
 
-def code_hash(package: Path = PACKAGE) -> str:
-    """12 hexadecimal digits that change with the content of any of the package's files."""
+def code_hash(files: Mapping[Path, bytes]) -> str:
+    """12 hexadecimal digits that change with the name and the content of any file."""
     digest = hashlib.sha256()
-    for path in package_files(package):
-        content = (package / path).read_bytes()
+    for path, content in files.items():
         digest.update(f"{path.as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:12]
 
 
 def place_code(folder: Path, placement: Placement, package: Path = PACKAGE) -> Path:
-    """Copy the package to FOLDER/HASH/muybridge, unless it is there; returns FOLDER/HASH, for PYTHONPATH.
-
-    Copies of other states stay: jobs may be at work with them. Raises OSError.
-    """
-    root = folder / code_hash(package)
+    """Copy the package to FOLDER/HASH/muybridge, unless it is there; returns FOLDER/HASH, for PYTHONPATH. Raises OSError."""
+    # Read once: somebody may save a file at this moment, and what is copied must be what the name says.
+    files = {path: (package / path).read_bytes() for path in package_files(package)}
+    root = folder / code_hash(files)
     # Whole only once this is there, its last file.
     finished = root / "complete"
     if finished.exists():
         return root
-    for path in package_files(package):
-        placement.write(root / "muybridge" / path, (package / path).read_bytes())
+    for path, content in files.items():
+        placement.write(root / "muybridge" / path, content)
     placement.write(finished, b"")
     return root
 
@@ -155,7 +154,7 @@ def changes_since_commit(package: Path = PACKAGE) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     text = answer.stdout.decode("utf-8", errors="replace") if answer.returncode == 0 else ""
-    return redacted(text[:_MOST_DIFF_CHARACTERS])
+    return without_assigned_secrets(redacted(text[:_MOST_DIFF_CHARACTERS]))
 
 
 def _user() -> str:

@@ -9,7 +9,14 @@ from urllib.parse import quote
 
 import pytest
 
-from muybridge.redaction import environment_without_secrets, is_secret_name, redact_output, redacted, secret_in
+from muybridge.redaction import (
+    environment_without_secrets,
+    is_secret_name,
+    redact_output,
+    redacted,
+    secret_in,
+    without_assigned_secrets,
+)
 
 SECRET_NAMES = [
     *(
@@ -104,6 +111,40 @@ def test_a_login_in_a_header_is_hidden() -> None:
     assert redacted(f"authorization: Basic {token}\nx") == "authorization: Basic [hidden]\nx"
 
 
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("+export WANDB_API_KEY=0123456789abcdef # mine", "+export WANDB_API_KEY=[hidden] # mine"),
+        ("+DB_PASSWORD=correcthorse\n+x", "+DB_PASSWORD=[hidden]\n+x"),
+        ("-  password: hunter2hunter2", "-  password: [hidden]"),
+        ('+{"api_key": "correct horse battery", "n": 1}', '+{"api_key": "[hidden]", "n": 1}'),
+        ("+    token = 'abc\"defghi'", "+    token = '[hidden]'"),
+        ("+muybridge train tracking.api_key=abcdefg12", "+muybridge train tracking.api_key=[hidden]"),
+        (f"+A_KEY={'0123456789' * 50} x", "+A_KEY=[hidden] x"),
+        ("+env: HF_TOKEN=ab=cdef:ghi==, PGPASSWORD=abcdefgh", "+env: HF_TOKEN=[hidden], PGPASSWORD=[hidden]"),
+    ],
+)
+def test_what_a_text_gives_to_a_secrets_name_is_hidden(text: str, hidden: str) -> None:
+    assert without_assigned_secrets(text) == hidden
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "+    rows = sorted(rows, key=by_the_name)",
+        "+    key = projected(hidden)  # [B, L, D]",
+        "+    token = tokenizer2.first_of",
+        "+_KEYS = re.compile(pattern)",
+        '+export HF_TOKEN="$MY_OWN_TOKEN" WANDB_API_KEY=$OTHER_KEY',
+        "+def of(key: ParameterName, token: int) -> None:",
+        "+HF_TOKEN=none",
+        "+commit=0123456789abcdef0123456789abcdef01234567",
+    ],
+)
+def test_code_that_deals_with_keys_stays_as_it_is(text: str) -> None:
+    assert without_assigned_secrets(text) == text
+
+
 def test_urls_keep_their_host_and_lose_who_asks() -> None:
     assert redacted("GET https://me:pass%40@host:80/a.tar (404)") == "GET https://[hidden]@host:80/a.tar (404)"
     assert redacted("https://onlyatoken@host/a?x=1") == "https://[hidden]@host/a?x=1"
@@ -114,11 +155,28 @@ def test_urls_keep_their_host_and_lose_who_asks() -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["a", "a-", "a?b", "http://", "http://a", "?token", "&sig=", "eyJa", "sk-", "gh", "wandb_v1_", "bearer "]
+    "piece",
+    [
+        "a",
+        "a-",
+        "a?b",
+        "http://",
+        "http://a",
+        "?token",
+        "&sig=",
+        "eyJa",
+        "sk-",
+        "gh",
+        "wandb_v1_",
+        "bearer ",
+        "key=",
+        "key:'",
+    ],
 )
 def test_long_lines_take_no_long_time(piece: str) -> None:
     """Were the time to grow with the square of the length, this would take minutes and run into the suite's limit."""
     redacted(piece * 500_000)
+    without_assigned_secrets(piece * 500_000)
 
 
 def test_an_environment_without_secrets_keeps_the_rest() -> None:

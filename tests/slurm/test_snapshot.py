@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def test_the_copy_holds_the_package_and_nothing_else(checkout: Path, tmp_path: P
     wanted = ["__init__.py", "redaction.py", "train/__init__.py", "train/trainer.py", "slurm/__init__.py"]
     wanted += ["configs/__init__.py", "configs/train.yaml", "configs/experiment/mine.yaml", "slurm/train.sbatch"]
     assert found == sorted(["complete", *(f"muybridge/{name}" for name in wanted)])
-    assert folder.name == code_hash(checkout)
+    assert re.fullmatch("[0-9a-f]{12}", folder.name)
 
 
 def test_the_same_code_is_kept_once_and_other_code_beside_it(checkout: Path, tmp_path: Path) -> None:
@@ -67,10 +68,20 @@ def test_a_copy_that_was_cut_short_is_made_whole(checkout: Path, tmp_path: Path)
     assert (folder / "muybridge/train/trainer.py").read_text() == "# train/trainer.py\n"
 
 
-def test_a_name_and_its_content_are_told_apart(checkout: Path) -> None:
-    before = code_hash(checkout)
-    (checkout / "train/trainer.py").rename(checkout / "train/trainer2.py")
-    assert code_hash(checkout) != before
+def test_a_file_that_is_saved_meanwhile_is_copied_as_the_name_says(checkout: Path, tmp_path: Path) -> None:
+    class Slow(Placement):
+        def write(self, path: Path, content: bytes) -> None:
+            (checkout / "train/trainer.py").write_text("saved meanwhile")
+            super().write(path, content)
+
+    folder = place_code(tmp_path / "code", Slow(), checkout)
+    assert (folder / "muybridge/train/trainer.py").read_text() == "# train/trainer.py\n"
+    assert place_code(tmp_path / "code", Placement(), checkout) != folder
+
+
+def test_a_name_and_its_content_are_told_apart() -> None:
+    contents = [{Path("a"): b"bc"}, {Path("ab"): b"c"}, {Path("a"): b"b", Path("c"): b""}]
+    assert len({code_hash(files) for files in contents}) == 3
 
 
 def test_every_file_that_is_installed_is_copied() -> None:
@@ -100,10 +111,10 @@ def test_the_change_since_the_last_commit_is_kept_without_secrets(
     subprocess.run([*git, "commit", "-q", "-m", "first"], cwd=checkout, check=True)
     assert changes_since_commit(checkout) == ""
     monkeypatch.setenv("MY_API_KEY", SECRET)
-    (checkout / "train" / "trainer.py").write_text(f"key = '{SECRET}'\n")
+    (checkout / "train" / "trainer.py").write_text(f"key = '{SECRET}'\n# WANDB_API_KEY=0123456789abcdef\n")
     (checkout / "__init__.py").write_bytes(b"\xff\xfe")
     text = changes_since_commit(checkout)
-    assert "+key = '[MY_API_KEY]'" in text
+    assert "+key = '[hidden]'\n+# WANDB_API_KEY=[hidden]\n" in text
     assert SECRET not in text
 
 
