@@ -70,6 +70,7 @@ class NodeReport:
     devices: list[Device] = field(default_factory=list)
     silent_ranks: list[int] = field(default_factory=list)  # that did not say what they found
     name_fault: str = ""  # of the master's name
+    port_fault: str = ""  # why rank 0 could not open its store
     master_fault: str = ""  # why rank 0's store cannot be reached
     clock_skew_seconds: float | None = None  # ahead of rank 0's clock
 

@@ -142,12 +142,12 @@ def silence(node: str, report: NodeReport | None, *, seconds: float) -> Fault:
 def judge(faults: Iterable[Fault], nodes: Sequence[str]) -> Verdict:
     """Which of the nodes, rank 0's first, are bad. What most of them have from a common cause is no node's fault."""
     faults = list(faults)
+    if any(fault.check == "port" for fault in faults):  # which nobody reaches then
+        faults = [fault for fault in faults if fault.check != "master"]
     verdict = Verdict(warnings=_warnings([fault for fault in faults if not fault.is_bad]))
     is_set_up = False
     for check in dict.fromkeys(fault.check for fault in faults if fault.is_bad):
         found = [fault for fault in faults if fault.is_bad and fault.check == check]
-        if check == "master" and any(fault.node == nodes[0] for fault in found):  # then no other can reach it
-            found = [fault for fault in found if fault.node == nodes[0]]
         blamed = {fault.node for fault in found}
         who = _common_to(blamed, check, nodes)
         if who == "all other nodes" and check == "master":
@@ -185,6 +185,8 @@ def _common_to(blamed: set[str], check: str, nodes: Sequence[str]) -> str | None
     """Whose fault it is if not single nodes'; None if it is theirs."""
     if "" in blamed:
         return ""
+    if check == "port":  # another program's; the next life has another one
+        return nodes[0]
     if check in _EACH_NODES_OWN or (len(nodes) == 1 and check != "task binding"):
         return None
     if len(blamed) == len(nodes):
@@ -243,6 +245,8 @@ def _own_faults(report: NodeReport, world: int, limits: Limits) -> Iterable[tupl
     if report.open_files < (needed := world + limits.open_files_beside_ranks):
         text = f"a process may have {report.open_files} files open, and needs {needed} (ulimit -Hn)"
         yield "open files", text, True
+    if report.port_fault:
+        yield "port", report.port_fault, True
     if report.name_fault:
         yield "master's name", report.name_fault, True
     elif report.master_fault:

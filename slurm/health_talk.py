@@ -109,7 +109,7 @@ class Talk:
             self.store, ticking = open_store(reached), open_store(reached)  # one for each thread
         except (OSError, RuntimeError) as error:
             assert self._report is not None
-            self._report.master_fault = one_line(f"cannot open port {place.port} for the others: {error}")
+            self._report.port_fault = one_line(f"cannot open port {place.port} for the others: {error}")
             return None
         threading.Thread(target=_tick, args=(ticking,), daemon=True).start()
         return server
@@ -145,7 +145,7 @@ class Talk:
         if store is not None:
             self._report.clock_skew_seconds = self._clock_skew(store)
         self._report.is_complete = True
-        self._report.master_fault = self._report.master_fault or fault
+        self._report.master_fault = fault
         self._publish("waiting for the others")
         if store is not None:
             store.set(f"node/{self._place.node}", self._report.text())

@@ -276,6 +276,12 @@ def test_parts_that_break_are_their_nodes_fault_however_many_there_are(check: st
     assert list(judge(on(["n1", "n2"], check), NODES).bad) == ["n1", "n2"]
 
 
+def test_a_port_that_rank_0_cannot_open_is_no_nodes_fault() -> None:
+    nodes = [report(1, port_fault="cannot open port 15000"), *(report(n, master_fault="no way") for n in (2, 3))]
+    verdict = judge(node_faults(nodes, first="n1", world=6, limits=LIMITS), NODES)
+    assert (verdict.code, verdict.bad, verdict.common) == (75, {}, ["n1: cannot open port 15000"])
+
+
 def test_a_set_up_that_some_node_meets_is_tried_again() -> None:
     verdict = judge(on(["n1", "n3"], "shm"), NODES)
     assert (verdict.code, verdict.bad, verdict.common) == (75, {}, ["2 of 3 nodes: x"])
