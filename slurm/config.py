@@ -64,6 +64,10 @@ _OWN_OPTIONS = {
     **dict.fromkeys(["--parsable", "--test-only", "--wait", "--wrap", "--quiet", "--verbose", "--help", "--usage"], ""),
     **dict.fromkeys(["--version", "--ignore-pbs", "--get-user-env", "--uid", "--gid", "--clusters"], ""),
 }
+# Options that bring CPUs along, too.
+_CPU_OPTIONS = ("--cpus-per-gpu", "--mincpus", "--cores-per-socket", "--threads-per-core")
+# Options by which a task sees only some of its node's GPUs.
+_BINDINGS = ("--gpu-bind", "--gpus-per-socket", "--ntasks-per-gpu", "--tres-bind", "--tres-per-task")
 
 
 @dataclass
@@ -160,12 +164,19 @@ class SlurmConfig:
 
     def warnings(self) -> list[str]:
         """What is allowed and may yet be a mistake."""
-        if self.lead_seconds >= _SHORT_LEAD_SECONDS:
-            return []
-        return [
-            f"slurm.lead_seconds={self.lead_seconds} is short: a step, a checkpoint and the end of all processes must fit "
-            "into it, or the work since the last checkpoint is lost"
-        ]
+        found = []
+        if self.lead_seconds < _SHORT_LEAD_SECONDS:
+            found.append(
+                f"slurm.lead_seconds={self.lead_seconds} is short: a step, a checkpoint and the end of all processes must fit "
+                "into it, or the work since the last checkpoint is lost"
+            )
+        names = {option.partition("=")[0] for option in self.options}
+        if self.cpus_per_process is None and not self.exclusive and names.isdisjoint(_CPU_OPTIONS):
+            found.append(
+                "neither slurm.cpus_per_process nor slurm.exclusive is set: unless your site gives more with a GPU, Slurm gives "
+                "each process one CPU, which the workers of its loader must share"
+            )
+        return found
 
     def _time_faults(self, field: str) -> list[str]:
         found = []
@@ -189,10 +200,16 @@ class SlurmConfig:
         for option in self.options:
             name = option.partition("=")[0]
             # sbatch takes the beginning of an option for the whole of it.
-            own = name if name in _OWN_OPTIONS else next((own for own in _OWN_OPTIONS if own.startswith(name)), None)
+            all_own = (*_OWN_OPTIONS, *_BINDINGS)
+            own = name if name in all_own else next((own for own in all_own if own.startswith(name)), None)
             if not _OPTION.fullmatch(option):
                 found.append(
                     f"{field}.options={option!r} must be --NAME or --NAME=VALUE of sbatch, without blanks, quotes, $ < > # \\"
+                )
+            elif own in _BINDINGS:
+                found.append(
+                    f"{field}.options={option!r} must not be {own}: every process must see all GPUs that the job has on its node, "
+                    "as it takes the one of its own number among the node's processes"
                 )
             elif own is not None:
                 cure = f"set {_OWN_OPTIONS[own]} instead" if _OWN_OPTIONS[own] else "the job depends on it"

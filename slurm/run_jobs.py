@@ -22,6 +22,8 @@ _REASONS = {
     "JobArrayTaskLimit": "as many runs of its sweep go on as slurm.parallel allows",
     "PartitionTimeLimit": "it asks for more time than its partition allows, and will never start; set slurm.time",
     "PartitionNodeLimit": "it asks for more nodes than its partition has or allows; set slurm.nodes",
+    "PartitionConfig": "its partition has not so many nodes with as many GPUs, CPUs and memory as it asks for, and it will never "
+    "start; look at slurm.nodes, slurm.gpus_per_node, slurm.cpus_per_process and slurm.memory",
     "PartitionDown": "its partition takes jobs but starts none at present",
     "PartitionInactive": "its partition is closed at present",
     "BadConstraints": "no node can ever be what it asks for; look at slurm.constraint and slurm.gpus_per_node",
@@ -88,10 +90,11 @@ def state_words(job: Job, *, has_run: bool) -> str:
     """What a job does, and why it waits; `has_run` where this is not its first life."""
     if job.state != "PENDING":
         return _STATES.get(job.state, job.state.lower().replace("_", " "))
-    return f"{'back in the queue' if has_run else 'waiting in the queue'}: {_reason_words(job.reason)}"
+    return f"{'back in the queue' if has_run else 'waiting in the queue'}: {reason_words(job.reason)}"
 
 
-def _reason_words(reason: str) -> str:
+def reason_words(reason: str) -> str:
+    """Why a job waits, from squeue's word for it; an unknown one stays as it is."""
     word = reason.partition(",")[0].strip("() ")
     if word.startswith(("QOS", "Assoc", "MaxGRES", "MaxCpu", "MaxMem")):
         return f"a limit of its QOS or account is used up ({word})"

@@ -4,6 +4,7 @@ import getpass
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -86,6 +87,11 @@ def place_code(folder: Path, placement: Placement, package: Path = PACKAGE) -> P
         placement.write(root / "muybridge" / path, content)
     placement.write(finished, b"")
     return root
+
+
+def copies_of_code(submit_dir: Path) -> list[Path]:
+    """The copies that submissions have left there."""
+    return [path for path in (submit_dir / "slurm" / "code").glob("*") if re.fullmatch("[0-9a-f]{12}", path.name)]
 
 
 def place_submission(plan: Plan, placement: Placement) -> list[Path]:

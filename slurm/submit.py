@@ -1,6 +1,7 @@
 """`muybridge submit`: check a run's settings, keep what it is made of in its directory, and queue it as a job of Slurm."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -20,7 +21,8 @@ from .config import SlurmConfig
 from .placing import Placement
 from .plan import Plan, build_plan
 from .run_checks import refuse_busy
-from .snapshot import place_submission
+from .run_jobs import reason_words
+from .snapshot import copies_of_code, place_submission
 
 USAGE = """\
 usage: muybridge submit +experiment=NAME [KEY=VALUE ...] [slurm.KEY=VALUE ...] [--dry-run]
@@ -119,8 +121,11 @@ def main(argv: list[str]) -> int:
             raise ValueError(
                 f"slurm.after={plan.slurm.after} must be a job that Slurm knows; it forgets jobs some minutes after their end"
             )
+        # Before it is asked whether jobs use them: what another submission puts there at this moment must stay.
+        copies = copies_of_code(plan.submit_dir)
         refuse_busy(plan.submit_dir, [run.run_dir for run in plan.runs])
         jobs = submit(plan)
+        _remove_unused(copies, plan)
     except scheduler.SchedulerAway as error:
         print(f"muybridge: {error}; nothing was queued here, try again later", file=sys.stderr)
         return ExitCode.requeue
@@ -151,6 +156,12 @@ def submit(plan: Plan) -> list[int]:
             raise ValueError(
                 f"run_dir={plan.submit_dir} cannot be written ({error.strerror or error}): nothing is queued{after}"
             ) from error
+        if isinstance(error, KeyboardInterrupt):
+            print(
+                f"muybridge: interrupted, and the files are as they were{after}; `squeue --name={plan.job_name}` says whether "
+                "Slurm took a job nevertheless, which is one for scancel",
+                file=sys.stderr,
+            )
         if isinstance(error, scheduler.SchedulerAway):
             raise scheduler.SchedulerAway(
                 f"{error}{after}; `squeue --name={plan.job_name}` says whether the job was taken nevertheless"
@@ -164,13 +175,22 @@ def submit(plan: Plan) -> list[int]:
     return jobs
 
 
+def _remove_unused(copies: list[Path], plan: Plan) -> None:
+    """Remove copies of the code that were there before and that no job can use: those queued here now read `command` first."""
+    fields = (plan.runs[0].run_dir / "slurm" / "command").read_bytes().split(b"\0")
+    for copy in copies:
+        if os.fsencode(copy) != fields[2]:
+            shutil.rmtree(copy, ignore_errors=True)
+
+
 def _refuse_to_wait_for_ever(job: int) -> None:
     """Raises SchedulerError where the job that was queued can never start."""
     reasons: set[str] = set()
     with suppress(scheduler.SchedulerError):  # it is queued, and `muybridge status` will say so
         reasons = {task.reason for task in scheduler.queued([job])}
     if never := reasons.intersection(_NEVER):
-        raise scheduler.SchedulerError(f"it would wait for ever, for {never.pop()}")
+        reason = never.pop()
+        raise scheduler.SchedulerError(f"it would wait for ever, for {reason}: {reason_words(reason)}")
 
 
 def _about(words: str, slurm: SlurmConfig) -> str:

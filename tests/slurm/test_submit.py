@@ -1,5 +1,6 @@
 """Queueing a run: what is refused before anything is written, what a job is given, and that a failure leaves no trace."""
 
+import contextlib
 import json
 import os
 import re
@@ -171,6 +172,9 @@ RULES = [
     ({"options": ["--comment=a b"]}, "must be --NAME or --NAME=VALUE"),
     ({"options": ["--job-name=x"]}, "must not be --job-name: set slurm.name instead"),
     ({"options": ["--depend=x"]}, "must not be --dependency: set slurm.after and slurm.chain instead"),
+    ({"options": ["--gpu-bind=single:1"]}, "must not be --gpu-bind: every process must see all GPUs"),
+    ({"options": ["--ntasks-per-gpu=1"]}, "must not be --ntasks-per-gpu: every process must see all GPUs"),
+    ({"options": ["--gpus-per-s=1"]}, "must not be --gpus-per-socket: every process must see all GPUs"),
     ({"options": ["--wrap=x"]}, "must not be --wrap: the job depends on it"),
     ({"name": "a b"}, "slurm.name='a b' must be 1 to 64 letters"),
     ({"after": "x"}, "slurm.after='x' must be the number of a job"),
@@ -185,6 +189,12 @@ def test_a_setting_of_slurm_that_breaks_a_rule_is_named(settings: dict[str, Any]
     found = SlurmConfig(**settings).faults("slurm")
     assert len(found) == 1
     assert fault in found[0]
+
+
+@pytest.mark.parametrize("settings", [{"cpus_per_process": 4}, {"exclusive": True}, {"options": ["--cpus-per-gpu=4"]}])
+def test_cpus_that_somebody_has_thought_of_are_not_warned_about(settings: dict[str, Any]) -> None:
+    assert len(SlurmConfig().warnings()) == 1
+    assert SlurmConfig(**settings).warnings() == []
 
 
 @pytest.mark.parametrize(
@@ -305,6 +315,50 @@ def test_a_new_submission_takes_away_what_would_stop_it(fake_slurm: FakeSlurm, s
     submit()
     left = {path.name for path in (run_dir / "slurm").iterdir()}
     assert left == {"lives.jsonl", "train.sbatch", "tasks", "command", "job.json", "submission", "submissions"}
+
+
+def test_copies_of_the_code_do_not_pile_up(
+    fake_slurm: FakeSlurm, submit: Submit, run_dir: Path, tmp_path: Path
+) -> None:
+    submit("slurm.snapshot_code=true")
+    code = run_dir / "slurm" / "code"
+    current = os.listdir(code)
+    for name in ("0123456789ab", "notes"):
+        (code / name / "muybridge").mkdir(parents=True)
+        (code / name / "muybridge" / "__init__.py").write_text("")
+    name = json.loads((run_dir / "slurm" / "job.json").read_text())["name"]
+    for answer in (f"echo '101|RUNNING|None|0:10|n1|{name}'", "echo 'Unable to contact slurm controller' >&2; exit 1"):
+        fake_slurm.answer("squeue", answer)
+        with contextlib.suppress(ValueError, AssertionError):
+            submit("slurm.snapshot_code=true")
+        assert sorted(os.listdir(code)) == sorted([*current, "0123456789ab", "notes"])
+    fake_slurm.answer("squeue", "")
+    fake_slurm.answer("sbatch", "echo 'sbatch: error: no' >&2; exit 1")
+    with pytest.raises(ValueError, match="Slurm does not take the job"):
+        submit("slurm.snapshot_code=true")
+    assert sorted(os.listdir(code)) == sorted([*current, "0123456789ab", "notes"])
+    fake_slurm.answer("sbatch", "")
+    submit("slurm.snapshot_code=true")
+    assert sorted(os.listdir(code)) == sorted([*current, "notes"])
+    submit("slurm.snapshot_code=false")
+    assert os.listdir(code) == ["notes"]
+
+
+def test_an_interrupted_submission_is_taken_back_and_says_how_to_look(
+    fake_slurm: FakeSlurm, submit: Submit, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A second job of a chain is being queued when somebody types Ctrl-C.
+    fake_slurm.answer("sbatch", "[ $number = 1 ] || { kill -INT $PPID; sleep 20; }")
+    with pytest.raises(KeyboardInterrupt):
+        submit("slurm.chain=2")
+    said = capsys.readouterr().err
+    assert fake_slurm.calls("scancel") == [["101"]]
+    assert (
+        "interrupted, and the files are as they were; job 101, which was queued before, was cancelled; `squeue --"
+        in said
+    )
+    assert "`squeue --name=first-" in said
+    assert not run_dir.exists()
 
 
 def test_each_submission_has_a_name_of_its_own_for_all_its_runs(
@@ -440,6 +494,7 @@ def test_batches_that_leave_processes_idle_and_a_short_warning_are_told(
     main([*tiny_run, f"run_dir={run_dir}", "slurm.nodes=2", "slurm.lead_seconds=30"])
     said = capsys.readouterr().err
     assert "slurm.lead_seconds=30 is short" in said
+    assert "Slurm gives each process one CPU, which the workers of its loader must share" in said
     assert "88% of the GPUs' work is for nothing: 8 samples" in said
 
 
@@ -556,7 +611,7 @@ def test_a_real_slurm_takes_a_run_and_refuses_what_it_does_not_have(
         # Slurm itself takes this one, and lets it wait.
         (
             "slurm.gpus_per_node=64",
-            r"would wait for ever, for PartitionConfig .*slurm.gpus_per_node=64.* was cancelled",
+            r"would wait for ever, for PartitionConfig: its partition has .*slurm.gpus_per_node=64.* was cancelled",
         ),
         ("slurm.after=99999", r"slurm.after=99999 must be a job that Slurm knows"),
     ]:
