@@ -1,6 +1,5 @@
 """The stretches of a run, one a line of `muybridge status`: what Slurm calls a life and the trainer calls an attempt."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 from ..train.attempts import Attempt, read_attempts
 from .run_files import Life
 
-# By which the clock of an attempt's machine may be behind that of its batch script.
-_CLOCK_SECONDS = 2.0
 DECISIONS = {
     "done": "done",
     "requeue": "back into the queue",
@@ -50,22 +47,15 @@ class Stretch:
 
 def read_history(run_dir: Path, lives: Sequence[Life], rows: Iterable[dict[str, Any]]) -> list[Stretch]:
     """In the order of time; `rows` are the last ones of the metrics."""
-    following = [*(life.begin for life in lives), math.inf]
-    homes = list(zip(map(_of_life, lives), following[1:]))
-    found = [stretch for stretch, _ in homes]
+    homes = {life.name: _of_life(life) for life in lives}
+    found = list(homes.values())
     for attempt in read_attempts(run_dir):
-        began = _seconds(attempt.start)
-        stretch = next((home for home, until in homes if _holds(home, began, until)), None)
+        stretch = homes.pop(attempt.start.get("life"), None)
         if stretch is None:  # begun by hand
-            stretch = Stretch(began)
+            stretch = Stretch(_seconds(attempt.start))
             found.append(stretch)
         _take_attempt(stretch, attempt, rows)
     return sorted(found, key=lambda stretch: stretch.begin)
-
-
-def _holds(home: Stretch, began: float, until: float) -> bool:
-    is_in_time = home.begin - _CLOCK_SECONDS <= began < min(until, math.inf if home.end is None else home.end)
-    return home.attempt is None and is_in_time
 
 
 def _of_life(life: Life) -> Stretch:

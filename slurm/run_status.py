@@ -189,7 +189,7 @@ def _state(
         return "gave_up", f"given up: {files.gave_up}"
     if last is None or is_new:
         return _state_before(files, is_asked=is_asked)
-    if files.is_cancelled and is_asked:  # also where Slurm ended it before it could say so
+    if files.is_cancelled and (is_asked or last.end is not None):  # also where Slurm ended it before it could say so
         return "cancelled", "stopped on request; it can go on"
     if last.end is None:
         if not is_asked and last.life:
@@ -202,7 +202,9 @@ def _state(
         return last.decision, "stopped on request; it can go on"
     if last.decision in ("requeue", "resubmit"):
         words = "its last life went back into the queue"
-        return "lost", f"gone: {words}, where Slurm has no job of it" if is_asked else f"waiting: {words}"
+        if not is_asked:
+            return "waiting", f"waiting, as far as its files say: {words}"
+        return "lost", f"gone: {words}, where Slurm has no job of it"
     if last.decision == "slurm":
         return "stopped", f"ended by Slurm (scancel, or its time was over){': ' if last.cause else ''}{last.cause}"
     if last.code == ExitCode.requeue:

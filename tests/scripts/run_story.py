@@ -27,11 +27,13 @@ class RunStory:
         monkeypatch.setattr(tracking, "PLAIN_LINE_SECONDS", math.inf)
         run_dir.mkdir(parents=True, exist_ok=True)
 
-    def start(self, step: int = 0, *, set_up: float = 50.0) -> None:
+    def start(self, step: int = 0, *, set_up: float = 50.0, life: str = "") -> None:
         self.leave()  # killed, if it was still there
         self.diary, self.step = Attempts(self.run_dir), step
         checkpoint = Path(f"step-{step:08d}") if step else None
-        self.diary.start(world_size=8, code="c0de")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MUYBRIDGE_LIFE_DIR", life)
+            self.diary.start(world_size=8, code="c0de")
         self.diary.begin(step, checkpoint)
         self.now += set_up
         self.tracker = Tracker(

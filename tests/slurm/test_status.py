@@ -53,13 +53,13 @@ def status_of(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[s
 def test_a_running_job(slurm: FakeSlurm, story: RunStory, capsys: pytest.CaptureFixture[str]) -> None:
     write_job(story.run_dir, [7])
     write_life(story.run_dir, "7.0", story.now, story.now + 400, why="training ended with code 75: asked to stop")
-    story.start()
+    story.start(life="7.0")
     story.train(300)
     save(story, 300)
     story.end(75, "", on_request=True)
     story.pass_time(100)
     write_life(story.run_dir, "7.1", story.now)
-    story.start(300)
+    story.start(300, life="7.1")
     story.train(600)
     now, begin = time.time(), time.time() - 2400
     set_queue(slurm, "7|RUNNING|None|40:00|n[1-2]|mb-run")
@@ -115,7 +115,7 @@ def test_a_job_that_writes_nothing_is_suspected_to_hang(
 ) -> None:
     write_job(story.run_dir, [7])
     write_life(story.run_dir, "7.0", story.now)
-    story.start()
+    story.start(life="7.0")
     story.train(300)
     set_queue(slurm, "7|RUNNING|None|40:00|n[1-2]|mb-run")
     facts, text = status_of(story.run_dir, capsys)
@@ -147,7 +147,7 @@ def test_a_run_that_is_over_says_how_it_ended_and_what_to_do(
     write_life(story.run_dir, "7.0", story.now, story.now + 400, decision=decision, code=code, why="the reason")
     if decision == "give_up":
         (story.run_dir / "slurm" / "gave_up").write_text("the training diverged\n")
-    story.start()
+    story.start(life="7.0")
     story.train(300)
     save(story, 300)
     story.end(code, "")
@@ -211,7 +211,7 @@ def test_without_slurm_the_files_speak(
     monkeypatch.setenv("COLUMNS", "160")
     write_job(story.run_dir, [7])
     write_life(story.run_dir, "7.0", story.now)
-    story.start()
+    story.start(life="7.0")
     story.train(300)
     facts, text = status_of(story.run_dir, capsys)
     assert "squeue is not on PATH" in facts["slurm_fault"]
@@ -255,7 +255,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(
 ) -> None:
     write_life(story.run_dir, "7.0", story.now, story.now + 400, decision="stopped")
     (story.run_dir / "slurm" / "job.json").write_text('{"jobs": [7')
-    story.start()
+    story.start(life="7.0")
     story.train(100)
     story.leave()
     with (story.run_dir / "metrics.jsonl").open("a") as file:
