@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from ..redaction import environment_without_secrets
+from .health_data import missing_data
 from .health_findings import MIB, Gpu, NodeReport, one_line
 from .health_place import Place
 
@@ -79,6 +80,7 @@ def look_at_node(place: Place, report: NodeReport) -> None:
         report.write_bytes_per_second = _write_large(_data_file(place.folder, place.node), place.node)
     except OSError as error:
         report.folder_fault = one_line(f"cannot write in {place.folder}: {error.strerror or error}")
+    report.data_faults = missing_data(place.run_dir)
     try:
         socket.getaddrinfo(place.master, place.port or None)
     except OSError as error:

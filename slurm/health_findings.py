@@ -65,6 +65,7 @@ class NodeReport:
     temp_folder: str = ""
     open_files: int = 0  # that a process may have at most
     folder_fault: str = ""
+    data_faults: list[str] = field(default_factory=list)  # of the data that the run reads, one for each setting
     write_bytes_per_second: float | None = None  # into the run directory
     write_seconds: float | None = None  # until a small file is on the disk there
     devices: list[Device] = field(default_factory=list)

@@ -75,6 +75,7 @@ _EACH_NODES_OWN = {"ECC", "speed"}
 # Where all nodes have these, they come from how the job was set up, and the same job would meet them again. A full disk that all
 # share is not among them: somebody may make room.
 _SET_UP = {"GPUs", "task binding", "master's name", "shm", "memory", "temp disk", "open files", "shared folder"}
+_DATA = "data of "  # a check for each setting that names some, a fault of the set-up as well
 # What rank 0's node sees of the others: where it is wrong with all of them, either side may be.
 _SEEN_FROM_RANK_0 = {"shared folder", "master"}
 # Versions that a run goes on with: while nodes get another driver one after the other, half of them have the old one.
@@ -156,7 +157,8 @@ def judge(faults: Iterable[Fault], nodes: Sequence[str]) -> Verdict:
             for fault in found:
                 verdict.bad[fault.node] = "; ".join(filter(None, (verdict.bad.get(fault.node), fault.text)))
         else:
-            is_set_up = is_set_up or (check in _SET_UP and (who.startswith("all ") or check == "task binding"))
+            may_be_set_up = check in _SET_UP or check.startswith(_DATA)
+            is_set_up = is_set_up or (may_be_set_up and (who.startswith("all ") or check == "task binding"))
             text = "; ".join(filter(None, (found[0].text, _REMEDIES.get(check))))
             verdict.common.append(": ".join(filter(None, (who, text))))
     if is_set_up:
@@ -237,6 +239,8 @@ def _own_faults(report: NodeReport, world: int, limits: Limits) -> Iterable[tupl
         yield "memory", text, False
     if report.folder_fault:
         yield "folder", report.folder_fault, True
+    for text in report.data_faults:
+        yield f"{_DATA}{text.partition('=')[0]}", text, True
     if report.run_disk_bytes < limits.low_run_disk_bytes:
         text = f"the run directory's disk has {report.run_disk_bytes / GIB:.1f} GiB free"
         yield "run disk", text, report.run_disk_bytes < limits.run_disk_bytes

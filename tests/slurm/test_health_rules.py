@@ -15,7 +15,7 @@ from muybridge.slurm.health_checks import SmiError, SmiTimeout, ask_gpus, code_h
 from muybridge.slurm.health_devices import try_device
 from muybridge.slurm.health_findings import GIB, MIB, Device, Gpu, NodeReport, SumResult, one_line
 from muybridge.slurm.health_place import find_place, node_names
-from muybridge.slurm.health_rules import Fault, Limits, judge, node_faults, silence, sum_faults
+from muybridge.slurm.health_rules import Fault, Limits, Verdict, judge, node_faults, silence, sum_faults
 from muybridge.slurm.health_table import HealthTable, load_table, make_table, print_table, save_table
 
 LIMITS = Limits()
@@ -280,6 +280,20 @@ def test_a_port_that_rank_0_cannot_open_is_no_nodes_fault() -> None:
     nodes = [report(1, port_fault="cannot open port 15000"), *(report(n, master_fault="no way") for n in (2, 3))]
     verdict = judge(node_faults(nodes, first="n1", world=6, limits=LIMITS), NODES)
     assert (verdict.code, verdict.bad, verdict.common) == (75, {}, ["n1: cannot open port 15000"])
+
+
+def test_a_node_without_the_data_that_others_have_is_bad_and_where_all_lack_them_the_settings_are_wrong() -> None:
+    def judged(*lacking: tuple[int, str]) -> Verdict:
+        lists = {number: [text for of, text in lacking if of == number] for number in (1, 2, 3)}
+        nodes = [report(number, data_faults=texts) for number, texts in lists.items()]
+        return judge(node_faults(nodes, first="n1", world=6, limits=LIMITS), NODES)
+
+    gone = "data.path=/mount/clips: No such file or directory"
+    assert (judged((2, gone)).code, judged((2, gone)).bad) == (75, {"n2": gone})
+    everywhere = judged((1, gone), (2, gone), (3, gone))
+    assert (everywhere.code, everywhere.bad, everywhere.common) == (64, {}, [f"all nodes: {gone}"])
+    other = "validation.path=/other: No such file or directory"
+    assert judged((1, gone), (2, other)).bad == {"n1": gone, "n2": other}
 
 
 def test_a_set_up_that_some_node_meets_is_tried_again() -> None:
