@@ -38,9 +38,10 @@ from .health_place import (
     Place,
     find_place,
 )
-from .health_rules import Fault, Limits, Verdict, judge, node_faults, silence, sum_faults
+from .health_rules import Fault, Limits, node_faults, silence, sum_faults
 from .health_table import FILE_NAME, load_table, make_table, print_table, save_table
 from .health_talk import TO_RANK_0, Talk, report_file
+from .health_verdict import Verdict, judge
 
 _FURTHER = f"{SECONDS_PER_FURTHER_NODE:.0f} s more for each further node, up to {MOST_DEFAULT_SECONDS:.0f} s"
 USAGE = f"""\

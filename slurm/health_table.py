@@ -12,7 +12,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .health_findings import GIB, MIB, NodeReport, SumResult, read_json, replace_file
-from .health_rules import Fault, Verdict
+from .health_rules import Fault
+from .health_verdict import Verdict
 
 FILE_NAME = "slurm/health.json"  # in the run directory
 _WRITES = "MB/s, ms: files in the run directory"

@@ -15,8 +15,9 @@ from muybridge.slurm.health_checks import SmiError, SmiTimeout, ask_gpus, code_h
 from muybridge.slurm.health_devices import try_device
 from muybridge.slurm.health_findings import GIB, MIB, Device, Gpu, NodeReport, SumResult, one_line
 from muybridge.slurm.health_place import find_place, node_names
-from muybridge.slurm.health_rules import Fault, Limits, Verdict, judge, node_faults, silence, sum_faults
+from muybridge.slurm.health_rules import Fault, Limits, node_faults, silence, sum_faults
 from muybridge.slurm.health_table import HealthTable, load_table, make_table, print_table, save_table
+from muybridge.slurm.health_verdict import Verdict, judge
 
 LIMITS = Limits()
 
