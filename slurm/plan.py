@@ -15,7 +15,7 @@ from ..train.config import SCHEMA_NAME, TrainConfig, load_train_config
 from ..train.secrets import refuse_secrets_in_overrides
 from .config import SlurmConfig, site_file
 from .render import read_template, render, resource_lines
-from .run_checks import missing_data, other_run_fault, path_fault
+from .run_checks import done_words, missing_data, other_run_fault, path_fault
 from .sweep import Combination, expand, parse
 
 _MOST_NAME_CHARACTERS = 40
@@ -102,6 +102,9 @@ def build_plan(overrides: list[str], *, multirun: bool, dry_run: bool) -> Plan:
             fault_of.setdefault(fault, []).append(" ".join(combination.overrides))
     for fault, where in fault_of.items():
         faults.append(fault if len(where) == len(combinations) else f"{fault} (with {where[0]})")
+    done = [words for run in runs if not run.config.dry_run and (words := done_words(run.config))]
+    if done and len(done) == len(combinations):
+        faults += done[:1]
     if multirun and folder is None and not faults:
         faults.append("run_dir=FOLDER must be set with --multirun, for the runs to lie in")
     if faults:
@@ -121,6 +124,8 @@ def build_plan(overrides: list[str], *, multirun: bool, dry_run: bool) -> Plan:
     }
     script = render(template, resources=resources, numbers=numbers)
     warnings = [*slurm.warnings(), *(text for run in runs for text in _idle_places(run.config, slurm.processes))]
+    if done:
+        warnings.append(f"{len(done)} of {len(runs)} runs are done already, and their tasks will end at once")
     unique = [list(dict.fromkeys(texts)) for texts in (warnings, still_needed)]
     return Plan(submit_dir, runs, multirun, slurm, name, script, *unique)
 

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..data.config import Access
-from ..train.attempts import resume_in_force
+from ..train.attempts import read_attempts, resume_in_force
 from ..train.checkpoint_folder import candidates_to_resume
 from ..train.config import TrainConfig
+from ..train.exit_codes import ExitCode
 from ..train.fixed_settings import refuse_changed_settings
 from ..train.run_lock import holder_at_work
 from .run_files import read_run_files
@@ -52,6 +53,26 @@ def other_run_fault(config: TrainConfig) -> str:
             refuse_changed_settings(config, run_dir / "checkpoints" / names[0])
     except (ValueError, OSError, KeyError, TypeError) as error:
         return f"run_dir={run_dir}: {error}"
+    return ""
+
+
+def done_words(config: TrainConfig) -> str:
+    """Why a job of a run would find nothing to do, which it would find out on all of its nodes; "" where there is something."""
+    if config.resume not in ("auto", "must"):
+        return ""
+    run_dir = Path(config.run_dir)
+    try:
+        names = candidates_to_resume(run_dir / "checkpoints", config.resume)
+    except (ValueError, OSError):  # other_run_fault says so
+        return ""
+    step = int(names[0].removeprefix("step-")) if names else 0
+    # What comes after the last step may be left to do.
+    is_finished = any((attempt.end or {}).get("exit_code") == ExitCode.done for attempt in read_attempts(run_dir))
+    if step > config.steps or (step == config.steps and is_finished):
+        return (
+            f"run_dir={run_dir} is done (step {step}, and steps={config.steps}): set steps higher to train on, or choose another "
+            "run_dir"
+        )
     return ""
 
 

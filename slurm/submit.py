@@ -41,7 +41,8 @@ with the same run_dir to go on with it.
   slurm.cpus_per_process, slurm.memory, slurm.exclusive          the rest of a node
   slurm.time, slurm.lead_seconds                                 time limit of a life of the job, and how long before it saves
   slurm.partition, account, qos, constraint, reservation         where
-  slurm.exclude, slurm.after, slurm.chain, slurm.requeue         nodes to do without; a job to wait for; several jobs in a row
+  slurm.exclude, slurm.after, slurm.chain, slurm.requeue         nodes to do without; a job that must end well first;
+                                                              several jobs in a row
   slurm.options=['--gres=nvme:1']                                any other option of sbatch
   slurm.template=FILE                                            your own copy of the batch script
   slurm.name, python, snapshot_code, health, stage_to            see slurm/config.py
@@ -63,7 +64,9 @@ _NEVER = (
     "BadConstraints",
     "InvalidAccount",
     "InvalidQOS",
+    "DependencyNeverSatisfied",
 )
+_ENDED_BADLY = ("CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE", "REVOKED")
 _SIZES = (
     "nodes",
     "gpus_per_node",
@@ -117,10 +120,8 @@ def main(argv: list[str]) -> int:
             "sbatch is not on PATH: run this on a login node of the cluster, or add --dry-run to see what would be submitted"
         )
     try:
-        if plan.slurm.after is not None and scheduler.job_facts(plan.slurm.after) is None:
-            raise ValueError(
-                f"slurm.after={plan.slurm.after} must be a job that Slurm knows; it forgets jobs some minutes after their end"
-            )
+        if plan.slurm.after is not None:
+            _refuse_dead_end(plan.slurm.after)
         # Before it is asked whether jobs use them: what another submission puts there at this moment must stay.
         copies = copies_of_code(plan.submit_dir)
         refuse_busy(plan.submit_dir, [run.run_dir for run in plan.runs])
@@ -131,6 +132,17 @@ def main(argv: list[str]) -> int:
         return ExitCode.requeue
     _report(plan, jobs)
     return 0
+
+
+def _refuse_dead_end(job: str) -> None:
+    """Raises ValueError where a job that has to end well first can no longer do so."""
+    facts = scheduler.job_facts(job)
+    if facts is None:
+        raise ValueError(
+            f"slurm.after={job} must be a job that Slurm knows; it forgets jobs some minutes after their end"
+        )
+    if (state := facts.get("JobState", "")) in _ENDED_BADLY:
+        raise ValueError(f"slurm.after={job} must be a job that can still end well, and it ended: {state}")
 
 
 def submit(plan: Plan) -> list[int]:

@@ -406,6 +406,19 @@ def test_a_chain_is_queued_one_after_the_other(fake_slurm: FakeSlurm, submit: Su
     assert "Queued jobs 101, 102, 103, one after the other, as" in printed
 
 
+@pytest.mark.parametrize("state", ["CANCELLED", "FAILED", "TIMEOUT"])
+def test_a_job_that_can_no_longer_end_well_is_not_waited_for(
+    fake_slurm: FakeSlurm, submit: Submit, run_dir: Path, state: str
+) -> None:
+    fake_slurm.answer("scontrol", f"echo JobId=77 JobState={state}")
+    with pytest.raises(
+        ValueError, match=f"slurm.after=77 must be a job that can still end well, and it ended: {state}"
+    ):
+        submit("slurm.after=77")
+    fake_slurm.answer("scontrol", "echo JobId=77 JobState=COMPLETED")
+    submit("slurm.after=77")
+
+
 @pytest.mark.parametrize("cancels", [True, False])
 def test_a_chain_that_breaks_is_taken_back(fake_slurm: FakeSlurm, submit: Submit, run_dir: Path, cancels: bool) -> None:
     fake_slurm.answer("sbatch", "[ $number -lt 3 ] || { echo 'sbatch: error: Job violates limits' >&2; exit 1; }")
@@ -465,6 +478,43 @@ def test_a_run_of_other_settings_is_not_gone_on_with(fake_slurm: FakeSlurm, subm
         submit("resume=20")
     assert fake_slurm.calls("sbatch") == []
     submit()
+
+
+def finish(run_dir: Path, step: int, *, code: int = 0) -> None:
+    """A run whose last attempt ended at a step with this exit code."""
+    saved = {"seed": "0", "global_batch": "8", "task": "text_to_video", "expert": "none", "conditioning.form": "none"}
+    checkpoint = run_dir / "checkpoints" / f"step-{step:08}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "run.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **saved}))
+    rows = [{"event": "start"}, {"event": "begin", "step": 0, "resume": "auto"}, {"event": "end", "exit_code": code}]
+    lines = [json.dumps({**row, "attempt": 1, "unix_seconds": 1.0}) + "\n" for row in rows]
+    (run_dir / "attempts.jsonl").write_text("".join(lines))
+
+
+def test_a_run_that_is_done_is_not_queued_again(fake_slurm: FakeSlurm, submit: Submit, run_dir: Path) -> None:
+    finish(run_dir, 20)
+    with pytest.raises(ValueError, match=r"first is done \(step 20, and steps=20\): set steps higher to train on"):
+        submit("steps=20")
+    with pytest.raises(ValueError, match=r"is done \(step 20, and steps=10\)"):
+        submit("steps=10", "resume=must")
+    assert fake_slurm.calls("sbatch") == []
+    submit("steps=21")
+    # Stopped on request after the last step, it may have something left to do.
+    shutil.rmtree(run_dir)
+    finish(run_dir, 20, code=75)
+    submit("steps=20")
+
+
+def test_a_sweep_goes_on_where_some_of_its_runs_are_done(
+    fake_slurm: FakeSlurm, submit: Submit, tiny_run: list[str], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["--multirun", "steps=20", "optimizer.lr=0.1,0.2"]
+    finish(run_dir / "lr_0.1", 20)
+    assert main([*tiny_run, *sweep, f"run_dir={run_dir}", "slurm.snapshot_code=false"]) == 0
+    assert "1 of 2 runs are done already, and their tasks will end at once" in capsys.readouterr().err
+    finish(run_dir / "lr_0.2", 20)
+    with pytest.raises(ValueError, match=r"lr_0.1 is done .*steps=20"):
+        submit(*sweep)
 
 
 def test_a_folder_that_cannot_be_written_is_named(fake_slurm: FakeSlurm, submit: Submit, tmp_path: Path) -> None:
