@@ -50,7 +50,7 @@ def read_history(run_dir: Path, lives: Sequence[Life], rows: Iterable[dict[str, 
     homes = {life.name: _of_life(life) for life in lives}
     found = list(homes.values())
     for attempt in read_attempts(run_dir):
-        stretch = homes.pop(attempt.start.get("life"), None)
+        stretch = homes.pop(str(attempt.start.get("life")), None)
         if stretch is None:  # begun by hand
             stretch = Stretch(_seconds(attempt.start))
             found.append(stretch)
