@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from ..data.config import Access
+from ..models.dit import DiT
+from ..models.lora import add_lora
 from ..train.attempts import read_attempts, resume_in_force
 from ..train.checkpoint_folder import candidates_to_resume
-from ..train.config import TrainConfig
+from ..train.config import TaskKind, TrainConfig
 from ..train.exit_codes import ExitCode
 from ..train.fixed_settings import refuse_changed_settings
+from ..train.fragments import read_run_state
 from ..train.run_lock import holder_at_work
 from .run_files import read_run_files
 from .run_jobs import queued_jobs
@@ -37,11 +42,12 @@ def missing_data(config: TrainConfig) -> list[str]:
 
 def path_fault(run_dir: str) -> str:
     """What is wrong with the name of a run directory, or an empty string."""
-    if run_dir.isprintable() and not any(sign in run_dir for sign in ("%", "\\", "${")):
+    signs = [sign for sign in ("%", "\\", "${") if sign in run_dir] + [
+        sign for sign in run_dir if not sign.isprintable()
+    ]
+    if not signs:
         return ""
-    return (
-        f"run_dir={run_dir!r} must be without %, \\, ${{ and control characters: Slurm reads them in the names of logs"
-    )
+    return f"run_dir={run_dir!r} must be without {signs[0]!r}: Slurm would read it otherwise in the names of logs"
 
 
 def other_run_fault(config: TrainConfig) -> str:
@@ -50,10 +56,39 @@ def other_run_fault(config: TrainConfig) -> str:
     try:
         names = candidates_to_resume(run_dir / "checkpoints", resume_in_force(run_dir, config.resume))
         if names:
-            refuse_changed_settings(config, run_dir / "checkpoints" / names[0])
+            refuse_changed_settings(config, checkpoint := run_dir / "checkpoints" / names[0])
+            return _other_model(config, checkpoint)
     except (ValueError, OSError, KeyError, TypeError) as error:
         return f"run_dir={run_dir}: {error}"
     return ""
+
+
+def _other_model(config: TrainConfig, checkpoint: Path) -> str:
+    """How the model differs in size from a checkpoint's, or an empty string: by the parameters that both have, and the blocks."""
+    if config.task is TaskKind.video_vae:
+        return ""
+    with torch.device("meta"):
+        dit = DiT(config.model)
+        if config.lora.is_on:
+            add_lora(dit, config.lora)
+    now = {f"transformer.{name}": list(parameter.shape) for name, parameter in dit.named_parameters()}
+    saved: dict[str, list[int]] = read_run_state(checkpoint).get("shapes", {})
+    changed = [
+        f"{name} has the shape {saved[name]} saved, {now[name]} now"
+        for name in now
+        if saved.get(name, now[name]) != now[name]
+    ]
+    blocks = [
+        {name.split(".")[2] for name in names if name.startswith("transformer.blocks.")} for names in (saved, now)
+    ]
+    if all(blocks) and len(blocks[0]) != len(blocks[1]):
+        changed.insert(0, f"{len(blocks[0])} blocks saved, {len(blocks[1])} now")
+    if not changed:
+        return ""
+    return (
+        f"{checkpoint} cannot be continued, the model is another one: {changed[0]} (undo it in model or lora, or choose another "
+        "run_dir)"
+    )
 
 
 def done_words(config: TrainConfig) -> str:

@@ -119,16 +119,18 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             "sbatch is not on PATH: run this on a login node of the cluster, or add --dry-run to see what would be submitted"
         )
+    advice = "nothing was queued, try again later"
     try:
         if plan.slurm.after is not None:
             _refuse_dead_end(plan.slurm.after)
         # Before it is asked whether jobs use them: what another submission puts there at this moment must stay.
         copies = copies_of_code(plan.submit_dir)
         refuse_busy(plan.submit_dir, [run.run_dir for run in plan.runs])
+        advice = f"`squeue --name={plan.job_name}` says whether Slurm took the job nevertheless; where it did not, submit again"
         jobs = submit(plan)
         _remove_unused(copies, plan)
     except scheduler.SchedulerAway as error:
-        print(f"muybridge: {error}; nothing was queued here, try again later", file=sys.stderr)
+        print(f"muybridge: {error}; {advice}", file=sys.stderr)
         return ExitCode.requeue
     _report(plan, jobs)
     return 0
@@ -175,9 +177,7 @@ def submit(plan: Plan) -> list[int]:
                 file=sys.stderr,
             )
         if isinstance(error, scheduler.SchedulerAway):
-            raise scheduler.SchedulerAway(
-                f"{error}{after}; `squeue --name={plan.job_name}` says whether the job was taken nevertheless"
-            ) from error
+            raise scheduler.SchedulerAway(f"{error}{after}") from error
         if isinstance(error, scheduler.SchedulerError):
             raise scheduler.SchedulerError(
                 f"Slurm does not take the job: {error}{_about(str(error), plan.slurm)}{after}"

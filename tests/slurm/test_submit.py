@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from muybridge.models.dit import DiT
 from muybridge.slurm.config import SITE_VARIABLE, SlurmConfig, limit_seconds
 from muybridge.slurm.plan import quoted
+from muybridge.slurm.run_checks import path_fault
 from muybridge.slurm.submit import main
 from muybridge.slurm.sweep import expand
 from muybridge.tests.slurm.cluster import Cluster
@@ -220,8 +223,8 @@ def test_times_are_read_as_slurm_reads_them(text: str, seconds: int) -> None:
         ("data.access=raw", "data.path"),
         ("vae.path=nowhere", "vae.path=nowhere must be a folder with config.json"),
         ("validation.path=nowhere", "validation.path=nowhere must be there"),
-        ("run_dir='a%jb'", "must be without %"),
-        ("run_dir='a\nb'", "must be without %"),
+        ("run_dir='a%jb'", "must be without '%'"),
+        ("run_dir='a\nb'", "must be without '\\n'"),
         ("model=huge", "huge"),
     ],
 )
@@ -389,8 +392,21 @@ def test_a_controller_that_is_away_has_an_exit_code_of_its_own(
     assert main([*tiny_run, f"run_dir={run_dir}"]) == 75
     said = capsys.readouterr().err
     assert "Slurm's controller cannot be reached" in said
-    assert "squeue --name=first-" in said
+    assert "`squeue --name=first-" in said
+    assert "says whether Slurm took the job nevertheless; where it did not, submit again" in said
     assert not run_dir.exists()
+    (run_dir / "slurm").mkdir(parents=True)
+    (run_dir / "slurm" / "lives.jsonl").write_text(
+        '{"event": "start", "life": "9.0", "job": 9, "unix_seconds": 1, "nodes": "n1"}'
+    )
+    fake_slurm.answer("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert main([*tiny_run, f"run_dir={run_dir}"]) == 75
+    assert capsys.readouterr().err.endswith("; nothing was queued, try again later\n")
+
+
+@pytest.mark.parametrize(("run_dir_name", "sign"), [("100% done", "%"), ("a\\b", "\\"), ("a\tb", "\t")])
+def test_a_name_that_slurm_would_read_otherwise_is_told_with_the_sign(run_dir_name: str, sign: str) -> None:
+    assert f"must be without {sign!r}" in path_fault(f"/runs/{run_dir_name}")
 
 
 def test_a_chain_is_queued_one_after_the_other(fake_slurm: FakeSlurm, submit: Submit, run_dir: Path) -> None:
@@ -480,13 +496,41 @@ def test_a_run_of_other_settings_is_not_gone_on_with(fake_slurm: FakeSlurm, subm
     submit()
 
 
+def test_a_run_of_another_model_is_not_gone_on_with(
+    fake_slurm: FakeSlurm, submit: Submit, tiny_run: list[str], run_dir: Path
+) -> None:
+    config = load_train_config([*tiny_run, f"run_dir={run_dir}"])
+    with torch.device("meta"):
+        parameters = DiT(config.model).named_parameters()
+    finish(run_dir, 10, code=75)
+    state = run_dir / "checkpoints" / "step-00000010" / "run.json"
+    shapes = {f"transformer.{name}": list(parameter.shape) for name, parameter in parameters}
+    state.write_text(json.dumps({**json.loads(state.read_text()), "shapes": shapes}))
+    submit("steps=20")
+    dim, layers = config.model.dim, config.model.num_layers
+    for other, words in [
+        (
+            f"model.dim={2 * dim}",
+            rf"step-00000010 cannot be continued, the model .* \[.*{dim}.*\] saved, \[.*{2 * dim}.*\] now",
+        ),
+        (f"model.num_layers={layers + 1}", f"the model is another one: {layers} blocks saved, {layers + 1} now"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            submit("steps=20", other)
+    assert len(fake_slurm.calls("sbatch")) == 1
+
+
 def finish(run_dir: Path, step: int, *, code: int = 0) -> None:
     """A run whose last attempt ended at a step with this exit code."""
     saved = {"seed": "0", "global_batch": "8", "task": "text_to_video", "expert": "none", "conditioning.form": "none"}
     checkpoint = run_dir / "checkpoints" / f"step-{step:08}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "run.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **saved}))
-    rows = [{"event": "start"}, {"event": "begin", "step": 0, "resume": "auto"}, {"event": "end", "exit_code": code}]
+    rows: list[dict[str, Any]] = [
+        {"event": "start"},
+        {"event": "begin", "step": 0, "resume": "auto"},
+        {"event": "end", "exit_code": code},
+    ]
     lines = [json.dumps({**row, "attempt": 1, "unix_seconds": 1.0}) + "\n" for row in rows]
     (run_dir / "attempts.jsonl").write_text("".join(lines))
 
