@@ -54,11 +54,14 @@ def read_settings(path: Path, *, config_class: type) -> Any:
     Raises ConfigFaults with every unknown key and wrong type, ValueError for secrets or what is no such file; all name the file.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_TextLoader)  # noqa: S506 (a safe one)
+        content = _TextLoader(path.read_text(encoding="utf-8")).get_single_data()
         if not isinstance(content, dict):
             raise ValueError("it must hold KEY: VALUE lines")
         leaves = list(_leaves(OmegaConf.create(content)))
         refuse_secrets(leaves)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{path} cannot be used: {line}{error.problem}") from error
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{path} cannot be used: {str(error).splitlines()[0]}") from error
     typed = OmegaConf.structured(config_class)

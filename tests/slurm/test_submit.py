@@ -263,6 +263,9 @@ def test_a_sites_settings_hold_until_the_command_line_says_otherwise(
     # YAML by itself takes 24:00:00 for the number 86400, which Slurm would take for 60 days.
     assert {"#SBATCH --partition=gpu", "#SBATCH --time=24:00:00", "#SBATCH --gres=nvme:1"} <= set(lines)
     assert "#SBATCH --nodes=2" in lines
+    (home / "slurm.yaml").write_text("partition: gpu\noptions: [a\nnodes: 3\n")
+    with pytest.raises(ValueError, match=r"slurm.yaml cannot be used: line 3: expected ',' or ']'"):
+        submit()
     monkeypatch.setenv(SITE_VARIABLE, str(tmp_path / "none.yaml"))
     with pytest.raises(ValueError, match=r"MUYBRIDGE_SLURM_SITE=.*none.yaml must be a YAML file"):
         submit()
