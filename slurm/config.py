@@ -170,6 +170,8 @@ class SlurmConfig:
                 f"slurm.lead_seconds={self.lead_seconds} is short: a step, a checkpoint and the end of all processes must fit "
                 "into it, or the work since the last checkpoint is lost"
             )
+        if self.python is not None and not Path(self.python).exists():
+            found.append(f"slurm.python={self.python} is not on this machine: make sure that it is on the nodes")
         names = {option.partition("=")[0] for option in self.options}
         if self.cpus_per_process is None and not self.exclusive and names.isdisjoint(_CPU_OPTIONS):
             found.append(

@@ -200,6 +200,12 @@ def test_cpus_that_somebody_has_thought_of_are_not_warned_about(settings: dict[s
     assert SlurmConfig(**settings).warnings() == []
 
 
+def test_a_python_that_is_not_here_is_warned_about(tmp_path: Path) -> None:
+    assert SlurmConfig(exclusive=True, python=sys.executable).warnings() == []
+    warnings = SlurmConfig(exclusive=True, python=f"{tmp_path}/python").warnings()
+    assert warnings == [f"slurm.python={tmp_path}/python is not on this machine: make sure that it is on the nodes"]
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("90", 5400), ("90:30", 5430), ("24:00:00", 86400), ("1-0", 86400), ("1-12:30", 131400), ("1-12:30:05", 131405)],
