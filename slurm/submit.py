@@ -28,7 +28,8 @@ USAGE = """\
 usage: muybridge submit +experiment=NAME [KEY=VALUE ...] [slurm.KEY=VALUE ...] [--dry-run]
        muybridge submit --multirun +experiment=NAME KEY=VALUE,VALUE ... [slurm.KEY=VALUE ...]
 
-Queue a training run as a job of Slurm, on as many nodes as it takes. Everything is checked before anything is written or queued.
+Queue a training run as a job of Slurm, on as many nodes as it takes. Settings, inputs and the run directory are checked before
+anything is written or queued; a job that Slurm would never start is taken back.
 The job saves and goes on by itself after a time limit, a preemption or a fault of a node, until the run is done. Submit a run again
 with the same run_dir to go on with it.
 
