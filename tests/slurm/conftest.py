@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from muybridge.slurm.config import SITE_VARIABLE
+from muybridge.slurm.plan import quoted
+from muybridge.slurm.submit import main
 from muybridge.tests.slurm.cluster import Cluster, why_no_cluster
 from muybridge.tests.slurm.programs import FakeSlurm
 from muybridge.tests.slurm.stub_run import MakeRun, StubRun
+from muybridge.tests.slurm.submitted import Submit
 
 
 def require_cluster() -> None:
@@ -60,3 +64,29 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     slurm = FakeSlurm(tmp_path / "fake_slurm")
     monkeypatch.setenv("PATH", slurm.path)
     return slurm
+
+
+@pytest.fixture
+def no_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings of whoever runs the tests."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(SITE_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Of a run that is not there yet."""
+    return tmp_path / "runs" / "first"
+
+
+@pytest.fixture
+def submit(no_site: None, tiny_run: list[str], run_dir: Path, capsys: pytest.CaptureFixture[str]) -> Submit:
+    """Submits a run that takes seconds, with more of its settings; returns what was printed."""
+
+    def call(*arguments: str, folder: Path = run_dir) -> str:
+        capsys.readouterr()
+        fast = ["slurm.gpus_per_node=2", "slurm.snapshot_code=false"]
+        assert main([*tiny_run, *fast, f"run_dir={quoted(str(folder))}", *arguments]) == 0
+        return capsys.readouterr().out
+
+    return call

@@ -2,13 +2,14 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from muybridge.tests.slurm.cluster import Cluster
 from muybridge.tests.slurm.programs import FakeSlurm
 
 SUBMITTED = 1_790_000_000.0
+Submit = Callable[..., str]
 
 
 def write_job(
@@ -80,3 +81,9 @@ def muybridge(cluster: Cluster, verb: str, *arguments: str) -> str:
     """What `muybridge VERB` prints on the head host of a cluster."""
     program = f"import sys; from muybridge.slurm.{verb} import main; sys.exit(main(sys.argv[1:]))"
     return cluster.run([sys.executable, "-c", program, *arguments]).stdout
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """The files of a folder but for the copy of the code."""
+    found = (path for path in folder.rglob("*") if path.is_file() and "code" not in path.parts)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
