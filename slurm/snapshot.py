@@ -18,7 +18,7 @@ import yaml
 
 from ..redaction import environment_without_secrets, redacted, without_assigned_secrets
 from ..train.compose import plain
-from ..train.provenance import git_commit, versions
+from ..train.provenance import COPIED_COMMIT, git_commit, versions
 from .placing import Placement
 from .plan import Plan
 
@@ -85,6 +85,7 @@ def place_code(folder: Path, placement: Placement, package: Path = PACKAGE) -> P
         return root
     for path, content in files.items():
         placement.write(root / "muybridge" / path, content)
+    placement.write(root / COPIED_COMMIT, f"{git_commit() or ''}\n".encode())
     placement.write(finished, b"")
     return root
 

@@ -16,6 +16,9 @@ from .compose import plain
 from .config import TrainConfig
 from .outputs import replace_text
 
+# Beside a copy of the package: the commit that it was copied from.
+COPIED_COMMIT = "muybridge_commit.txt"
+
 
 def write_provenance(config: TrainConfig, *, data_fingerprint: str) -> None:
     """Write config.yaml and provenance.json."""
@@ -76,6 +79,9 @@ def _flat(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def git_commit() -> str | None:
     """The commit of the code that runs, or None outside a git checkout and where there is no git."""
+    copied = Path(__file__).parents[2] / COPIED_COMMIT
+    if copied.is_file():  # before git is asked: a copy may lie below some checkout, whose commit is another by now
+        return copied.read_text(encoding="utf-8").strip() or None
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False

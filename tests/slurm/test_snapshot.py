@@ -20,6 +20,7 @@ from muybridge.slurm.snapshot import (
     package_files,
     place_code,
 )
+from muybridge.train.provenance import git_commit
 
 SECRET = "f3c1a7e09b2d4c6f8a0b"
 
@@ -44,7 +45,7 @@ def test_the_copy_holds_the_package_and_nothing_else(checkout: Path, tmp_path: P
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     wanted = ["__init__.py", "redaction.py", "train/__init__.py", "train/trainer.py", "slurm/__init__.py"]
     wanted += ["configs/__init__.py", "configs/train.yaml", "configs/experiment/mine.yaml", "slurm/train.sbatch"]
-    assert found == sorted(["complete", *(f"muybridge/{name}" for name in wanted)])
+    assert found == sorted(["complete", "muybridge_commit.txt", *(f"muybridge/{name}" for name in wanted)])
     assert re.fullmatch("[0-9a-f]{12}", folder.name)
 
 
@@ -100,6 +101,19 @@ def test_the_copy_is_what_python_finds_and_it_brings_its_settings(tmp_path: Path
     found = [str(folder / "muybridge" / name) for name in ("slurm/scheduler.py", "configs/__init__.py")]
     assert done.stdout.split() == found
     assert (folder / "muybridge" / "configs" / "experiment" / "quickstart.yaml").is_file()
+
+
+def test_a_copy_knows_its_commit_also_below_another_checkout(tmp_path: Path) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "another"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    folder = place_code(tmp_path / "code", Placement())
+    program = "from muybridge.train.provenance import git_commit; print(git_commit())"
+    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(git_commit())
 
 
 def test_the_change_since_the_last_commit_is_kept_without_secrets(
