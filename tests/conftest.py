@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # It takes minutes, and waits most of the time: the other worker goes through all other files meanwhile.
     items.sort(key=lambda item: item.path.parts[-2:] != ("slurm", "test_training.py"))
+
+
+@pytest.fixture(autouse=True)
+def unhurried() -> Iterator[None]:
+    """No test leaves the process with a priority that all later ones and their children would have (`usual_priority`)."""
+    before = os.sched_getscheduler(0)
+    yield
+    assert os.sched_getscheduler(0) == before
 
 
 @pytest.fixture(scope="session", autouse=True)

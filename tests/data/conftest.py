@@ -13,6 +13,7 @@ import pytest
 from muybridge.data import worker
 from muybridge.data.index import Clip, ClipIndex
 from muybridge.data.shards import DatasetWriter, json_labels, shard_key
+from muybridge.tests.usual_priority import usual_priority
 
 
 class NumberedVideos:
@@ -46,7 +47,7 @@ class NumberedVideos:
         av = pytest.importorskip("av", reason="PyAV writes the test videos")
         path = Path(tempfile.mkdtemp()) / "video"  # FFmpeg moves the header to the front of named files only
         layout = {"movflags": "faststart"} if header_first else {}
-        with av.open(str(path), mode="w", format=container, options=layout) as out:
+        with usual_priority(), av.open(str(path), mode="w", format=container, options=layout) as out:
             stream = out.add_stream(codec, rate=25, options=options or {})
             stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
             stream.codec_context.time_base = Fraction(1, 1000)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from muybridge.tests.usual_priority import usual_priority
+
 av = pytest.importorskip("av", reason="PyAV writes the test videos")
 
 BITS = 6
@@ -82,7 +84,7 @@ def written(write: Callable[[Any], None], *, container: str = "mp4", layout: dic
     """The file that `write` fills."""
     with tempfile.TemporaryDirectory() as folder:  # FFmpeg moves the header to the front of named files only
         path = Path(folder) / "video"
-        with av.open(str(path), mode="w", format=container, options=layout or {}) as out:
+        with usual_priority(), av.open(str(path), mode="w", format=container, options=layout or {}) as out:
             write(out)
         return path.read_bytes()
 
