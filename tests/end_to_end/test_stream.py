@@ -80,8 +80,8 @@ def test_two_processes_train_on_several_shapes_and_go_on_after_a_stop(
     assert all(map(math.isfinite, losses))
     seen = [row["samples_seen"] for row in rows if "loss" in row]
     steps = {after - before for before, after in zip([0, *seen], seen)}
-    # Of videos and of pictures, which cost less: the shape that comes is one that both have ready, which is a matter of time. On a busy
-    # machine it may be the same ten times; how it is chosen is tested with the loader.
+    # Of videos and of pictures, which cost less: the shape that comes is one that both ranks have ready, which is a matter of
+    # time. On a busy machine it may be the same ten times; how it is chosen is tested with the loader.
     assert steps <= {8, 12}
     assert sum("validation_loss" in row for row in rows) == 4
 
