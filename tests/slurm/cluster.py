@@ -14,8 +14,8 @@ from muybridge.tests.patience import PATIENCE
 _SCRIPT = Path(__file__).with_name("cluster.sh")
 _COMMAND_SECONDS = 120.0
 _LOG_LINES = 40
-# What a Slurm job around the tests, or a user's presets, would tell the programs.
-_PRESETS = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_", "SCONTROL_", "SRUN_")
+# What a Slurm job around the tests, a user's presets or the tests before would tell the programs.
+_PRESETS = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_", "SCONTROL_", "SRUN_", "TRITON_", "TORCH")
 
 NODES = ("n1", "n2", "n3")
 
@@ -45,7 +45,7 @@ class Cluster:
         """Nothing runs yet. Settings are those of cluster.sh: GRACE="0", PREEMPT_SIGNAL="no", ..."""
         self.folder = folder
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_PRESETS)}
-        own = {"DIR": str(folder), "OWNER": str(os.getpid()), **settings}
+        own = {"DIR": str(folder), "OWNER": str(os.getpid()), "KILLWAIT": str(5 * PATIENCE), **settings}
         self._env = {**kept, **{f"SLURM_TEST_{name}": value for name, value in own.items()}}
         self._job_logs: dict[Path, None] = {}  # of the jobs that the test asked about, in order
 
