@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import importlib
+import logging
 import os
 import shutil
 import subprocess
@@ -51,6 +52,13 @@ def unhurried() -> Iterator[None]:
     before = os.sched_getscheduler(0)
     yield
     assert os.sched_getscheduler(0) == before
+
+
+@pytest.fixture(autouse=True)
+def no_listener_left() -> Iterator[None]:
+    """No test leaves a tracker open, which would print what all later tests log."""
+    yield
+    assert logging.getLogger("muybridge").handlers == []
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 
 
 @pytest.fixture
-def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStory:
+def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunStory]:
     """A run of 1 s a step, now; `trained` has lives like one."""
     made = RunStory(tmp_path / "run", monkeypatch)
     (made.run_dir / "config.yaml").write_text("steps: 10000\ntracking:\n  project: films\n")
     made.now = time.time() - 1200
-    return made
+    yield made
+    made.leave()
 
 
 def status_of(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:

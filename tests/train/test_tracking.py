@@ -174,18 +174,24 @@ def test_wandb_that_does_not_start_leaves_the_metrics(
     assert len(read_rows(tmp_path)) == 1
 
 
+def run_id_of(run_dir: Path) -> str:
+    tracker = make_tracker(run_dir)
+    tracker.close()
+    return tracker.run_id
+
+
 def test_the_run_id_stays(tmp_path: Path) -> None:
-    first, second = make_tracker(tmp_path), make_tracker(tmp_path)
-    assert first.run_id == second.run_id
-    assert len(first.run_id) == 8
-    other = make_tracker(tmp_path / "other")
-    assert other.run_id != first.run_id
+    first = run_id_of(tmp_path)
+    assert len(first) == 8
+    assert run_id_of(tmp_path) == first
+    assert run_id_of(tmp_path / "other") != first
 
 
 def test_a_run_id_of_which_nothing_was_written_is_made_anew(tmp_path: Path) -> None:
     (tmp_path / "wandb_run_id.txt").touch()  # a kill, or a full disk
-    assert len(make_tracker(tmp_path).run_id) == 8
-    assert make_tracker(tmp_path).run_id == make_tracker(tmp_path).run_id
+    first = run_id_of(tmp_path)
+    assert len(first) == 8
+    assert run_id_of(tmp_path) == first
 
 
 def test_wandb_goes_on_in_the_same_run_after_a_resume_and_a_roll_back(tmp_path: Path) -> None:
@@ -246,6 +252,7 @@ def test_captions_in_wandb_are_short_lines(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "wandb", fake)
     tracker = make_tracker(tmp_path, wandb=WandbMode.offline)
     tracker.log_videos(3, [(tmp_path / "a.mp4", "a\x1b[31m circle\n" + "x" * 9999)])
+    tracker.close()
     assert captions == [("a [31m circle " + "x" * 9999)[:500]]
 
 
