@@ -1,5 +1,7 @@
 """The attention layer of a block: q, k, v projections, RMSNorm over all heads together, rotary positions, the kernel."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,8 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = HeadsRMSNorm(dim, num_heads, eps)
         self.norm_k = HeadsRMSNorm(dim, num_heads, eps)
+        # What training may replace, from outside: self-attention over tokens that are split over processes.
+        self.attend: Callable[..., Tensor] = attention
         if image:
             self.add_k_proj = nn.Linear(dim, dim)
             self.add_v_proj = nn.Linear(dim, dim)
@@ -48,7 +52,7 @@ class Attention(nn.Module):
         query = self.norm_q(self.to_q(x), rope, product_dtype)  # [B, L, N, K]
         key = self.norm_k(self.to_k(context), rope, product_dtype)
         heads = (states.transpose(1, 2) for states in (query, key, value.to(product_dtype)))
-        out = attention(*heads, mask=mask).to(matmul_dtype)  # [B, N, L, K]
+        out = self.attend(*heads, mask=mask).to(matmul_dtype)  # [B, N, L, K]
         if image is not None:
             key = self.norm_added_k(self.add_k_proj(image), None, product_dtype)  # [B, I, N, K]
             value = self.add_v_proj(image).unflatten(-1, (self.num_heads, -1))

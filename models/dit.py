@@ -4,11 +4,10 @@ Modules are named as in diffusers' `WanTransformer3DModel`, so a `state_dict` mo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels import modulated_norm
 from .attention import HeadsRMSNorm
@@ -53,6 +52,10 @@ class DiT(nn.Module):
         )
         self.proj_out = Fp32Linear(dim, math.prod(config.patch_size) * config.out_channels)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
+        # What training may replace, from outside: the way through all blocks (tokens split over processes), and through one of
+        # them (activations computed again).
+        self.run_blocks: Callable[..., Tensor] = self._run_blocks
+        self.run_block: Callable[..., Tensor] = _run_block
         self.reset_parameters()
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, image_features: Tensor | None = None) -> Tensor:
@@ -73,7 +76,7 @@ class DiT(nn.Module):
             x = layout.order.to_tiles(x)
             if timestep.shape[1] > 1:
                 timestep = layout.order.to_tiles(timestep.repeat_interleave(math.prod(grid) // timestep.shape[1], 1))
-        tokens = self._run_blocks(x, timestep, text, layout, image_features)
+        tokens = self.run_blocks(x, timestep, text, layout, image_features)
         if layout.order is not None:
             tokens = layout.order.to_raster(tokens)
         return self._unpatchify(tokens, grid)
@@ -110,24 +113,18 @@ class DiT(nn.Module):
         x = torch.cat([self.patch_embedding(clip.unsqueeze(0)) for clip in clips], dim=1).float()  # [1, L, D]
         row = timestep.repeat_interleave(torch.tensor(lengths, device=device)).unsqueeze(0)  # [1, L]
         context = torch.cat(list(text)).unsqueeze(0)  # [1, S, text_dim]
-        tokens = self._run_blocks(x, self._timestep_rows(row, sum(lengths)), context, layout)
+        tokens = self.run_blocks(x, self._timestep_rows(row, sum(lengths)), context, layout, None)
         parts = tokens.split(lengths, dim=1)
         return [self._unpatchify(part, grid).squeeze(0) for part, grid in zip(parts, grids, strict=True)]
 
     def _run_blocks(
-        self, x: Tensor, timestep: Tensor, text: Tensor, layout: TokenLayout, image_features: Tensor | None = None
+        self, x: Tensor, timestep: Tensor, text: Tensor, layout: TokenLayout, image_features: Tensor | None
     ) -> Tensor:
         """Tokens [B, L, D] through the blocks and the head -> [B, L, pt*ph*pw*C]; timestep [B, R], text [B, S, text_dim]."""
         embedding, modulation, context = self.condition_embedder(timestep, text)
         image = None if image_features is None else self.condition_embedder.image_embedder(image_features)  # [B, I, D]
-        for block in self.blocks:
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                # Nothing in a block is random, so no generator state has to be kept.
-                x = checkpoint(
-                    block, x, context, modulation, layout, image, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x = block(x, context, modulation, layout, image)
+        for number, block in enumerate(self.blocks):
+            x = self.run_block(number, block, x, context, modulation, layout, image)
         shift, scale = (self.scale_shift_table.float() + embedding.unsqueeze(-2)).unbind(-2)  # [B, R, D] each
         return self.proj_out(modulated_norm(x, shift, scale, eps=self.config.eps, dtype=torch.float32))
 
@@ -209,3 +206,8 @@ class DiT(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
         for module in (self, *self.blocks):
             nn.init.normal_(module.scale_shift_table, std=self.config.dim**-0.5)
+
+
+def _run_block(number: int, block: nn.Module, *inputs: object) -> Tensor:
+    """One block, as it is; `number` is its place."""
+    return block(*inputs)

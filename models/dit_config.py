@@ -29,7 +29,6 @@ class DiTConfig:
     image_dim: int | None = None
     # Rows of image features that have a learned place, 514 where a first and a last image are given; null: no places.
     pos_embed_seq_len: int | None = None
-    gradient_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
     # Which video tokens attend to each other.
     self_attention: SelfAttentionConfig = field(default_factory=SelfAttentionConfig)
 

@@ -218,7 +218,7 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
         "clip": f"{config.data.frames}x{config.data.height}x{config.data.width}",
         "micro_batch": batch,
         "tokens_per_step": batch * count_tokens(config.model, shape[1:]),
-        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "activations": config.activations.policy.name,
         "zero": config.deepspeed.zero,
         "precision": config.deepspeed.precision.value,
         "seconds_per_step": median,

@@ -28,7 +28,7 @@ _REMEDIES = {
     ExitCode.config: "mend the setting or the data that it names",
     ExitCode.data_budget: "look at the clips that it names, mend the data or raise data.max_bad_share",
     ExitCode.diverged: "look at the curves; a lower optimizer.lr or other data may help",
-    ExitCode.out_of_memory: "lower micro_batch, set model.gradient_checkpointing=true, or take more GPUs",
+    ExitCode.out_of_memory: "lower micro_batch, set activations.policy=block, or take more GPUs",
     ExitCode.no_progress: "find out from the log why no attempt got as far as a checkpoint",
 }
 

@@ -8,8 +8,9 @@ import os
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -26,6 +27,7 @@ from ..models.text import TextEncoderConfig, TextEncoderKind
 from ..models.vae.config import VAEConfig
 from ..models.vae.loss import VAELossConfig
 from ..models.weights import load_config
+from .activations import ActivationPolicy, ActivationsConfig
 from .checkpoint import CheckpointConfig
 from .checkpoint_folder import resume_fault
 from .compose import ConfigFaults, compose_config
@@ -34,6 +36,7 @@ from .ema import EMAConfig
 from .engine import EngineConfig
 from .experts import Expert, expert_schedule
 from .guards import GuardConfig
+from .mesh import ParallelConfig
 from .optimizer import OptimizerConfig
 from .outputs import link_fault
 from .tracking import TrackingConfig
@@ -114,6 +117,8 @@ class TrainConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     deepspeed: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -267,7 +272,16 @@ def read_config(run_dir: Path) -> TrainConfig:
     ):  # what a run wrote is data, nothing that this machine's variables go into
         raise ValueError(f"{path} must hold plain values, and no interpolation ${{...}}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path), {"run_dir": str(run_dir)})
+        written = _in_todays_words(OmegaConf.load(path))
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), written, {"run_dir": str(run_dir)})
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path} must hold the settings of a run: {str(error).splitlines()[0]}") from error
     return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def _in_todays_words(written: Any) -> Any:
+    """Settings of a run of an earlier version under the names that they have now."""
+    model = written.get("model") if isinstance(written, DictConfig) else None
+    if isinstance(model, DictConfig) and model.pop("gradient_checkpointing", False):
+        written.activations = {"policy": ActivationPolicy.block.name}
+    return written

@@ -19,9 +19,9 @@ from .fragments import read_run_state, read_weights, weight_kind
 if TYPE_CHECKING:
     from .config import TrainConfig
 
-# Fields of the model that are a choice of this run and no size of the weights: also which tokens attend to each other, so that a
-# run can go from full attention to a sparse pattern.
-FREE_FIELDS = ("gradient_checkpointing", "self_attention")
+# What of the model is a choice of this run and no size of the weights: which tokens attend to each other, so that a run can go from
+# full attention to a sparse pattern.
+FREE_FIELDS = ("self_attention",)
 # Fields of a text encoder that its weights depend on. A run's tokenizer is taken over with them, so it is of that vocabulary.
 _TEXT_SIZES = {
     TextEncoderKind.bytes: ("dim", "max_tokens", "num_heads"),

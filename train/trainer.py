@@ -27,10 +27,12 @@ from .fixed_settings import fixed_settings, refuse_changed_settings
 from .fragments import load_checkpoint, read_run_state, read_weights
 from .guards import Diverged, Finding, StepGuard, Verdict
 from .loaders import build_loaders
+from .mesh import build_mesh
 from .model_hash import check_same_weights
 from .notes import first_notes, last_notes, tell_of_save
 from .one_attempt import OneAttempt
 from .optimizer import build_optimizer, learning_rate
+from .parallelize import parallelize
 from .preemption import Requests, StopAgreed
 from .probe import refuse_different_settings
 from .provenance import setting_texts, versions, write_provenance
@@ -60,6 +62,7 @@ class Trainer:
         self.checkpoints = self.run_dir / "checkpoints"
         if config.threads:
             torch.set_num_threads(config.threads)
+        self.mesh = build_mesh(config.parallel, device)
 
         # Data first: its mistakes are the commonest, and it needs no model to find them.
         self.loader, self.validation_loader = build_loaders(config, self.buckets)
@@ -75,6 +78,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
         model = self.task.build_model()
         self.lora_facts = prepare_weights(model, config, resume_from)
+        parallelize(model, self.mesh, config)
         # DeepSpeed casts and shards the model, so weights must be final; the EMA copies what DeepSpeed made.
         self.engine = Engine(
             model,

@@ -65,7 +65,7 @@ def runs(
     zero0 = f"run_dir={root / 'zero0-w1'}"
     one = {
         "zero0-w1": ["deepspeed=zero0", fp32, *lora],
-        "zero1-w1": ["deepspeed=zero1", fp32, *lora, "model.gradient_checkpointing=true"],
+        "zero1-w1": ["deepspeed=zero1", fp32, *lora, "activations.policy=block"],
         "bf16": ["deepspeed=zero1", *lora],
         "all weights from a LoRA run": [f"init_from={root / 'zero0-w1'}", *still, resting],
         "from its file": [*lora, *still, f"lora.init_from={root / 'zero0-w1/model/lora.safetensors'}", resting],

@@ -205,22 +205,6 @@ def test_only_the_matmuls_of_the_blocks_run_in_bf16(autocast: bool) -> None:
             assert outputs[name] == torch.bfloat16, name
 
 
-def test_checkpointing_keeps_outputs_and_gradients_and_recomputes_blocks() -> None:
-    plain, checkpointed = (
-        build_random(tiny_config(image_dim=12, gradient_checkpointing=flag)) for flag in (False, True)
-    )
-    calls: list[int] = []
-    checkpointed.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    velocities = [model(*draw_inputs(), draw_image()) for model in (plain, checkpointed)]
-    assert torch.equal(*velocities)
-    assert len(calls) == 1
-    for velocity in velocities:
-        velocity.square().mean().backward()
-    assert len(calls) == 2
-    for (name, parameter), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
-        assert torch.equal(parameter.grad, other.grad), name
-
-
 def test_training_works_after_sampling_in_inference_mode() -> None:
     """Rotary positions are cached; those made under inference mode could not take part in a backward."""
     for cached in (_layout, build_rope, rope_table):

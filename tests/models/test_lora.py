@@ -20,6 +20,7 @@ from muybridge.models.lora import (
     lora_ranks,
     merge_lora,
 )
+from muybridge.train.activations import ActivationPolicy, ActivationsConfig, set_activation_policy
 
 SIZES = DiTConfig(num_layers=2, num_attention_heads=2, dim=32, ffn_dim=48, text_dim=16, freq_dim=32)
 LINEARS_OF_A_BLOCK = {
@@ -113,7 +114,8 @@ def test_recomputing_blocks_gives_the_same_gradients() -> None:
     gradients = []
     for recompute in (False, True):
         dit = adapted(LoRAConfig(rank=3))
-        dit.config = dataclasses.replace(SIZES, gradient_checkpointing=recompute)
+        policy = ActivationPolicy.block if recompute else ActivationPolicy.none
+        set_activation_policy(dit, ActivationsConfig(policy))
         dit(*inputs()).square().mean().backward()
         gradients.append({name: p.grad for name, p in dit.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

@@ -104,7 +104,7 @@ def test_every_size_that_differs_is_named_with_both_values(settings: list[str], 
     sizes = load_train_config(settings).model
     folder = pipeline("transformer", sizes=replace(sizes, num_layers=3, ffn_dim=96, eps=1e-5))
     with pytest.raises(ValueError) as error:
-        load_train_config([*settings, f"init_from={folder}", "model.gradient_checkpointing=true"])
+        load_train_config([*settings, f"init_from={folder}"])
     for words in ("model.num_layers=1 must be 3", "model.ffn_dim=64 must be 96", "model.eps=1e-06 must be 1e-05"):
         assert f"{words}, as init_from={folder / 'transformer'} has it" in str(error.value)
     assert "has 3 faults" in str(error.value)
@@ -168,7 +168,7 @@ def test_a_run_s_sizes_that_no_shape_shows_are_compared(
     for name, (given, wanted) in unseen.items():
         assert f"{name}={given} must be {wanted}, as init_from={source} has it" in str(error.value)
     assert f"has {len(unseen)} faults" in str(error.value)
-    load_train_config([*start, "model.self_attention.pattern=block_causal", "model.gradient_checkpointing=true"])
+    load_train_config([*start, "model.self_attention.pattern=block_causal"])
 
 
 def test_a_run_with_another_kind_of_text_encoder_is_named(
