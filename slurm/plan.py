@@ -205,12 +205,14 @@ def _idle_places(config: TrainConfig, processes: int) -> list[str]:
     """Where the batch does not fill the places that so many processes have for it."""
     found = []
     for bucket in config.buckets(processes):
-        at_once = bucket.micro_batch * processes
+        groups = config.data_groups(processes)
+        at_once = bucket.micro_batch * groups
         places = -(-bucket.global_batch // at_once) * at_once
         if (idle := 1 - bucket.global_batch / places) > _MOST_IDLE_SHARE:
+            sharing = "processes" if groups == processes else "groups of processes"
             found.append(
                 f"{idle:.0%} of the GPUs' work is for nothing: {bucket.global_batch} samples of {bucket.name} in a step, and "
-                f"micro_batch {bucket.micro_batch} x {processes} processes; change global_batch, micro_batch or the processes"
+                f"micro_batch {bucket.micro_batch} x {groups} {sharing}; change global_batch, micro_batch or the processes"
             )
     return found
 

@@ -39,7 +39,9 @@ def main(argv: list[str]) -> int:
         return 0
     if any(argument.startswith("-") for argument in argv):
         return _show_with_hydra(argv)
-    config = load_train_config(argv)
+    # Settings can be checked on a machine that is not the cluster.
+    is_check = "dry_run=true" in argv and "WORLD_SIZE" not in os.environ
+    config = load_train_config(argv, world_size=None if is_check else int(os.environ.get("WORLD_SIZE", "1")))
     # DeepSpeed takes seconds to import: a fault above is reported before that.
     from .memory import OutOfMemoryError, check_memory, parameter_counts
 

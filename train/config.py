@@ -4,7 +4,6 @@ Every fault of a configuration is found in one go and reported in one message, b
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -31,7 +30,7 @@ from .activations import ActivationPolicy, ActivationsConfig
 from .checkpoint import CheckpointConfig
 from .checkpoint_folder import resume_fault
 from .compose import ConfigFaults, compose_config
-from .config_rules import reliability_faults, size_faults
+from .config_rules import parallel_faults, process_faults, reliability_faults, size_faults
 from .ema import EMAConfig
 from .engine import EngineConfig
 from .experts import Expert, expert_schedule
@@ -133,9 +132,13 @@ class TrainConfig:
             self.data,
             global_batch=self.global_batch,
             micro_batch=self.micro_batch,
-            world_size=world_size,
+            world_size=self.data_groups(world_size),
             cost=self.sample_cost,
         )
+
+    def data_groups(self, world_size: int) -> int:
+        """How many of so many processes, or groups of them, have clips of their own."""
+        return max(1, world_size // self.parallel.sequence)
 
     def training_data(self) -> DataConfig:
         """The data settings with the paths at what is read: the clips or their latents."""
@@ -185,8 +188,11 @@ class TrainConfig:
         latents = self.vae.resolved().latent_shape(frames, height, width)
         return training_flops(self.model, latents[1:], self.text.max_tokens)
 
-    def faults(self, world_size: int) -> list[str]:
-        """Every broken rule of the parts and between them, as messages that name the field, the value and the rule."""
+    def faults(self, world_size: int | None = None) -> list[str]:
+        """Every broken rule of the parts and between them, as messages that name the field, the value and the rule.
+
+        Those about the number of processes only where it is given.
+        """
         found = []
         if not self.run_dir:
             found.append("run_dir must be set (an experiment does it: +experiment=NAME)")
@@ -207,7 +213,9 @@ class TrainConfig:
             if dataclasses.is_dataclass(getattr(self, part.name)):
                 part_faults += getattr(self, part.name).faults(part.name)
         # Rules between parts need parts that make sense on their own.
-        return found + (part_faults or [*size_faults(self), *reliability_faults(self)])
+        if world_size is not None and not part_faults:
+            found += process_faults(self, world_size)
+        return found + (part_faults or [*size_faults(self), *parallel_faults(self), *reliability_faults(self)])
 
     def missing_inputs(self) -> list[str]:
         """Files that the settings name and this machine does not have."""
@@ -237,12 +245,10 @@ def _missing_parts(field: str, folder: str, parts: tuple[str, str]) -> list[str]
 
 
 def load_train_config(overrides: list[str], *, world_size: int | None = None) -> TrainConfig:
-    """Compose and check the settings of a training run in `world_size` processes (null: those that this one is among).
+    """Compose and check the settings of a training run, for `world_size` processes where their number is known.
 
     Raises ValueError with all faults in one message: ConfigFaults, but for a choice that is not there and for secrets.
     """
-    if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         config = compose_config(overrides, config_class=TrainConfig, config_name="train", schema_name=SCHEMA_NAME)
         faults: list[str] = []

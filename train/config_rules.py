@@ -133,6 +133,37 @@ def _channel_faults(config: "TrainConfig", vae: VAEConfig) -> list[str]:
     return found
 
 
+def process_faults(config: "TrainConfig", world_size: int) -> list[str]:
+    """What so many processes cannot do together."""
+    width = config.parallel.sequence
+    if world_size % width == 0:
+        return []
+    near = max(size for size in range(1, min(width, world_size) + 1) if world_size % size == 0)
+    return [
+        f"parallel.sequence={width} must divide the number of processes, {world_size} (nearest: parallel.sequence={near}, or "
+        f"{-(-world_size // width) * width} processes)"
+    ]
+
+
+def parallel_faults(config: "TrainConfig") -> list[str]:
+    """What clips that are shared by several processes do not go with."""
+    from .config import TaskKind
+
+    width, heads = config.parallel.sequence, config.model.num_attention_heads
+    if width == 1:
+        return []
+    found = []
+    if config.task is TaskKind.video_vae:
+        return [f"parallel.sequence={width} must be 1 with task=video_vae"]
+    if width > heads:
+        found.append(
+            f"parallel.sequence={width} must be at most model.num_attention_heads={heads}: they share the heads"
+        )
+    if config.data.access is Access.stream:
+        found.append(f"parallel.sequence={width} must be 1 with data.access=stream")
+    return found
+
+
 def reliability_faults(config: "TrainConfig") -> list[str]:
     """What a run does about faults against what it has for that."""
     found = []

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ..data.batch import VideoBatch
@@ -12,6 +13,8 @@ from ..data.loader import VideoLoader
 from ..data.stream import StreamLoader
 from .ahead import BackgroundNext
 from .checkpoint import LEDGER_NAME
+from .group_batches import share_batches
+from .mesh import Axis
 from .preemption import Agreement, Requests, StopAgreed
 from .ranks import from_all_ranks
 
@@ -26,8 +29,12 @@ class Feed:
     Step t trains on the samples of step t + `skipped_steps` of the plan: what a roll-back leaves out never comes again.
     """
 
-    def __init__(self, loader: VideoLoader | StreamLoader, *, max_bad_share: float) -> None:
+    def __init__(
+        self, loader: VideoLoader | StreamLoader, *, max_bad_share: float, axis: Axis, device: torch.device
+    ) -> None:
+        """Of the ranks along `axis`, which share their clips, the first one reads; the others get them on `device`."""
         self.loader = loader
+        self._axis, self._device = axis, device
         self.skipped_steps = 0
         self._max_bad_share = max_bad_share
         self._budget = DataBudget(max_bad_share)
@@ -67,26 +74,28 @@ class Feed:
         """Begin, or begin anew, with a step."""
         if self._batches is not None:
             self._batches.close(CLOSE_SECONDS)
-        self._batches = BackgroundNext(self.loader.steps(step + self.skipped_steps))
+        if self._axis.is_first:
+            self._batches = BackgroundNext(self.loader.steps(step + self.skipped_steps))
 
     def next(self, requests: Requests, *, arrived: Callable[[], None]) -> list[VideoBatch]:
         """This rank's batches of the next step, one per micro-step; `arrived` is called when it has them. Collective.
 
         Raises StopAgreed, on all ranks, where a rank was asked to stop before all have theirs.
         """
-        assert self._batches is not None
         is_ready = are_all_ready = False
         while not are_all_ready:
-            if not is_ready and (is_ready := self._batches.ready(POLL_SECONDS)):
+            if not is_ready and (is_ready := self._batches is None or self._batches.ready(POLL_SECONDS)):
                 arrived()
             try:
                 are_all_ready = requests.all_ready(is_ready)
             except StopAgreed:
                 # Who goes on reads the step anew: what was found for it must not be in the checkpoint's ledger.
-                self._batches.close(POLL_SECONDS)
+                if self._batches is not None:
+                    self._batches.close(POLL_SECONDS)
                 self.loader.ledger.forget_unfinished()
                 raise
-        return self._batches.take()
+        read = None if self._batches is None else self._batches.take()
+        return share_batches(read, self._axis, self._device)
 
     def agree(self, requests: Requests, step: int, *, is_written: bool, is_lost: bool) -> Agreement:
         """Hear the other ranks after step - 1, and count what could not be read. Collective; raises DataBudgetError on all."""

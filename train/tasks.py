@@ -32,6 +32,7 @@ from ..models.weights import save_model
 from .conditions import ClipConditions
 from .config import TaskKind, TrainConfig
 from .experts import Expert
+from .mesh import Mesh
 
 # Training clips over which the latent statistics of a new autoencoder are measured.
 STATISTICS_CLIPS = 512
@@ -49,9 +50,11 @@ class SampleLosses:
 class Task(ABC):
     """A model to train and its loss."""
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device, mesh: Mesh | None = None) -> None:
+        """`mesh` is that of the processes that work together, where there are any."""
         self.config = config
         self.device = device
+        self.mesh = mesh
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -69,8 +72,8 @@ class Task(ABC):
 class TextToVideoTask(Task):
     """Rectified flow on latents, given captions."""
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        super().__init__(config, device)
+    def __init__(self, config: TrainConfig, device: torch.device, mesh: Mesh | None = None) -> None:
+        super().__init__(config, device, mesh)
         self._tokenizer = self._trained_text_encoder()  # only its tokens are asked for
         self._umt5: Umt5TextEncoder | None = None
         self._vae: VideoVAE | None = None
@@ -200,9 +203,10 @@ class VideoVAETask(Task):
         return folder / "vae"
 
 
-def build_task(config: TrainConfig, device: torch.device) -> Task:
+def build_task(config: TrainConfig, device: torch.device, mesh: Mesh | None = None) -> Task:
     """The task that `config.task` names."""
-    return {TaskKind.text_to_video: TextToVideoTask, TaskKind.video_vae: VideoVAETask}[config.task](config, device)
+    tasks = {TaskKind.text_to_video: TextToVideoTask, TaskKind.video_vae: VideoVAETask}
+    return tasks[config.task](config, device, mesh)
 
 
 def next_command(config: TrainConfig) -> str:

@@ -6,6 +6,7 @@ weights, the optimizer and one number.
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,24 +58,24 @@ class Trainer:
         self.config = config
         self.attempt, self.watchdog = attempt, attempt.watchdog
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.mesh = build_mesh(config.parallel, device)
         self.buckets = config.buckets(self.world)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.mesh = build_mesh(config.parallel, device)
 
         # Data first: its mistakes are the commonest, and it needs no model to find them.
-        self.loader, self.validation_loader = build_loaders(config, self.buckets)
+        self.loader, self.validation_loader = build_loaders(config, self.buckets, self.mesh)
         refuse_different_settings({**setting_texts(config), "data": self.loader.fingerprint})
-        self.feed = Feed(self.loader, max_bad_share=config.data.max_bad_share)
+        self.feed = Feed(self.loader, max_bad_share=config.data.max_bad_share, axis=self.mesh.sequence, device=device)
         resume = on_rank_0(lambda: resume_in_force(self.run_dir, config.resume))
         resume_from = choose_checkpoint(self.checkpoints, resume)
         attempt.start(read_run_state(resume_from)["step"] if resume_from is not None else 0, resume_from)
         if resume_from is not None:
             refuse_changed_settings(config, resume_from)
         prepare_tokenizer(config, self.loader)
-        self.task = build_task(config, device)
+        self.task = build_task(config, device, self.mesh)
         torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
         model = self.task.build_model()
         self.lora_facts = prepare_weights(model, config, resume_from)
@@ -212,6 +213,8 @@ class Trainer:
             # The step's loss is the mean over its samples; the engine averages over the ranks.
             loss = (losses.total * batch.weights).sum() * (self.world / batch.step_samples)
             self.engine.backward(loss, is_last=number == len(micro_batches))
+            if not self.mesh.sequence.is_first:  # the first along it speaks for those that have the same clips
+                batch = replace(batch, weights=torch.zeros_like(batch.weights))
             self.window.add(losses.total, losses.terms, batch.weights)
             self.guard.add(losses.total, losses.noise_levels, batch)
         result = self.engine.step(lr, accept=self.guard.accept)
@@ -299,11 +302,18 @@ class Trainer:
             with self.watchdog.phase(Phase.validation, self.step), self.ema.swapped_in():
                 if self.validation_loader is not None:
                     row = validation_losses(
-                        self.engine, self.task, self.validation_loader, clips=config.clips, may_stop=self._may_stop
+                        self.engine,
+                        self.task,
+                        self.validation_loader,
+                        clips=config.clips,
+                        mesh=self.mesh,
+                        may_stop=self._may_stop,
                     )
                 if self.config.task is TaskKind.text_to_video and config.prompts:
                     folder = self.run_dir / "validation" / f"step-{self.step:08d}"
-                    videos = sample_videos(self.engine, self.task, self.config, folder, may_stop=self._may_stop)
+                    videos = sample_videos(
+                        self.engine, self.task, self.config, folder, mesh=self.mesh, may_stop=self._may_stop
+                    )
         except StopAgreed:
             if self.step == self.config.steps:
                 self._note("muybridge: the last validation was cut short by the request to stop, and is left out")

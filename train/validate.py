@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from .group_batches import each_shared
+from .mesh import Mesh
 from .ranks import from_all_ranks
 
 if TYPE_CHECKING:
@@ -46,7 +48,13 @@ class ValidationConfig:
 
 @torch.no_grad()
 def validation_losses(
-    engine: "Engine", task: "Task", loader: "VideoLoader", *, clips: int, may_stop: Callable[[], None]
+    engine: "Engine",
+    task: "Task",
+    loader: "VideoLoader",
+    *,
+    clips: int,
+    mesh: Mesh,
+    may_stop: Callable[[], None],
 ) -> dict[str, float]:
     """Mean loss and terms over `clips` of the validation set, each once, with the same noise each time. Collective.
 
@@ -55,7 +63,7 @@ def validation_losses(
     sums: dict[str, torch.Tensor] = {}
     seen = torch.zeros((), device=task.device)
     engine.eval()
-    for batch in loader.each_once(clips):
+    for batch in each_shared(loader.each_once(clips), mesh.sequence, task.device):
         may_stop()
         batch = batch.to(task.device)
         losses = task.losses(engine, batch, purpose="validation/")
@@ -72,17 +80,24 @@ def validation_losses(
 
 
 def sample_videos(
-    engine: "Engine", task: "Task", config: "TrainConfig", folder: Path, *, may_stop: Callable[[], None]
+    engine: "Engine",
+    task: "Task",
+    config: "TrainConfig",
+    folder: Path,
+    *,
+    mesh: Mesh,
+    may_stop: Callable[[], None],
 ) -> list[tuple[Path, str]]:
-    """Sample `config.validation.prompts` into `folder`, spread over the ranks; rank 0 gets the paths and prompts. Collective.
+    """Sample `config.validation.prompts` into `folder`; rank 0 gets the paths and prompts. Collective.
 
-    `may_stop` is called after each step of the sampler, and may raise. What a disk refuses is reported and left out.
+    The prompts are spread over the ranks; those along `sequence` make the same ones together. `may_stop` is called after each step
+    of the sampler, and may raise. What a disk refuses is reported and left out.
     """
     from .generate import NEGATIVE_PROMPT, VideoModels, decode_frames, generate_latents, prompt_noise, write_clips
     from .tasks import TextToVideoTask
 
     assert isinstance(task, TextToVideoTask)
-    prompts, world, rank = config.validation.prompts, dist.get_world_size(), dist.get_rank()
+    prompts, world, rank = config.validation.prompts, mesh.data.size, mesh.data.rank
     # Under ZeRO-3 every forward is collective, so all ranks make the same number of calls; the surplus is thrown away.
     per_rank = -(-len(prompts) // world)
     numbers = [(rank * per_rank + i) % len(prompts) for i in range(per_rank)]
@@ -98,14 +113,16 @@ def sample_videos(
         progress=lambda done, steps: may_stop(),
     )
     engine.train()
-    frames, written, failure = decode_frames(task.vae, latents), {}, ""
-    try:
-        paths = write_clips(folder, frames, mine, numbers, fps=config.data.fps)
-        written = dict(zip(numbers, paths, strict=True))
-    except OSError as error:  # a full disk costs no training
-        failure = str(error)
+    written, failure = {}, ""
+    if mesh.sequence.is_first:
+        frames = decode_frames(task.vae, latents)
+        try:
+            paths = write_clips(folder, frames, mine, numbers, fps=config.data.fps)
+            written = dict(zip(numbers, paths, strict=True))
+        except OSError as error:  # a full disk costs no training
+            failure = str(error)
     found = from_all_ranks((written, failure))
-    if rank == 0 and (failures := [failure for _, failure in found if failure]):
+    if dist.get_rank() == 0 and (failures := [failure for _, failure in found if failure]):
         _log.warning("muybridge: not all sample videos were written: %s", "; ".join(failures))
     by_number = {number: path for part, _ in found for number, path in part.items()}
     return [(by_number[number], prompts[number]) for number in sorted(by_number)]

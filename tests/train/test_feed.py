@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from muybridge.data.ledger import BadClip, Ledger
 from muybridge.train.feed import Feed
+from muybridge.train.mesh import Axis
 from muybridge.train.preemption import Agreement, StopAgreed
 
 
@@ -48,7 +50,7 @@ class Requests:
 def test_bad_clips_of_a_step_that_a_stop_cuts_short_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muybridge.train.feed.from_all_ranks", lambda value: [value])
     loader: Any = Loader()
-    feed, requests = Feed(loader, max_bad_share=0.5), Requests()
+    feed, requests = Feed(loader, max_bad_share=0.5, axis=Axis(0, 1, None), device=torch.device("cpu")), Requests()
     of_trainer: Any = requests
     feed.start(0)
     feed.next(of_trainer, arrived=lambda: None)
