@@ -1,12 +1,8 @@
 """Which rank computes more slowly than the others: all wait for the slowest one, and no other number shows which that is."""
 
 import socket
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import median_low
 
-import torch
 import torch.distributed as dist
 
 from .ranks import from_all_ranks
@@ -14,42 +10,6 @@ from .ranks import from_all_ranks
 SLOW = 1.15  # times the median
 WINDOWS = 3  # in a row, or it was chance
 _WINDOW_SECONDS = 5.0  # of computing that the median rank has in a window at least
-
-
-class ComputeClock:
-    """Sums up the seconds of this rank's own computing, such as forward passes in which it waits for nobody.
-
-    On a GPU these are the device's seconds, read where it has come to the end anyway. Under ZeRO-3 a forward pass waits for the
-    weights of other ranks, so that all take alike, and a slow one does not show.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """What counts."""
-        if self._is_cuda:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            yield
-            end.record()
-            self._events.append((begin, end))
-        else:
-            began = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - began
-
-    def take(self) -> float:
-        """The seconds since the last call; waits for the device."""
-        if self._events:
-            self._events[-1][1].synchronize()
-        seconds = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-        self._seconds = 0.0
-        self._events.clear()
-        return seconds
 
 
 class SlowRanks:

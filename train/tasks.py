@@ -33,6 +33,7 @@ from .conditions import ClipConditions
 from .config import TaskKind, TrainConfig
 from .experts import Expert
 from .mesh import Mesh
+from .step_clock import Part, StepClock
 
 # Training clips over which the latent statistics of a new autoencoder are measured.
 STATISTICS_CLIPS = 512
@@ -50,11 +51,14 @@ class SampleLosses:
 class Task(ABC):
     """A model to train and its loss."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, mesh: Mesh | None = None) -> None:
-        """`mesh` is that of the processes that work together, where there are any."""
+    def __init__(
+        self, config: TrainConfig, device: torch.device, *, mesh: Mesh | None = None, clock: StepClock | None = None
+    ) -> None:
+        """`mesh` is that of the processes that work together, if there are any; `clock` hears how long the frozen models take."""
         self.config = config
         self.device = device
         self.mesh = mesh
+        self.clock = clock or StepClock(device)
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -72,8 +76,10 @@ class Task(ABC):
 class TextToVideoTask(Task):
     """Rectified flow on latents, given captions."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, mesh: Mesh | None = None) -> None:
-        super().__init__(config, device, mesh)
+    def __init__(
+        self, config: TrainConfig, device: torch.device, *, mesh: Mesh | None = None, clock: StepClock | None = None
+    ) -> None:
+        super().__init__(config, device, mesh=mesh, clock=clock)
         self._tokenizer = self._trained_text_encoder()  # only its tokens are asked for
         self._umt5: Umt5TextEncoder | None = None
         self._vae: VideoVAE | None = None
@@ -109,9 +115,10 @@ class TextToVideoTask(Task):
 
     def encode_text(self, captions: list[str]) -> Tensor:
         """What the model takes as text: tokens for an encoder trained along, features of a frozen one."""
-        if self._tokenizer is not None:
-            return self._tokenizer.tokenize(captions).to(self.device)
-        return self.umt5.encode(captions)
+        with self.clock.running(Part.text):
+            if self._tokenizer is not None:
+                return self._tokenizer.tokenize(captions).to(self.device)
+            return self.umt5.encode(captions)
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """As `encode_text`, but a frozen encoder that captions do not keep in memory is read for new prompts only."""
@@ -146,7 +153,8 @@ class TextToVideoTask(Task):
     @torch.no_grad()
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, z, T', H', W'], as the model is trained on."""
-        return self.vae.normalise(self.vae.encode_chunked(pixels).mode())
+        with self.clock.running(Part.vae):
+            return self.vae.normalise(self.vae.encode_chunked(pixels).mode())
 
     def export(self, folder: Path, weights: dict[str, Tensor], clips: Iterator[VideoBatch]) -> Path:
         if self.config.lora.is_on:
@@ -203,10 +211,12 @@ class VideoVAETask(Task):
         return folder / "vae"
 
 
-def build_task(config: TrainConfig, device: torch.device, mesh: Mesh | None = None) -> Task:
+def build_task(
+    config: TrainConfig, device: torch.device, *, mesh: Mesh | None = None, clock: StepClock | None = None
+) -> Task:
     """The task that `config.task` names."""
     tasks = {TaskKind.text_to_video: TextToVideoTask, TaskKind.video_vae: VideoVAETask}
-    return tasks[config.task](config, device, mesh)
+    return tasks[config.task](config, device, mesh=mesh, clock=clock)
 
 
 def next_command(config: TrainConfig) -> str:

@@ -24,7 +24,7 @@ class MetricsWindow:
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._skipped = self._steps = 0
+        self._skipped = self.steps = 0
         self._samples: Tensor | float = 0.0
         self._forget_step()
         self.begin()
@@ -58,7 +58,7 @@ class MetricsWindow:
 
     def end_step(self, *, samples: int, applied: bool) -> None:
         """Count a step of this many samples over all ranks; the losses of one that is not `applied` are left out."""
-        self._steps += 1
+        self.steps += 1
         self._timed_samples += samples
         self._skipped += not applied
         if applied:
@@ -79,13 +79,13 @@ class MetricsWindow:
             dist.all_reduce(totals)
             *sums, samples = totals.tolist()
             row = {name: total / (samples or 1.0) for name, total in zip(names, sums, strict=True)}
-        seconds = (time.perf_counter() - self._began) / self._steps
+        seconds = (time.perf_counter() - self._began) / self.steps
         row |= {
             "grad_norm": float(result.grad_norm),
             "lr": lr,
             "seconds_per_step": seconds,
-            "samples_per_second": self._timed_samples / (seconds * self._steps),
-            "data_seconds_per_step": self._data_seconds / self._steps,
+            "samples_per_second": self._timed_samples / (seconds * self.steps),
+            "data_seconds_per_step": self._data_seconds / self.steps,
             "skipped_steps": float(self._skipped),
         }
         self._reset()

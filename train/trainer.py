@@ -41,7 +41,8 @@ from .ranks import on_rank_0
 from .run_lock import RunIsLocked
 from .save_schedule import SaveSchedule
 from .saving import CheckpointsFail, Saver
-from .slow_ranks import ComputeClock, SlowRanks
+from .slow_ranks import SlowRanks
+from .step_clock import Part, StepClock, time_row
 from .tasks import build_task
 from .throughput import MetricsWindow
 from .tokenizer import prepare_tokenizer
@@ -62,6 +63,7 @@ class Trainer:
         self.buckets = config.buckets(self.world)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
+        self.clock = StepClock(device)
         if config.threads:
             torch.set_num_threads(config.threads)
 
@@ -75,7 +77,7 @@ class Trainer:
         if resume_from is not None:
             refuse_changed_settings(config, resume_from)
         prepare_tokenizer(config, self.loader)
-        self.task = build_task(config, device, self.mesh)
+        self.task = build_task(config, device, mesh=self.mesh, clock=self.clock)
         torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
         model = self.task.build_model()
         self.lora_facts = prepare_weights(model, config, resume_from)
@@ -91,7 +93,7 @@ class Trainer:
         self.ema = EMA(self.engine, config.ema)
         self.guard = StepGuard(config.guards)
         self.window = MetricsWindow(device)
-        self.compute_clock, self.slow_ranks = ComputeClock(device), SlowRanks()
+        self.slow_ranks = SlowRanks()
         self.step = 0
         self.exported: Path | None = None  # on rank 0, at the end
         data_changed = resume_from is not None and self._restore(resume_from)
@@ -179,9 +181,10 @@ class Trainer:
         self.step += 1
         self.attempt.step = self.step
         if self.step % self.config.tracking.log_every_steps == 0 or self.step == self.config.steps:
-            row = self.window.close(result, lr)
+            steps, seconds = self.window.steps, self.clock.take()
+            row = self.window.close(result, lr) | time_row(seconds, steps)
             self._log({**row, "samples_seen": self.feed.samples_before(self.step)})
-            for text in self.slow_ranks.add(self.compute_clock.take()):
+            for text in self.slow_ranks.add(seconds[Part.forward]):
                 self._note(f"muybridge: {text}")
         # Before the checkpoint: it must count this step's bad clips, and none may be of a step that was one too many.
         is_written, is_lost = self.saver.is_written(), self.attempt.lock.is_lost
@@ -208,16 +211,18 @@ class Trainer:
         self.guard.begin_step(self.step, micro_batches[0].shape_name)
         for number, batch in enumerate(micro_batches, start=1):
             batch = batch.to(self.task.device)
-            with self.compute_clock.running():
+            with self.clock.running(Part.forward):
                 losses = self.task.losses(self.engine, batch)
             # The step's loss is the mean over its samples; the engine averages over the ranks.
             loss = (losses.total * batch.weights).sum() * (self.world / batch.step_samples)
-            self.engine.backward(loss, is_last=number == len(micro_batches))
+            with self.clock.running(Part.backward):
+                self.engine.backward(loss, is_last=number == len(micro_batches))
             if not self.mesh.sequence.is_first:  # the first along it speaks for those that have the same clips
                 batch = replace(batch, weights=torch.zeros_like(batch.weights))
             self.window.add(losses.total, losses.terms, batch.weights)
             self.guard.add(losses.total, losses.noise_levels, batch)
-        result = self.engine.step(lr, accept=self.guard.accept)
+        with self.clock.running(Part.optimizer):
+            result = self.engine.step(lr, accept=self.guard.accept)
         return result, self.guard.end_step(applied=result.applied)
 
     def _save_where_due(self, *, seconds: float, is_asked: bool, is_written: bool) -> None:
