@@ -1,9 +1,12 @@
 """The checkpoints of a run as its loop sees them: when one is due, when it is there, and what comes of one that fails."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpointer, Saved
+from .checkpoint_folder import delete_leftovers, space_fault
+from .ranks import on_rank_0
 from .save_schedule import SaveSchedule
 
 # A disk that is full for a moment costs a checkpoint; one that stays full would cost all further work.
@@ -76,3 +79,25 @@ class Saver:
             raise CheckpointsFail(
                 f"{self._failures_in_a_row} checkpoints in a row were not written. The last: {saved.failure}"
             )
+
+
+def build_saver(
+    folder: Path,
+    checkpointer: Checkpointer,
+    schedule: SaveSchedule,
+    *,
+    steps_left: int,
+    resumed_step: int | None,
+    taken_up: Callable[[Saved], None],
+) -> Saver:
+    """A saver of checkpoints into a folder, which it frees of leftovers. Collective.
+
+    Raises ValueError where the disk has no room for the checkpoints of a fresh run, CheckpointsFail for one that goes on: it had it
+    before, and may have it again.
+    """
+    delete_leftovers(folder)
+    nbytes = checkpointer.expected_bytes()
+    if fault := on_rank_0(lambda: space_fault(folder, nbytes) if steps_left > 0 else ""):
+        checkpointer.close()
+        raise CheckpointsFail(fault) if resumed_step is not None else ValueError(fault)
+    return Saver(checkpointer, schedule, step=resumed_step, taken_up=taken_up)

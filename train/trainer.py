@@ -17,7 +17,7 @@ from ..data.batch import VideoBatch
 from ..data.ledger import DataBudgetError
 from .attempts import resume_in_force
 from .checkpoint import Checkpointer, Saved
-from .checkpoint_folder import choose_checkpoint, committed_checkpoints, delete_leftovers, set_aside_newer, space_fault
+from .checkpoint_folder import choose_checkpoint, committed_checkpoints, set_aside_newer
 from .compose import plain
 from .config import TaskKind, TrainConfig
 from .ema import EMA
@@ -40,7 +40,7 @@ from .provenance import setting_texts, versions, write_provenance
 from .ranks import on_rank_0
 from .run_lock import RunIsLocked
 from .save_schedule import SaveSchedule
-from .saving import CheckpointsFail, Saver
+from .saving import CheckpointsFail, build_saver
 from .slow_ranks import SlowRanks
 from .step_clock import Part, StepClock, time_row
 from .tasks import build_task
@@ -97,7 +97,16 @@ class Trainer:
         self.step = 0
         self.exported: Path | None = None  # on rank 0, at the end
         data_changed = resume_from is not None and self._restore(resume_from)
-        self.saver = self._build_saver(device, resume_from)
+        self.saver = build_saver(
+            self.checkpoints,
+            Checkpointer(
+                self.checkpoints, config.checkpoint, self.engine, self.ema, still_ours=attempt.lock.still_ours
+            ),
+            SaveSchedule(config.checkpoint, processes=self.world, on_gpu=device.type == "cuda"),
+            steps_left=config.steps - self.step,
+            resumed_step=self.step if resume_from is not None else None,
+            taken_up=self._take_up,
+        )
         if resume_from is not None:  # nothing can refuse this attempt any more
             set_aside_newer(self.checkpoints, resume_from)
 
@@ -342,20 +351,6 @@ class Trainer:
             clips = self.loader.every_row(self.config.micro_batch)
             self.exported = self.task.export(self.run_dir / "model", read_weights(newest), clips)
         dist.barrier()
-
-    def _build_saver(self, device: torch.device, resume_from: Path | None) -> Saver:
-        checkpointer = Checkpointer(
-            self.checkpoints, self.config.checkpoint, self.engine, self.ema, still_ours=self.attempt.lock.still_ours
-        )
-        delete_leftovers(self.checkpoints)
-        nbytes = checkpointer.expected_bytes()
-        if fault := on_rank_0(lambda: space_fault(self.checkpoints, nbytes) if self.step < self.config.steps else ""):
-            checkpointer.close()
-            # Where a run had room for checkpoints before, it may have it again.
-            raise CheckpointsFail(fault) if resume_from is not None else ValueError(fault)
-        schedule = SaveSchedule(self.config.checkpoint, processes=self.world, on_gpu=device.type == "cuda")
-        saved_step = self.step if resume_from is not None else None
-        return Saver(checkpointer, schedule, step=saved_step, taken_up=self._take_up)
 
     def _note(self, text: str) -> None:
         if self.tracker is not None:
