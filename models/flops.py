@@ -1,17 +1,80 @@
-"""Size and arithmetic of a DiT, counted from its config: parameters, and FLOPs of a training step for MFU."""
+"""Size and arithmetic of a DiT, counted from its config: parameters, and FLOPs of a training step."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
-from .dit import DiT, DiTConfig
+from .dit_config import DiTConfig
 from .token_layout import token_layout
 
 
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a DiT."""
+
+    block: int  # of one block
+    blocks: int  # how many blocks there are
+    outside: int  # embeddings and head
+
+    @property
+    def total(self) -> int:
+        return self.blocks * self.block + self.outside
+
+
+@dataclass(frozen=True)
+class DiTFlops:
+    """FLOPs of one forward of one sample by what computes them: matmuls only, a multiply-add counted as two.
+
+    Of the backward, attention takes 2.5 times its forward, because the scores are computed again (as in every flash attention).
+    """
+
+    linear: int  # Linear layers of all blocks
+    self_attention: int
+    cross_attention: int
+    outside: int  # embeddings, modulation and head
+    # Of `outside`, the layers whose inputs are data: nobody needs a gradient of those.
+    first_layers: int
+
+    @property
+    def attention(self) -> int:
+        return self.self_attention + self.cross_attention
+
+    @property
+    def forward(self) -> int:
+        return self.linear + self.attention + self.outside
+
+    @property
+    def backward(self) -> int:
+        """What the backward executes where all weights are trained; nothing that a policy computes again is in it."""
+        return 2 * (self.linear + self.outside) - self.first_layers + 5 * self.attention // 2
+
+    @property
+    def blocks_again(self) -> int:
+        """What it takes to compute the forward of all blocks again."""
+        return self.linear + self.attention
+
+
+def parameter_count(config: DiTConfig) -> ParameterCount:
+    """Parameters by place, without building the model (the first tensor on the meta device takes seconds)."""
+    dim, hidden = config.dim, config.ffn_dim
+    patch, image = math.prod(config.patch_size), config.image_dim
+    # q, k, v, out and the scales of q and k, for both attentions; norm2; feed-forward; modulation.
+    block = 2 * (4 * (dim * dim + dim) + 2 * dim) + 2 * dim + 2 * dim * hidden + hidden + dim + 6 * dim
+    outside = dim * (config.in_channels * patch + 1)  # patch embedding
+    outside += dim * (config.freq_dim + 1) + dim * (dim + 1) + 6 * dim * (dim + 1)  # time embedding and modulation
+    outside += dim * (config.text_dim + 1) + dim * (dim + 1)
+    outside += patch * config.out_channels * (dim + 1) + 2 * dim  # head and its modulation
+    if image is not None:
+        block += 2 * (dim * dim + dim) + dim  # k and v of an image's tokens, and the scale of k
+        outside += 2 * image + image * (image + 1) + dim * (image + 1) + 2 * dim
+        outside += image * (config.pos_embed_seq_len or 0)
+    return ParameterCount(block, config.num_layers, outside)
+
+
 def count_parameters(config: DiTConfig) -> int:
-    """Parameters of the DiT of this config, without allocating them."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in DiT(config).parameters())
+    """Parameters of the DiT of this config."""
+    return parameter_count(config).total
 
 
 def count_tokens(config: DiTConfig, latent_shape: tuple[int, int, int]) -> int:
@@ -29,27 +92,38 @@ def attended_pairs(config: DiTConfig, latent_shape: tuple[int, int, int]) -> int
     return round(layout.mask.density * layout.mask.query_low.shape[-1] ** 2)
 
 
-def forward_flops(config: DiTConfig, latent_shape: tuple[int, int, int], text_tokens: int) -> int:
-    """FLOPs of one forward of one sample: matmuls only, a multiply-add counted as two.
+def count_flops(
+    config: DiTConfig, latent_shape: tuple[int, int, int], text_tokens: int, *, timestep_rows: int = 1
+) -> DiTFlops:
+    """FLOPs of one forward of one sample of latents of (frames, height, width).
 
-    Latents of (frames, height, width), one timestep for the sample, `text_tokens` rows of text (512 in Wan, padding
+    `timestep_rows` is how many timesteps a sample has (one, or one a token); `text_tokens` are rows of text (512 in Wan, padding
     included, because it is attended); an image's rows, where the model takes one, are those of Wan (`image_tokens`).
     """
     dim, tokens = config.dim, count_tokens(config, latent_shape)
-    patch = math.prod(config.patch_size)
-    per_video_token = dim * patch * (config.in_channels + config.out_channels)  # patch embedding and head
-    per_text_token = config.text_dim * dim + dim * dim
-    per_image_token = (config.image_dim or 0) * ((config.image_dim or 0) + dim)
-    per_sample = config.freq_dim * dim + dim * dim + 6 * dim * dim  # time embedding and modulation
-
-    # Self-attention q, k, v, out; cross-attention q, out; feed-forward up, down.
-    block = tokens * (4 * dim * dim + 2 * dim * dim + 2 * dim * config.ffn_dim)
+    patch, image = math.prod(config.patch_size), config.image_dim or 0
     context_tokens = text_tokens + config.image_tokens
-    block += context_tokens * 2 * dim * dim  # cross-attention k, v
-    # Scores, and values weighted by them.
-    block += 2 * dim * (attended_pairs(config, latent_shape) + tokens * context_tokens)
-    per_sample += text_tokens * per_text_token + config.image_tokens * per_image_token
-    return 2 * (tokens * per_video_token + per_sample + config.num_layers * block)
+
+    # Self-attention q, k, v, out; cross-attention q, out; feed-forward up, down; cross-attention k, v.
+    linear = tokens * (4 * dim * dim + 2 * dim * dim + 2 * dim * config.ffn_dim) + context_tokens * 2 * dim * dim
+    first = tokens * dim * patch * config.in_channels + text_tokens * config.text_dim * dim
+    first += timestep_rows * config.freq_dim * dim
+    later = tokens * dim * patch * config.out_channels  # head
+    later += timestep_rows * (dim * dim + 6 * dim * dim) + text_tokens * dim * dim
+    later += config.image_tokens * image * (image + dim)
+    return DiTFlops(
+        linear=2 * config.num_layers * linear,
+        # Scores, and values weighted by them.
+        self_attention=2 * config.num_layers * 2 * dim * attended_pairs(config, latent_shape),
+        cross_attention=2 * config.num_layers * 2 * dim * tokens * context_tokens,
+        outside=2 * (first + later),
+        first_layers=2 * first,
+    )
+
+
+def forward_flops(config: DiTConfig, latent_shape: tuple[int, int, int], text_tokens: int) -> int:
+    """FLOPs of one forward of one sample, with one timestep for the sample; see `count_flops`."""
+    return count_flops(config, latent_shape, text_tokens).forward
 
 
 def training_flops(config: DiTConfig, latent_shape: tuple[int, int, int], text_tokens: int) -> int:

@@ -2,20 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from .chunks import chunk_bounds, default_latent_frames
 from .config import VAEConfig
 from .decoder import Decoder
 from .encoder import Encoder
 from .frame_cache import FrameCache
 from .inflate import inflate
 from .layers import CausalConv3d, FrameAttention, ResidualBlock, fold_pixels, unfold_pixels
-
-# Of all clips in one chunk. One latent frame of 720 x 1280 has about as many: 1.5 GB in fp32 for an outermost layer of Wan 2.1.
-CHUNK_PIXELS = 4_000_000
 
 
 @dataclass
@@ -82,8 +79,8 @@ class VideoVAE(nn.Module):
         Pixels are cast to the dtype of the weights. Raises ValueError where the frames are not 1 + k * temporal_stride,
         or the stride does not divide a side.
         """
-        self._check_pixels(pixels)
-        return self._encode(pixels)
+        self.check_pixels(pixels)
+        return self.encode_part(pixels)
 
     @torch.no_grad()
     def encode_chunked(self, pixels: Tensor, *, latent_frames_per_chunk: int | None = None) -> LatentDistribution:
@@ -91,17 +88,23 @@ class VideoVAE(nn.Module):
 
         By default a chunk has as many frames as `CHUNK_PIXELS` holds, at least those of one latent frame.
         """
-        self._check_pixels(pixels)
-        stride = self.config.temporal_stride
-        later = stride * self._chunk_length(latent_frames_per_chunk, len(pixels), *pixels.shape[3:])
-        first = later - stride + 1  # the first latent frame is one frame
+        self.check_pixels(pixels)
+        length = self.chunk_length(latent_frames_per_chunk, len(pixels), *pixels.shape[3:])
         cache, parts = FrameCache(), []
-        for start, stop in pairwise([0, *range(first, pixels.shape[2], later), pixels.shape[2]]):
-            parts.append(self._encode(pixels[:, :, start:stop], cache))
+        for start, stop in chunk_bounds(self.config, pixels.shape[2], length):
+            parts.append(self.encode_part(pixels[:, :, start:stop], cache))
             cache.is_first = False
         return LatentDistribution(
             *(torch.cat([getattr(part, name) for part in parts], dim=2) for name in ("mean", "logvar"))
         )
+
+    def encode_part(self, pixels: Tensor, cache: FrameCache | None = None) -> LatentDistribution:
+        """`encode` of some frames of clips; the cache has those before them. Nothing is checked."""
+        pixels = pixels.to(self.quant_conv.weight.dtype)
+        if self.config.patch_size > 1:
+            pixels = fold_pixels(pixels, self.config.patch_size)
+        mean, logvar = self.quant_conv(self.encoder(pixels, cache)).chunk(2, dim=1)
+        return LatentDistribution(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents [B, z, T', H', W'] -> pixels [B, 3, T, H, W], not clamped to [-1, 1] (diffusers clamps).
@@ -122,7 +125,7 @@ class VideoVAE(nn.Module):
         stride = self.config.spatial_stride
         height, width = latents.shape[3] * stride, latents.shape[4] * stride
         cache = FrameCache()
-        for part in latents.split(self._chunk_length(latent_frames_per_chunk, len(latents), height, width), dim=2):
+        for part in latents.split(self.chunk_length(latent_frames_per_chunk, len(latents), height, width), dim=2):
             yield self._decode(part, cache)
             cache.is_first = False
 
@@ -141,21 +144,14 @@ class VideoVAE(nn.Module):
         centre, spread = self._statistics_like(latents)
         return latents * spread + centre
 
-    def _encode(self, pixels: Tensor, cache: FrameCache | None = None) -> LatentDistribution:
-        pixels = pixels.to(self.quant_conv.weight.dtype)
-        if self.config.patch_size > 1:
-            pixels = fold_pixels(pixels, self.config.patch_size)
-        mean, logvar = self.quant_conv(self.encoder(pixels, cache)).chunk(2, dim=1)
-        return LatentDistribution(mean, logvar.clamp(-30.0, 20.0))
-
     def _decode(self, latents: Tensor, cache: FrameCache | None = None) -> Tensor:
         pixels = self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)), cache)
         return unfold_pixels(pixels, self.config.patch_size) if self.config.patch_size > 1 else pixels
 
-    def _chunk_length(self, latent_frames: int | None, clips: int, height: int, width: int) -> int:
-        """Latent frames of a chunk."""
+    def chunk_length(self, latent_frames: int | None, clips: int, height: int, width: int) -> int:
+        """Latent frames of a chunk: those asked for, or what `CHUNK_PIXELS` holds. Raises ValueError below 1."""
         if latent_frames is None:
-            return max(1, CHUNK_PIXELS // (clips * height * width * self.config.temporal_stride))
+            return default_latent_frames(self.config, clips, height, width)
         if latent_frames < 1:
             raise ValueError(f"latent_frames_per_chunk={latent_frames} must be at least 1")
         return latent_frames
@@ -168,7 +164,8 @@ class VideoVAE(nn.Module):
             pair.append(torch.tensor(values, dtype=latents.dtype, device=latents.device).view(-1, 1, 1, 1))
         return pair[0], pair[1]
 
-    def _check_pixels(self, pixels: Tensor) -> None:
+    def check_pixels(self, pixels: Tensor) -> None:
+        """Raises ValueError for pixels [B, 3, T, H, W] that the strides do not fit."""
         frames, height, width = pixels.shape[2:]
         stride = self.config.temporal_stride
         if (frames - 1) % stride:

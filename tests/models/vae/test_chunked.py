@@ -63,9 +63,9 @@ def test_by_default_a_chunk_holds_as_many_frames_as_its_pixels_allow(
         return [part.shape[2] for part in vae.decode_chunked(latents)]
 
     assert lengths() == [13]
-    monkeypatch.setattr("muybridge.models.vae.autoencoder.CHUNK_PIXELS", 2 * side * side * 8)  # 2 clips of 8 frames
+    monkeypatch.setattr("muybridge.models.vae.chunks.CHUNK_PIXELS", 2 * side * side * 8)  # 2 clips of 8 frames
     assert lengths() == [5, 8]
-    monkeypatch.setattr("muybridge.models.vae.autoencoder.CHUNK_PIXELS", 1)
+    monkeypatch.setattr("muybridge.models.vae.chunks.CHUNK_PIXELS", 1)
     assert lengths() == [1, 4, 4, 4]
     seen: list[int] = []
     vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
