@@ -161,7 +161,8 @@ def _build(matrices: int) -> "tuple[Engine, EMA]":
     from torch import nn
 
     from ..train.ema import EMA, EMAConfig
-    from ..train.engine import Engine, EngineConfig, Precision, initialise_distributed
+    from ..train.engine import Engine, initialise_distributed
+    from ..train.engine_config import EngineConfig, Precision
     from ..train.optimizer import OptimizerConfig, build_optimizer
 
     config = EngineConfig(zero=1, precision=Precision.fp32)
@@ -178,10 +179,8 @@ def _build(matrices: int) -> "tuple[Engine, EMA]":
 
 
 def _state(engine: "Engine", ema: "EMA") -> "list[torch.Tensor]":
-    from ..train.fragments import OPTIMIZER_STATES
-
     averages = [tensor for tensors in ema.averages.values() for tensor in tensors]
-    moments = [shard.optimizer_state[kind] for shard in engine.shards for kind in OPTIMIZER_STATES]
+    moments = [shard.optimizer_state[kind] for shard in engine.shards for kind in shard.state_names]
     return [tensor.detach() for tensor in (*(shard.master for shard in engine.shards), *averages, *moments)]
 
 

@@ -30,7 +30,7 @@ from ..models.weight_files import read_header, read_json
 from ..models.weights import load_config, load_weights_from
 from ..train.checkpoint_folder import newest_checkpoint
 from ..train.config import TaskKind, read_config
-from ..train.engine import Precision
+from ..train.engine_config import Precision
 from ..train.experts import Expert
 from ..train.fragments import weight_kind
 from ..train.generate import VideoModels

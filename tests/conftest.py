@@ -150,7 +150,7 @@ def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
     from muybridge.train.compose import plain
     from muybridge.train.config import load_train_config
     from muybridge.train.ema import average_name
-    from muybridge.train.engine import FlatShard, Fragment
+    from muybridge.train.flat_shards import FlatShard, Fragment
     from muybridge.train.tasks import TextToVideoTask
     from muybridge.train.trained_weights import prepare_weights
 

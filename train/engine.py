@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import Enum
 from typing import Any
 
 import torch
@@ -23,76 +22,22 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.utils import set_z3_leaf_modules
 
 from .deepspeed_contract import check_deepspeed
+from .engine_config import EngineConfig, deepspeed_settings
+from .flat_shards import build_shards, full_shape
+from .muon import Muon
 from .optimizer import ShardAdamW
 
 # The first CPU `initialize` would compile this all-reduce with g++ for a minute, a killed build leaves a lock that hangs every
 # later run, and only inference uses it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# An AdamW like those on the list; of any other, DeepSpeed warns in every run.
-ZERO_SUPPORTED_OPTIMIZERS.append(ShardAdamW)
+# Of an optimizer that is not on the list, DeepSpeed warns in every run.
+ZERO_SUPPORTED_OPTIMIZERS.extend((ShardAdamW, Muon))
 # DeepSpeed reports its set-up at INFO and calls collectives that torch 2.13 has renamed: nothing a user could act on.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-
-class Precision(Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-@dataclass
-class EngineConfig:
-    """How DeepSpeed shards and computes."""
-
-    # ZeRO stage: 0 replicates everything, 1 shards optimizer states, 2 also gradients, 3 also weights.
-    zero: int = 1
-    # bf16 keeps bf16 weights with fp32 master weights in the optimizer; fp32 is for CPU runs and debugging.
-    precision: Precision = Precision.bf16
-    # Elements in one gradient reduction (and one all-gather); smaller needs less memory, larger hides more latency.
-    bucket_elements: int = 50_000_000
-    # Seconds a collective may take; above the limits of `watchdog`, which says more about who is to blame.
-    timeout_seconds: int = 3600
-
-    def faults(self, field: str) -> list[str]:
-        found = []
-        if self.zero not in (0, 1, 2, 3):
-            found.append(f"{field}.zero={self.zero} must be 0, 1, 2 or 3")
-        if self.zero == 0 and self.precision is Precision.bf16:
-            found.append(
-                f"{field}.zero=0 must be 1 or more with {field}.precision=bf16 "
-                "(DeepSpeed's stage-0 bf16 optimizer shifts Adam's bias correction)"
-            )
-        for name in ("bucket_elements", "timeout_seconds"):
-            if getattr(self, name) < 1:
-                found.append(f"{field}.{name}={getattr(self, name)} must be at least 1")
-        return found
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A contiguous piece of one parameter: elements [start, start + numel) of it lie at `offset` of a flat shard."""
-
-    name: str
-    start: int
-    numel: int
-    offset: int
-
-
-@dataclass
-class FlatShard:
-    """A tensor of fp32 master weights that this rank owns, what lies where in it, and its optimizer's state."""
-
-    # As the optimizer holds it, so that optimizer states can be made in its shape.
-    parameter: Tensor
-    fragments: list[Fragment]
-    optimizer_state: dict[str, Any]
-
-    @property
-    def master(self) -> Tensor:
-        """The weights as one flat tensor that shares the optimizer's storage."""
-        return self.parameter.view(-1)
 
 
 @dataclass(frozen=True)
@@ -112,13 +57,17 @@ class Engine:
         config: EngineConfig,
         micro_batch: int,
         gradient_clipping: float,
+        leaf_modules: tuple[type[nn.Module], ...] = (),
     ) -> None:
-        """Raises ValueError where the installed DeepSpeed is another one than this was made for."""
+        """`leaf_modules` are gathered whole at ZeRO 3, in one go and by hooks that lie outside of their forward.
+
+        Raises ValueError where the installed DeepSpeed is another one than this was made for.
+        """
         check_deepspeed()
         self.config = config
         # Frozen weights are in no shard, and so in no average and no checkpoint.
         self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.parameter_shapes = {name: parameter.shape for parameter, name in self._names.items()}
+        self.parameter_shapes = {name: full_shape(parameter) for parameter, name in self._names.items()}
         self._clipping = gradient_clipping
         # Stage 0 in fp32 reports no gradient norm, so `step` clips there itself.
         deepspeed_clipping = gradient_clipping if config.zero > 0 else 0.0
@@ -127,31 +76,26 @@ class Engine:
             deepspeed_clipping, optimizer.clip_coefficient = 0.0, self._clip_coefficient
         # Whether the optimizer's steps move the averages that they find in their shards' states, see EMA.
         self.moves_averages = isinstance(optimizer, ShardAdamW) and config.zero > 0
+        if config.zero == 3 and leaf_modules:
+            set_z3_leaf_modules(model, list(leaf_modules))
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             dist_init_required=False,
-            config={
-                "train_micro_batch_size_per_gpu": micro_batch,
-                "gradient_accumulation_steps": 1,  # differs by bucket: `backward` is told the last micro-batch of a step
-                "gradient_clipping": deepspeed_clipping,  # the default would be 1.0
-                # The check is the default: without it, bf16 would apply a gradient that is not finite.
-                "bf16": {"enabled": config.precision is Precision.bf16, "check_grad_overflow": True},
-                "zero_optimization": {
-                    "stage": config.zero,
-                    "reduce_bucket_size": config.bucket_elements,
-                    "allgather_bucket_size": config.bucket_elements,
-                    # The reduction in a side stream needs CUDA; on the CPU it only adds copies.
-                    "overlap_comm": torch.cuda.is_available(),
-                },
-                "steps_per_print": None,
-                "wall_clock_breakdown": False,
-            },
+            config=deepspeed_settings(
+                config,
+                micro_batch=micro_batch,
+                gradient_clipping=deepspeed_clipping,
+                largest_gather=largest_gather(model, leaf_modules),
+                elements=sum(full_shape(parameter).numel() for parameter in model.parameters()),
+            ),
         )
         if config.zero == 0 and dist.get_world_size() == 1:
             # Nobody to average with: packing the gradients for the reduction alone takes 7 % of a 0.13 s step.
             self._engine.enable_backward_allreduce = False
-        self.shards = self._build_shards()
+        self.shards = build_shards(self._engine.optimizer, self._names, zero=config.zero)
+        if isinstance(optimizer, Muon):
+            optimizer.bind(self.shards, self.parameter_shapes, is_sharded=config.zero > 0)
         # DeepSpeed asks the optimizer to step once for each shard, after it has reduced the gradients and taken their norm and
         # before any weight changes: the one place where a step can still be called off.
         self._accept: Callable[[float], bool] | None = None
@@ -237,50 +181,14 @@ class Engine:
         """What brings the gradient's norm under the limit; DeepSpeed has taken the norm when it calls the optimizer."""
         return (self._clipping / (self._engine.optimizer._global_grad_norm + 1e-6)).clamp(max=1.0)
 
-    def _build_shards(self) -> list[FlatShard]:
-        optimizer = self._engine.optimizer
-        if self.config.zero == 0:
-            return [
-                FlatShard(
-                    parameter=parameter.data,
-                    fragments=[Fragment(name, start=0, numel=parameter.numel(), offset=0)],
-                    optimizer_state=optimizer.state[parameter],
-                )
-                for parameter, name in self._names.items()
-            ]
-        state = optimizer.optimizer.state
-        if self.config.zero == 3:
-            return [
-                FlatShard(master.data, self._stage3_fragments(group), state[master])
-                for group, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
-            ]
-        return [
-            FlatShard(master.data, self._stage12_fragments(group), state[master])
-            for group, master in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
-        ]
 
-    def _stage12_fragments(self, group: list[nn.Parameter]) -> list[Fragment]:
-        fragments = []
-        for parameter in group:
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:  # lies wholly in other ranks' partitions
-                continue
-            in_parameter, in_shard = mapping.lp_fragment_address, mapping.hp_fragment_address
-            fragments.append(
-                Fragment(self._names[parameter], in_parameter.start, in_parameter.numel, offset=in_shard.start)
-            )
-        return fragments
-
-    def _stage3_fragments(self, group: list[nn.Parameter]) -> list[Fragment]:
-        fragments, offset, rank = [], 0, dist.get_rank()
-        for parameter in group:
-            partition = parameter.partition_numel()  # type: ignore[attr-defined]
-            start = rank * partition
-            numel = min(partition, parameter.ds_numel - start)  # type: ignore[attr-defined]
-            if numel > 0:  # the last ranks can hold nothing but padding
-                fragments.append(Fragment(self._names[parameter], start, numel, offset))
-            offset += partition
-        return fragments
+def largest_gather(model: nn.Module, leaf_modules: tuple[type[nn.Module], ...]) -> int:
+    """Elements of what ZeRO 3 gathers at once: all of a leaf module, else what a module has of its own."""
+    sizes = [0]
+    for module in model.modules():
+        parameters = module.parameters(recurse=isinstance(module, leaf_modules))
+        sizes.append(sum(full_shape(parameter).numel() for parameter in parameters))
+    return max(sizes)
 
 
 class RendezvousError(RuntimeError):

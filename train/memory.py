@@ -8,12 +8,13 @@ import psutil
 import torch
 
 from ..models.dit import DiT
+from ..models.flops import count_parameters
 from ..models.lora import add_lora
 from ..models.text import ByteTextEncoder, TextEncoderKind
 from ..models.text_small import build_encoder
 from ..models.vae import VideoVAE
 from .config import TaskKind, TrainConfig
-from .engine import Precision
+from .engine_config import Precision
 
 GIB = 2**30
 
@@ -32,6 +33,10 @@ class ParameterCounts:
 
 def parameter_counts(config: TrainConfig) -> ParameterCounts:
     """Parameters of the configured model, counted without allocating them."""
+    has_frozen_text = config.text.kind is TextEncoderKind.umt5
+    if config.task is TaskKind.text_to_video and has_frozen_text and not config.lora.is_on:
+        parameters = count_parameters(config.model)
+        return ParameterCounts(all=parameters, trainable=parameters)
     with torch.device("meta"):
         if config.task is TaskKind.video_vae:
             modules: list[torch.nn.Module] = [VideoVAE(config.vae.resolved())]
@@ -47,20 +52,22 @@ def parameter_counts(config: TrainConfig) -> ParameterCounts:
                 for module in modules:
                     module.requires_grad_(False)
                 add_lora(dit, config.lora)
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+    held = [parameter for module in modules for parameter in module.parameters()]
     return ParameterCounts(
-        all=sum(parameter.numel() for parameter in parameters),
-        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        all=sum(parameter.numel() for parameter in held),
+        trainable=sum(parameter.numel() for parameter in held if parameter.requires_grad),
     )
 
 
-def bytes_per_process(config: TrainConfig, world_size: int) -> dict[str, int]:
+def bytes_per_process(
+    config: TrainConfig, world_size: int, counts: ParameterCounts | None = None
+) -> dict[str, int]:
     """Bytes of one process for weights, gradients, optimizer and averages, by ZeRO stage; activations come on top.
 
     The first three as in ZeRO (Rajbhandari et al., arXiv:1910.02054, section 3.1) with K = 12 under bf16; what is frozen has but
     its weights.
     """
-    counts, stage = parameter_counts(config), config.deepspeed.zero
+    counts, stage = counts or parameter_counts(config), config.deepspeed.zero
     width = 2 if config.deepspeed.precision is Precision.bf16 else 4
     weights = counts.all / world_size if stage == 3 else counts.all
     trained = counts.trainable

@@ -24,7 +24,8 @@ from muybridge.tests.data.time_limits import time_limits_for
 from muybridge.tests.end_to_end.damaged_decoder import HANGS
 from muybridge.train import tasks
 from muybridge.train.config import load_train_config
-from muybridge.train.engine import EngineConfig, initialise_distributed
+from muybridge.train.engine import initialise_distributed
+from muybridge.train.engine_config import EngineConfig
 from muybridge.train.exit_codes import exit_process
 from muybridge.train.life import Asked
 from muybridge.train.one_attempt import OneAttempt

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from muybridge.train.config import TrainConfig, load_train_config
-from muybridge.train.engine import EngineConfig, initialise_distributed
+from muybridge.train.engine import initialise_distributed
+from muybridge.train.engine_config import EngineConfig
 from muybridge.train.exit_codes import exit_process
 from muybridge.train.guards import Diverged
 from muybridge.train.life import Asked

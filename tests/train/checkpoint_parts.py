@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 from muybridge.train.checkpoint import CheckpointConfig, Checkpointer, Saved
 from muybridge.train.checkpoint_folder import choose_checkpoint, delete_leftovers, set_aside_newer
-from muybridge.train.engine import FlatShard, Fragment
-from muybridge.train.fragments import OPTIMIZER_STATES
+from muybridge.train.flat_shards import ADAMW_STATES, FlatShard, Fragment
 
 AVERAGE = "ema-0.9999"
 
@@ -46,7 +45,7 @@ def make_parts(value: float, *, shape: tuple[int, int] = (3, 5)) -> tuple[Any, A
     def flat(content: float) -> torch.Tensor:
         return torch.cat([padding, torch.full((numel,), content)])
 
-    state = {name: flat(value) for name in OPTIMIZER_STATES}
+    state = {name: flat(value) for name in ADAMW_STATES}
     shard = FlatShard(flat(value), [Fragment("w", 0, numel, offset=1)], {**state, "step": torch.tensor(7.0)})
     engine = SimpleNamespace(
         config=SimpleNamespace(zero=1),

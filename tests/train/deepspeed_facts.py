@@ -23,7 +23,8 @@ from muybridge.tests.train.guarded_net import (
     train_step,
     whole,
 )
-from muybridge.train.engine import Engine, Precision
+from muybridge.train.engine import Engine
+from muybridge.train.engine_config import Precision
 from muybridge.train.optimizer import OptimizerConfig, build_optimizer
 
 

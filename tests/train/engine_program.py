@@ -20,7 +20,8 @@ from muybridge.tests.train.checkpoint_parts import save_at_once
 from muybridge.train.checkpoint import CheckpointConfig, Checkpointer
 from muybridge.train.checkpoint_folder import choose_checkpoint
 from muybridge.train.ema import EMA, EMAConfig, average_name
-from muybridge.train.engine import Engine, EngineConfig, Precision, initialise_distributed
+from muybridge.train.engine import Engine, initialise_distributed
+from muybridge.train.engine_config import EngineConfig, Precision
 from muybridge.train.exit_codes import exit_process
 from muybridge.train.fragments import load_checkpoint, read_weights
 from muybridge.train.optimizer import OptimizerConfig, build_optimizer

@@ -27,7 +27,8 @@ from muybridge.tests.train.guarded_net import (
     sample_losses,
     train_step,
 )
-from muybridge.train.engine import EngineConfig, Precision, initialise_distributed
+from muybridge.train.engine import initialise_distributed
+from muybridge.train.engine_config import EngineConfig, Precision
 from muybridge.train.guards import GuardConfig, SpikePolicy, StepGuard
 from muybridge.train.model_hash import differing_ranks, model_fingerprint
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from muybridge.train.ema import EMA, EMAConfig
-from muybridge.train.engine import Engine, EngineConfig, Precision
+from muybridge.train.engine import Engine
+from muybridge.train.engine_config import EngineConfig, Precision
 from muybridge.train.optimizer import OptimizerConfig, build_optimizer
 
 GLOBAL_BATCH, MICRO_BATCH = 8, 2

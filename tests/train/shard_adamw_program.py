@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from muybridge.kernels.dispatch import INTERPRETED, Backend, forced
 from muybridge.tests.train.checkpoint_parts import save_at_once
 from muybridge.train.ema import EMA, EMAConfig, average_name
-from muybridge.train.engine import Engine, EngineConfig, Precision, initialise_distributed
+from muybridge.train.engine import Engine, initialise_distributed
+from muybridge.train.engine_config import EngineConfig, Precision
 from muybridge.train.exit_codes import exit_process
 from muybridge.train.fragments import load_checkpoint
 from muybridge.train.optimizer import PENDING_AVERAGE, OptimizerConfig, build_optimizer
