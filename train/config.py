@@ -32,7 +32,7 @@ from .checkpoint_folder import resume_fault
 from .compose import ConfigFaults, compose_config
 from .config_rules import parallel_faults, process_faults, reliability_faults, size_faults
 from .ema import EMAConfig
-from .engine import EngineConfig
+from .engine_config import EngineConfig
 from .experts import Expert, expert_schedule
 from .guards import GuardConfig
 from .mesh import ParallelConfig
