@@ -69,6 +69,7 @@ class Engine:
         self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.parameter_shapes = {name: full_shape(parameter) for parameter, name in self._names.items()}
         self._clipping = gradient_clipping
+        assert not (config.offload_optimizer and isinstance(optimizer, ShardAdamW)), "its kernel reads no host memory"
         # Stage 0 in fp32 reports no gradient norm, so `step` clips there itself.
         deepspeed_clipping = gradient_clipping if config.zero > 0 else 0.0
         if isinstance(optimizer, ShardAdamW) and config.zero in (1, 2) and gradient_clipping > 0:

@@ -62,8 +62,11 @@ class OptimizerConfig:
         return found
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; each group carries `lr_scale`, its learning rate relative to the schedule's."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, on_host: bool = False) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; each group carries `lr_scale`, its learning rate relative to the schedule's.
+
+    `on_host`: its shards will lie in the memory of the host, wherever the parameters are.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -72,7 +75,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         decay = config.weight_decay if parameter.ndim > 1 and not is_table else 0.0
         lr_scale = config.text_encoder_lr_scale if name.startswith("text_encoder.") else 1.0
         groups.setdefault((decay, lr_scale), []).append(parameter)
-    has_kernel = all(
+    has_kernel = not on_host and all(
         pointwise_backend("adamw", parameter) is Backend.own
         for parameters in groups.values()
         for parameter in parameters

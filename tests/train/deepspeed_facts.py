@@ -38,11 +38,11 @@ def reference_gradients() -> tuple[float, dict[str, Tensor]]:
     return norm.item(), {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
 
 
-def check_contract(zero: int, precision: Precision) -> dict[str, bool]:
+def check_contract(zero: int, precision: Precision, *, on_host: bool = False) -> dict[str, bool]:
     """What engine.py relies on, each by name."""
     norm, gradients = reference_gradients()
     tolerance = 1e-4 if precision is Precision.fp32 else 0.03
-    engine, ema, optimizer = build(zero, precision)
+    engine, ema, optimizer = build(zero, precision, on_host=on_host)
     inner, kept = engine._engine.optimizer, ("weight_decay", "lr_scale", "betas", "eps")
     expected = [
         {name: group[name] for name in kept}

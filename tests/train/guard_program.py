@@ -40,9 +40,9 @@ APPLIED = [step for step, what in enumerate(PLAN) if what == "applied"]
 SPIKE, WRONG_LOSS, WRONG_GRADIENT, GUARDED_STEPS = 55, 57, 59, 61
 
 
-def run_guarded_steps(zero: int, precision: Precision) -> dict[str, Any]:
+def run_guarded_steps(zero: int, precision: Precision, *, on_host: bool = False) -> dict[str, Any]:
     """The steps of PLAN, and beside them a run that has never seen those which were left out."""
-    engine, ema, _ = build(zero, precision)
+    engine, ema, _ = build(zero, precision, on_host=on_host)
     found: dict[str, Any] = {"applied": [], "asked": [], "norms": [], "unchanged": []}
     for step, what in enumerate(PLAN):
         before = held(engine, ema)
@@ -63,7 +63,7 @@ def run_guarded_steps(zero: int, precision: Precision) -> dict[str, Any]:
     found["optimizer_steps"] = engine.optimizer_step_count()
     end = held(engine, ema)
     engine.destroy()
-    engine, ema, _ = build(zero, precision)
+    engine, ema, _ = build(zero, precision, on_host=on_host)
     for step in APPLIED:
         train_step(engine, step)
         ema.update(step + 1)

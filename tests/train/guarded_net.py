@@ -34,11 +34,12 @@ class Net(nn.Module):
         return self.gain * self.head(hidden.view(len(x), 40, 300).mean(2) * 10)
 
 
-def build(zero: int, precision: Precision) -> tuple[Engine, EMA, torch.optim.Optimizer]:
+def build(zero: int, precision: Precision, *, on_host: bool = False) -> tuple[Engine, EMA, torch.optim.Optimizer]:
+    """With the optimizer's states `on_host` where asked."""
     torch.manual_seed(0)
     net = Net()
-    optimizer = build_optimizer(net, OptimizerConfig(eps=EPS, weight_decay=WEIGHT_DECAY))
-    config = EngineConfig(zero=zero, precision=precision)
+    optimizer = build_optimizer(net, OptimizerConfig(eps=EPS, weight_decay=WEIGHT_DECAY), on_host=on_host)
+    config = EngineConfig(zero=zero, precision=precision, offload_optimizer=on_host)
     engine = Engine(net, optimizer, config=config, micro_batch=MICRO_BATCH, gradient_clipping=CLIPPING)
     return engine, EMA(engine, EMAConfig([0.8])), optimizer
 
