@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-# Dense bf16 peak in FLOP/s from the makers' data sheets, by a part of the device's name.
-BF16_PEAKS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
 # Kinds that are programs of their own: module and line of help.
 PROGRAMS = {
     "code": (".machine_code", "registers, spills and tensor-core instructions of every kernel launch, without a GPU"),
     "plan": (".bench_plan", "time and memory of planning steps over 10.5 million clips in 6 datasets and 40 buckets"),
+    "step": (".bench_step", "seconds, tokens/s, FLOP/s and memory of training steps, also of diffusers' transformer"),
     "kernels": (".bench_kernels", "the kernels against cuDNN, flash, FlexAttention and torch.compile on a CUDA GPU"),
     "checkpoint": (
         ".bench_checkpoint",
@@ -46,24 +44,16 @@ def main(argv: list[str]) -> int:
     )
     overhead.add_argument("--pairs", type=int, default=3, help="pairs of runs (%(default)s)")
     overhead.add_argument("--steps", type=int, default=60, help="steps that are measured (%(default)s)")
-    step = kinds.add_parser(
-        "step", help="seconds, tokens/s, FLOP/s and peak memory of training steps on random latents"
-    )
-    step.add_argument("--steps", type=int, default=10, help="steps that are measured, after 3 others (%(default)s)")
-    step.add_argument(
-        "overrides", nargs="*", help="settings of `muybridge train`, as +experiment=wan_1_3b_480p data.frames=17"
-    )
     for name, (_, summary) in PROGRAMS.items():
         kinds.add_parser(name, help=summary)
     bare = kinds.add_parser("bare")  # the other side of `overhead`, in a process of its own
     bare.add_argument("overrides", nargs="*")
-    for sub in (overhead, step):
-        sub.add_argument("--json", type=Path, help="write the figures to this file, too")
+    overhead.add_argument("--json", type=Path, help="write the figures to this file, too")
     options = parser.parse_args(argv)
     if options.kind == "bare":
         run_bare_loop(options.overrides)
         return 0
-    result = measure_overhead(options.pairs, options.steps) if options.kind == "overhead" else measure_step(options)
+    result = measure_overhead(options.pairs, options.steps)
     table = Table(title=f"muybridge bench {options.kind}")
     table.add_column("what")
     table.add_column("figure", justify="right")
@@ -74,10 +64,6 @@ def main(argv: list[str]) -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"muybridge: wrote {options.json}")
-    if options.kind == "step":
-        from ..train.exit_codes import ExitCode, exit_process
-
-        exit_process(ExitCode.done)  # a process group is up, and gloo can abort an ordinary exit
     return 0
 
 
@@ -156,76 +142,3 @@ def run_bare_loop(overrides: list[str]) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def measure_step(options: argparse.Namespace) -> dict[str, Any]:
-    """Median step of a configured diffusion model on random latents and text features, in one process."""
-    import torch
-
-    from ..kernels.dispatch import configure
-    from ..models.diffusion.conditioning import TEXT_ALONE, Condition, ConditioningForm, ImageChannels
-    from ..models.diffusion.objective import rectified_flow_loss
-    from ..models.dit import DiT
-    from ..models.flops import count_parameters, count_tokens, training_flops
-    from ..train.config import load_train_config
-    from ..train.ema import EMA
-    from ..train.engine import Engine, initialise_distributed
-    from ..train.optimizer import build_optimizer
-
-    config = load_train_config([*options.overrides, "dry_run=true"])
-    if config.lora.is_on or config.model.image_dim is not None:
-        raise ValueError("bench step times the training of all weights: lora.rank must be 0 and model.image_dim null")
-    batch, shape = config.micro_batch, config.latent_shape()
-    device = initialise_distributed(config.deepspeed)
-    configure(config.kernels)
-    torch.manual_seed(config.seed)
-    with device:
-        model = DiT(config.model)
-        latents = torch.randn(batch, *shape)
-        noise = torch.randn(batch, *shape)
-        text = torch.randn(batch, config.text.max_tokens, config.model.text_dim)
-        noise_levels = torch.rand(batch)
-        condition: Condition = TEXT_ALONE
-        if config.conditioning.form is ConditioningForm.channels:
-            condition = ImageChannels(torch.randn(batch, config.input_channels() - shape[0], *shape[1:]))
-    engine = Engine(
-        model,
-        build_optimizer(model, config.optimizer),
-        config=config.deepspeed,
-        micro_batch=batch,
-        gradient_clipping=config.optimizer.gradient_clipping,
-    )
-    ema = EMA(engine, config.ema)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for step in track(range(3 + options.steps), description="steps", console=Console(stderr=True)):
-        began = time.perf_counter()
-        losses = rectified_flow_loss(engine, latents, text, noise, noise_levels, condition)
-        engine.backward(losses.mean(), is_last=True)
-        engine.step(config.optimizer.lr)
-        ema.update(step + 1)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    median = statistics.median(seconds[3:])
-    flops = batch * training_flops(config.model, shape[1:], config.text.max_tokens)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    peak = next((value for part, value in BF16_PEAKS.items() if part in name), None)
-    return {
-        "device": name,
-        "parameters": count_parameters(config.model),
-        "clip": f"{config.data.frames}x{config.data.height}x{config.data.width}",
-        "micro_batch": batch,
-        "tokens_per_step": batch * count_tokens(config.model, shape[1:]),
-        "activations": config.activations.policy.name,
-        "zero": config.deepspeed.zero,
-        "precision": config.deepspeed.precision.value,
-        "seconds_per_step": median,
-        "seconds_of_each_step": [round(value, 4) for value in seconds[3:]],
-        "tokens_per_second": batch * count_tokens(config.model, shape[1:]) / median,
-        "tflops_per_second": flops / median / 1e12,
-        "mfu": flops / median / peak if peak else None,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-        "torch": torch.__version__,
-    }
