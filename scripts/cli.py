@@ -30,6 +30,8 @@ VERBS = {
     "encode": Verb(".encode", "cache a dataset's latents and text embeddings as shards"),
     "doctor": Verb(".doctor", "look at a run's data before the run: clips, captions, waste, speed"),
     "train": Verb("..train.__main__", "train a VAE or a diffusion transformer; run again to resume"),
+    "simulate": Verb(".simulate", "act out the start of a run on thousands of processes, on this machine"),
+    "plan": Verb(".plan", "say whether a run fits the GPUs, how fast it will be and what it will cost"),
     "submit": Verb("..slurm.submit", "queue a run, or a sweep of runs, as Slurm jobs"),
     "status": Verb("..slurm.status", "say where a run is: its job, its step, its lives, what to do next"),
     "cancel": Verb("..slurm.cancel", "stop a run's jobs for good, with a checkpoint"),
