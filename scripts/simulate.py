@@ -169,7 +169,7 @@ def act_out(rank: int, processes: int, play: Callable[[], dict[str, Any]]) -> di
     Raises RuntimeError with its traceback where it fails.
     """
     # Imported once here, and not in every process: the engine with DeepSpeed, and what the first optimizer imports.
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -7,6 +7,7 @@ from torch import nn
 from ..models.text_to_video import TextToVideoModel
 from .activations import set_activation_policy
 from .mesh import Mesh
+from .sequence_parallel import split_sequence
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -16,4 +17,5 @@ def parallelize(model: nn.Module, mesh: Mesh, config: "TrainConfig") -> None:
     """Change a model in place, before an engine wraps it; an autoencoder stays as it is. Collective."""
     if not isinstance(model, TextToVideoModel):
         return
+    split_sequence(model.transformer, mesh.sequence)
     set_activation_policy(model.transformer, config.activations)

@@ -34,6 +34,7 @@ from .config import TaskKind, TrainConfig
 from .experts import Expert
 from .mesh import Mesh
 from .step_clock import Part, StepClock
+from .vae_parallel import encode_in_parallel
 
 # Training clips over which the latent statistics of a new autoencoder are measured.
 STATISTICS_CLIPS = 512
@@ -154,6 +155,8 @@ class TextToVideoTask(Task):
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, z, T', H', W'], as the model is trained on."""
         with self.clock.running(Part.vae):
+            if self.mesh is not None:  # all of them have the same clips
+                return self.vae.normalise(encode_in_parallel(self.vae, pixels, self.mesh.sequence))
             return self.vae.normalise(self.vae.encode_chunked(pixels).mode())
 
     def export(self, folder: Path, weights: dict[str, Tensor], clips: Iterator[VideoBatch]) -> Path:
