@@ -1,12 +1,14 @@
 """Size and arithmetic of a DiT, counted from its config: parameters, and FLOPs of a training step."""
 
+import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from .dit_config import DiTConfig
-from .token_layout import token_layout
+from .token_layout import AttentionPattern, SelfAttentionConfig, token_layout
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,18 @@ def attended_pairs(config: DiTConfig, latent_shape: tuple[int, int, int]) -> int
     """Pairs of video tokens that self-attention computes: all, or those in the tiles that the pattern's mask lists."""
     frames, rows, columns = (n // step for n, step in zip(latent_shape, config.patch_size, strict=True))
     grid = (frames, rows, columns)
-    layout = token_layout(config.self_attention, grid, config.attention_head_dim, torch.device("cpu"))
-    if layout.mask is None:
+    if config.self_attention.pattern is AttentionPattern.full:
         return math.prod(grid) ** 2
-    return round(layout.mask.density * layout.mask.query_low.shape[-1] ** 2)
+    return _masked_pairs(json.dumps(config.self_attention.to_json()), grid, config.attention_head_dim)
+
+
+@lru_cache(maxsize=256)
+def _masked_pairs(pattern: str, grid: tuple[int, int, int], head_dim: int) -> int:
+    # Kept, because a mask of a long clip takes a tenth of a second, and plans ask for the same ones again and again.
+    config = SelfAttentionConfig.from_json(json.loads(pattern))
+    mask = token_layout(config, grid, head_dim, torch.device("cpu")).mask
+    assert mask is not None
+    return round(mask.density * mask.query_low.shape[-1] ** 2)
 
 
 def count_flops(

@@ -1,0 +1,256 @@
+"""What a step costs on paper: FLOPs, bytes moved and communicated, and the time that follows; pure functions of the settings.
+
+The training's own MFU (`StepFlops`, `device_peak`) and `muybridge plan` go by the same formulas.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..data.buckets import Bucket
+from ..data.config import Access
+from ..data.plan import micro_steps
+from ..models.diffusion.conditioning import ConditioningForm
+from ..models.flops import DiTFlops, count_flops, count_tokens
+from ..models.text import TextEncoderKind
+from ..models.token_layout import AttentionPattern
+from ..models.vae.flops import encode_flops
+from . import cost_rates
+from .activations import ActivationPolicy
+from .config import TaskKind, TrainConfig
+from .cost_rates import Cluster, peak_flops, rates
+from .costs_memory import local_tokens
+from .engine_config import Precision
+from .gpus import recognised_gpu
+from .memory import ParameterCounts
+
+# umT5-XXL: 24 layers of width 4096 with q, k, v, out and a gated feed-forward of 10 240.
+_UMT5_LAYERS, _UMT5_DIM, _UMT5_HIDDEN = 24, 4096, 10240
+# Bytes that a step reads and writes for each parameter of a process's shard; see `ShardAdamW`.
+_OPTIMIZER_BYTES = {Precision.bf16: 74, Precision.fp32: 72}
+
+
+@dataclass(frozen=True)
+class ClipFlops:
+    """FLOPs for one clip of a bucket, on whatever machine."""
+
+    tokens: int
+    dit: DiTFlops
+    # Forward and backward that the model asks for, whatever is computed twice: what MFU counts.
+    model: int
+    vae: int  # of encoding; 0 with cached latents
+    text: int  # of a frozen text encoder; 0 with cached features
+
+
+def clip_flops(config: TrainConfig, bucket: Bucket) -> ClipFlops:
+    """FLOPs for a clip of a diffusion run."""
+    vae, is_cached = config.vae.resolved(), config.data.access is Access.latents
+    latents = vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1:]
+    tokens = count_tokens(config.model, latents)
+    rows = tokens if config.conditioning.form is ConditioningForm.clean_frames else 1
+    dit = count_flops(config.model, latents, config.text.max_tokens, timestep_rows=rows)
+    encoding = 0
+    if not is_cached:
+        clips = bucket.micro_batch
+        encoding = encode_flops(vae, clips, bucket.frames, bucket.height, bucket.width) // clips
+        # The masked clip is encoded as well.
+        encoding *= 2 if config.conditioning.form is ConditioningForm.channels else 1
+    text = 0
+    if not is_cached and config.text.kind is TextEncoderKind.umt5:
+        rows_of_text = config.text.max_tokens
+        weights = 4 * _UMT5_DIM**2 + 3 * _UMT5_DIM * _UMT5_HIDDEN
+        text = _UMT5_LAYERS * (2 * rows_of_text * weights + 4 * rows_of_text**2 * _UMT5_DIM)
+    return ClipFlops(tokens, dit, dit.forward + _model_backward(config, dit), encoding, text)
+
+
+def _model_backward(config: TrainConfig, dit: DiTFlops) -> int:
+    """Twice the forward; frozen weights under a LoRA need no gradient, but pass one on."""
+    if not config.lora.is_on:
+        return 2 * dit.forward
+    return dit.linear + 2 * dit.attention
+
+
+def _backward(config: TrainConfig, dit: DiTFlops) -> tuple[int, int]:
+    """What the backward executes: FLOPs of Linear layers and of attention, of which the scores are computed again."""
+    attention = 5 * dit.attention // 2
+    return (dit.linear if config.lora.is_on else dit.backward - attention), attention
+
+
+def recomputed_share(config: TrainConfig) -> float:
+    """Share of the blocks whose matmuls and attention run again in the backward."""
+    match config.activations.policy:
+        case ActivationPolicy.block:
+            return 1.0
+        case ActivationPolicy.every_k:
+            layers = config.model.num_layers
+            return (layers // config.activations.every) / layers
+        case _:
+            return 0.0
+
+
+def executed_flops(config: TrainConfig, dit: DiTFlops) -> int:
+    """Forward and backward of the transformer for one clip as they run, with what the policy computes again."""
+    again = recomputed_share(config) * dit.blocks_again
+    return dit.forward + sum(_backward(config, dit)) + round(again)
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of the diffusion model in steps on clips of each bucket, for the MFU of a run."""
+
+    of_clip: dict[tuple[int, int, int], int]  # (frames, height, width) in pixels -> FLOPs of forward and backward
+
+    @classmethod
+    def of(cls, config: TrainConfig, world_size: int) -> "StepFlops | None":
+        """Those of a run's settings; None for an autoencoder, whose training is not counted."""
+        if config.task is TaskKind.video_vae:
+            return None
+        buckets = config.buckets(world_size)
+        return cls({(b.frames, b.height, b.width): clip_flops(config, b).model for b in buckets})
+
+    def step(self, shape: tuple[int, int, int], samples: int) -> int:
+        """Model FLOPs of `samples` clips of a shape, whatever is computed twice for them or by whom."""
+        return samples * self.of_clip[shape]
+
+
+def device_peak(device: torch.device, precision: Precision) -> float | None:
+    """Peak FLOP/s of this process's device; None on the CPU, or a GPU that is not in the table."""
+    gpu = recognised_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if gpu is None else peak_flops(gpu, precision)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Predicted seconds of one optimizer step by what they go into, on every process alike."""
+
+    seconds: dict[str, float]
+    hidden_communication: float  # seconds of communication behind the backward, not in `seconds`
+    communicated_bytes: int  # that a process sends
+    mfu: float
+    tokens_per_second: float  # of all processes; ghosts are not counted
+    idle_share: float  # of the places of the step that hold no sample
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def step_time(
+    config: TrainConfig, counts: ParameterCounts, bucket: Bucket, clip: ClipFlops, cluster: Cluster
+) -> StepTime:
+    """Time of a step on clips of `bucket`: the parts' rooflines one after the other; the data arrive in time."""
+    precision, width = config.deepspeed.precision, config.parallel.sequence
+    is_masked = config.model.self_attention.pattern is not AttentionPattern.full
+    speed = rates(cluster.gpu, precision, is_masked=is_masked)
+    groups = config.data_groups(cluster.world)
+    steps = micro_steps(bucket.global_batch, world_size=groups, micro_batch=bucket.micro_batch)
+    samples = steps * bucket.micro_batch / width  # a process's share of the clips it is given
+
+    dit, again = clip.dit, recomputed_share(config)
+    filled = _filled(config, bucket, clip)
+    backward_linear, backward_attention = _backward(config, dit)
+    forward = samples * filled * speed.seconds(gemm=dit.linear + dit.outside, attention_forward=dit.attention)
+    backward = samples * filled * speed.seconds(gemm=backward_linear, attention_backward=backward_attention)
+    repeated = samples * filled * again * speed.seconds(gemm=dit.linear, attention_forward=dit.attention)
+    pointwise = _pointwise_bytes(config, clip.tokens) * samples / speed.memory
+    launches = sum(cost_rates.LAUNCHES_PER_BLOCK) + again * cost_rates.LAUNCHES_PER_BLOCK[0]
+    host = steps * config.model.num_layers * launches * cost_rates.LAUNCH_SECONDS
+    waiting = max(0.0, host - forward - backward - repeated - pointwise)
+
+    reduction, after_step, gathering, sent = _zero_traffic(config, counts, cluster, steps)
+    exchange_seconds, exchanged = _exchange(config, bucket, cluster, steps * bucket.micro_batch)
+    hidden = min(reduction, cost_rates.HIDDEN_SHARE * (backward + repeated))
+    hidden_gathering = min(gathering, cost_rates.HIDDEN_SHARE * (forward + backward + repeated))
+    seconds = {
+        "VAE encode": samples * clip.vae / speed.conv,
+        "text encode": samples * clip.text / speed.gemm,
+        "forward": forward,
+        "backward": backward,
+        "recomputation": repeated,
+        "norms and pointwise": pointwise,
+        "waiting for launches": waiting,
+        "communication": reduction - hidden + gathering - hidden_gathering + after_step + exchange_seconds,
+        "optimizer": optimizer_seconds(config, counts, cluster),
+    }
+    total = sum(seconds.values())
+    useful = clip.model * bucket.global_batch / cluster.world / total
+    places = steps * groups * bucket.micro_batch
+    return StepTime(
+        seconds=seconds,
+        hidden_communication=hidden + hidden_gathering,
+        communicated_bytes=sent + exchanged,
+        mfu=useful / peak_flops(cluster.gpu, precision),
+        tokens_per_second=clip.tokens * bucket.global_batch / total,
+        idle_share=1 - bucket.global_batch / places,
+    )
+
+
+def _filled(config: TrainConfig, bucket: Bucket, clip: ClipFlops) -> float:
+    """What tokens and heads that only fill up cost, as a factor."""
+    width, heads = config.parallel.sequence, config.model.num_attention_heads
+    tokens = local_tokens(config, bucket) * width / clip.tokens
+    attention_share = clip.dit.self_attention / clip.dit.forward
+    return tokens * (1 + attention_share * (math.ceil(heads / width) * width / heads - 1))
+
+
+def _pointwise_bytes(config: TrainConfig, tokens: int) -> float:
+    """Bytes that norms, modulation, rotary embedding and GELU of all blocks move for a clip, each kernel at its least.
+
+    The stream is fp32, what goes into matmuls 2 bytes in bf16. Of a block's forward, in units of one 2-byte row of D: first norm 3,
+    QK norm with rotary 4, second norm with the gated residual 6, norm of the cross-attention's queries 2, third norm 6, last gated
+    residual 5, GELU 2 F / D. The backward moves half as much again.
+    """
+    model = config.model
+    unit = tokens * model.dim * (2 if config.deepspeed.precision is Precision.bf16 else 4)
+    forward = 26 + 2 * model.ffn_dim / model.dim
+    recomputed = 1.0 if config.activations.policy is not ActivationPolicy.none else 0.0
+    return model.num_layers * unit * forward * (1 + 1.5 + recomputed)
+
+
+def optimizer_seconds(config: TrainConfig, counts: ParameterCounts, cluster: Cluster) -> float:
+    """Time of the update of this process's shard, where its states are."""
+    engine = config.deepspeed
+    shard = counts.trainable / (cluster.world if engine.zero else 1)
+    moved = shard * (_OPTIMIZER_BYTES[engine.precision] + 8 * (len(config.ema.decays) - 1))
+    if engine.offload_optimizer:
+        width = 2 if engine.precision is Precision.bf16 else 4
+        carried = 2 * width * shard / cost_rates.HOST_LINK_BYTES_PER_SECOND
+        return carried + moved / cost_rates.HOST_MEMORY_BYTES_PER_SECOND
+    return moved / (cost_rates.MEMORY_SHARE * cluster.gpu.memory_bytes_per_second)
+
+
+def _zero_traffic(
+    config: TrainConfig, counts: ParameterCounts, cluster: Cluster, steps: int
+) -> tuple[float, float, float, int]:
+    """Seconds of ZeRO's reductions, of the weights' way back after a step, and of gathers; bytes sent in all."""
+    engine, world = config.deepspeed, cluster.world
+    if world == 1:
+        return 0.0, 0.0, 0.0, 0
+    width = 2 if engine.precision is Precision.bf16 else 4
+    share, link = (world - 1) / world, cluster.link_bytes_per_second(world)
+    gradients, weights = width * counts.trainable * share, width * counts.all * share
+    reductions = steps if engine.zero >= 2 else 1
+    after = width * counts.trainable * share if engine.zero in (0, 1, 2) else 0.0
+    # ZeRO 3 gathers each block for its forward and for its backward, where a block that runs again is there already.
+    gathers = 2 * steps if engine.zero == 3 else 0
+    sent = int(reductions * gradients + after + gathers * weights)
+    return reductions * gradients / link, after / link, gathers * weights / link, sent
+
+
+def _exchange(config: TrainConfig, bucket: Bucket, cluster: Cluster, samples: int) -> tuple[float, int]:
+    """Seconds and bytes of what the processes of a sequence group trade: q, k, v and out of each layer, there and back."""
+    ranks = config.parallel.sequence
+    if ranks == 1:
+        return 0.0, 0
+    width = 2 if config.deepspeed.precision is Precision.bf16 else 4
+    row = local_tokens(config, bucket) * config.model.dim * width * (ranks - 1) / ranks
+    times = 2 + recomputed_share(config)
+    velocity = 4 * clip_patch_values(config) * local_tokens(config, bucket) * (ranks - 1)
+    sent = int(samples * (config.model.num_layers * 4 * times * row + velocity))
+    return sent / cluster.exchange_bytes_per_second(ranks), sent
+
+
+def clip_patch_values(config: TrainConfig) -> int:
+    """Values of a token's velocity."""
+    return math.prod(config.model.patch_size) * config.model.out_channels
