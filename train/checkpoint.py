@@ -2,6 +2,7 @@
 
     checkpoints/step-00000200/
         shard-00000-of-00002.safetensors   fp32 pieces of rank 0: master/NAME, exp_avg/NAME, exp_avg_sq/NAME, ema-0.9999/NAME
+                                           (of a matrix that Muon updates, momentum_buffer/NAME instead of the second and third)
         shard-00000-of-00002.json          where each piece lies in its parameter
         run.json                           step, shapes, names of the averages, optimizer step, state of the loader, versions;
                                            settings of a LoRA

@@ -10,7 +10,9 @@ from .experts import Expert
 from .fragments import read_run_state
 
 # They decide what a step computes. The loader sees to those of the data; sizes of the model show in its parameters.
-FIXED_ON_RESUME = ("seed", "global_batch", "task", "expert", "conditioning.form")
+FIXED_ON_RESUME = ("seed", "global_batch", "task", "expert", "conditioning.form", "optimizer.kind")
+# Of those that a checkpoint of an earlier version does not have, what they were.
+_ONCE = {"optimizer.kind": "adamw"}
 
 
 def refuse_changed_settings(config: TrainConfig, checkpoint: Path) -> None:
@@ -29,6 +31,7 @@ def fixed_settings(config: TrainConfig) -> dict[str, str]:
 
 def changed_settings(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
     """Those of them that differ from what a checkpoint has in its run.json."""
+    saved = {**_ONCE, **saved}
     return [
         f"{name}: {saved.get(name, 'nothing')} saved, {value} now"
         for name, value in fixed_settings(config).items()

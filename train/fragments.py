@@ -14,7 +14,6 @@ from .ema import EMA
 from .engine import Engine
 
 FORMAT_VERSION = 2
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 
 
 def load_checkpoint(folder: Path, *, engine: Engine, ema: EMA) -> dict[str, Any]:
@@ -33,7 +32,7 @@ def load_checkpoint(folder: Path, *, engine: Engine, ema: EMA) -> dict[str, Any]
             if facts["optimizer_step"] > 0:
                 # The optimizer fills its state lazily: padding between fragments stays zero, as it would there.
                 shard.optimizer_state["step"] = torch.tensor(facts["optimizer_step"], device=shard.parameter.device)
-                for kind in OPTIMIZER_STATES:
+                for kind in shard.state_names:
                     shard.optimizer_state[kind] = torch.zeros_like(shard.parameter)
             for fragment in shard.fragments:
                 here = slice(fragment.offset, fragment.offset + fragment.numel)
@@ -41,7 +40,7 @@ def load_checkpoint(folder: Path, *, engine: Engine, ema: EMA) -> dict[str, Any]
                 for kind, tensors in averages.items():
                     tensors[index][here] = reader.read(kind, fragment.name, fragment.start, fragment.numel)
                 if facts["optimizer_step"] > 0:
-                    for kind in OPTIMIZER_STATES:
+                    for kind in shard.state_names:
                         piece = reader.read(kind, fragment.name, fragment.start, fragment.numel)
                         shard.optimizer_state[kind].view(-1)[here] = piece
     engine.refresh_weights()

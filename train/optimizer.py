@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..kernels.adamw import adamw_
 from ..kernels.dispatch import Backend, pointwise_backend
+from .flat_shards import full_shape
+from .muon import Muon, is_block_matrix
 
 # Where a shard's state holds the average (and its weight) that the next step moves on its way; see EMA.
 PENDING_AVERAGE = "pending_average"
@@ -21,10 +23,17 @@ class Schedule(Enum):
     cosine = "cosine"
 
 
+class OptimizerKind(Enum):
+    adamw = "adamw"
+    muon = "muon"
+
+
 @dataclass
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) with warm-up and decay."""
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), or Muon beside it, with warm-up and decay."""
 
+    # adamw updates all parameters; muon the matrices of the transformer's blocks, at the same lr, and leaves the others to AdamW.
+    kind: OptimizerKind = OptimizerKind.adamw
     # Peak learning rate.
     lr: float = 1e-4
     # Decay rates of the first and second moments.
@@ -32,6 +41,8 @@ class OptimizerConfig:
     beta2: float = 0.999
     # Added to the root of the second moment.
     eps: float = 1e-8
+    # Decay rate of Muon's average of gradients, which is its only one; 0 is off.
+    momentum: float = 0.95
     # Decoupled decay of matrices and kernels; biases, norms and tables are not decayed. 0 is off.
     weight_decay: float = 0.01
     # Largest norm of the whole gradient; 0 is off.
@@ -48,7 +59,7 @@ class OptimizerConfig:
         found = []
         if not self.lr > 0:
             found.append(f"{field}.lr={self.lr} must be positive")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{field}.{name}={getattr(self, name)} must lie in [0, 1)")
         for name in ("weight_decay", "gradient_clipping", "warmup_steps"):
@@ -63,18 +74,43 @@ class OptimizerConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, on_host: bool = False) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; each group carries `lr_scale`, its learning rate relative to the schedule's.
+    """AdamW or Muon over the trainable parameters; each group carries `lr_scale`, its learning rate relative to the schedule's.
 
-    `on_host`: its shards will lie in the memory of the host, wherever the parameters are.
+    `on_host`: its shards will lie in the memory of the host, wherever the parameters are. Raises ValueError where Muon has nothing
+    to do.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    is_muon = config.kind is OptimizerKind.muon
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_table = name.endswith("scale_shift_table")
-        decay = config.weight_decay if parameter.ndim > 1 and not is_table else 0.0
+        shape = full_shape(parameter)
+        decay = config.weight_decay if len(shape) > 1 and not is_table else 0.0
         lr_scale = config.text_encoder_lr_scale if name.startswith("text_encoder.") else 1.0
-        groups.setdefault((decay, lr_scale), []).append(parameter)
+        groups.setdefault((is_muon and is_block_matrix(name, shape), decay, lr_scale), []).append(parameter)
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "fused": True,
+    }
+    if is_muon:
+        if not any(orthogonal for orthogonal, _, _ in groups):
+            raise ValueError("optimizer.kind=muon must be adamw for a model without matrices in `blocks`")
+        return Muon(
+            [
+                {
+                    "params": parameters,
+                    "weight_decay": decay,
+                    "lr_scale": lr_scale,
+                    "momentum": config.momentum,
+                    "orthogonal": orthogonal,
+                }
+                for (orthogonal, decay, lr_scale), parameters in groups.items()
+            ],
+            **settings,
+        )
     has_kernel = not on_host and all(
         pointwise_backend("adamw", parameter) is Backend.own
         for parameters in groups.values()
@@ -83,12 +119,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, on_host: bool 
     return (ShardAdamW if has_kernel else torch.optim.AdamW)(
         [
             {"params": parameters, "weight_decay": decay, "lr_scale": lr_scale}
-            for (decay, lr_scale), parameters in groups.items()
+            for (_, decay, lr_scale), parameters in groups.items()
         ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
+        **settings,
     )
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..data.frame_ring import available_memory
 from .ema import EMA
 from .engine import Engine
-from .fragments import OPTIMIZER_STATES
 from .shard_file import BLOCK_BYTES, ELEMENT_BYTES, shard_header
 
 _SHARE_OF_MEMORY = 0.8  # of what is free; the rest is for what training allocates later
@@ -37,7 +36,7 @@ class Part:
         averages = ema.averages
         for index, shard in enumerate(engine.shards):
             kinds = {"master": shard.master} | {name: tensors[index] for name, tensors in averages.items()}
-            kinds |= {kind: shard.optimizer_state[kind] for kind in OPTIMIZER_STATES if kind in shard.optimizer_state}
+            kinds |= {kind: shard.optimizer_state[kind] for kind in shard.state_names if kind in shard.optimizer_state}
             for fragment in shard.fragments:
                 addresses[fragment.name] = (fragment.start, fragment.numel)
                 for kind, flat in kinds.items():
@@ -48,9 +47,12 @@ class Part:
     @staticmethod
     def expected_bytes(engine: Engine, ema: EMA) -> int:
         """Bytes of what this rank will hold once the optimizer has its states, which it makes in its first step."""
-        kinds = ["master", *ema.averages, *OPTIMIZER_STATES]
-        fragments = [fragment for shard in engine.shards for fragment in shard.fragments]
-        numels = {f"{kind}/{fragment.name}": fragment.numel for kind in kinds for fragment in fragments}
+        numels = {
+            f"{kind}/{fragment.name}": fragment.numel
+            for shard in engine.shards
+            for kind in ("master", *ema.averages, *shard.state_names)
+            for fragment in shard.fragments
+        }
         return len(shard_header(numels)) + ELEMENT_BYTES * sum(numels.values())
 
     def header(self) -> bytes:
