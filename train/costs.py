@@ -17,7 +17,7 @@ from ..models.text import TextEncoderKind
 from ..models.token_layout import AttentionPattern
 from ..models.vae.flops import encode_flops
 from . import cost_rates
-from .activations import ActivationPolicy
+from .activations import ActivationPolicy, is_recomputed
 from .config import TaskKind, TrainConfig
 from .cost_rates import Cluster, peak_flops, rates
 from .costs_memory import local_tokens
@@ -79,14 +79,8 @@ def _backward(config: TrainConfig, dit: DiTFlops) -> tuple[int, int]:
 
 def recomputed_share(config: TrainConfig) -> float:
     """Share of the blocks whose matmuls and attention run again in the backward."""
-    match config.activations.policy:
-        case ActivationPolicy.block:
-            return 1.0
-        case ActivationPolicy.every_k:
-            layers = config.model.num_layers
-            return (layers // config.activations.every) / layers
-        case _:
-            return 0.0
+    layers = config.model.num_layers
+    return sum(is_recomputed(config.activations, number) for number in range(layers)) / layers
 
 
 def executed_flops(config: TrainConfig, dit: DiTFlops) -> int:

@@ -9,7 +9,7 @@ from ..models.diffusion.conditioning import ConditioningForm
 from ..models.flops import count_tokens, parameter_count
 from ..models.text import TextEncoderKind
 from ..models.vae.chunks import default_latent_frames
-from .activations import ActivationPolicy
+from .activations import ActivationPolicy, is_recomputed
 from .config import TaskKind, TrainConfig
 from .engine_config import Precision, stage3_settings
 from .gpus import GIB
@@ -100,11 +100,11 @@ def _activations(config: TrainConfig, bucket: Bucket) -> dict[str, int]:
     rows = tokens if config.conditioning.form is ConditioningForm.clean_frames else 1
     inputs, everything = 4 * dim * tokens, _kept_by_block(config, ActivationPolicy.none, tokens, rows)
     layers, again = model.num_layers, 0
+    whole = sum(is_recomputed(activations, number) for number in range(layers))
     match activations.policy:
         case ActivationPolicy.block:
             kept, again = layers * inputs, everything
         case ActivationPolicy.every_k:
-            whole = layers // activations.every
             kept = (layers - whole) * _kept_by_block(config, ActivationPolicy.selective, tokens, rows) + whole * inputs
             again = everything
         case ActivationPolicy.selective:
@@ -113,7 +113,6 @@ def _activations(config: TrainConfig, bucket: Bucket) -> dict[str, int]:
         case _:
             kept = layers * everything
     if activations.offload:  # two on their way, the others on the host
-        whole = layers if activations.policy is ActivationPolicy.block else layers // activations.every
         kept -= max(0, whole - 2) * inputs
     # Gradients that one block's backward has at once: of the stream, of the feed-forward's width twice, of q, k, v and out.
     passing = (2 * 4 * dim + 2 * width * hidden + 4 * width * dim) * tokens
