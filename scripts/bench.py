@@ -24,6 +24,11 @@ PROGRAMS = {
     "code": (".machine_code", "registers, spills and tensor-core instructions of every kernel launch, without a GPU"),
     "plan": (".bench_plan", "time and memory of planning steps over 10.5 million clips in 6 datasets and 40 buckets"),
     "step": (".bench_step", "seconds, tokens/s, FLOP/s and memory of training steps, also of diffusers' transformer"),
+    "steps": (
+        ".bench_steps",
+        "such steps of 1.3 B parameters with every activation policy, and what they say of the goals",
+    ),
+    "encode": (".bench_encode", "clips a second of Wan's autoencoder and of umT5-XXL"),
     "kernels": (".bench_kernels", "the kernels against cuDNN, flash, FlexAttention and torch.compile on a CUDA GPU"),
     "checkpoint": (
         ".bench_checkpoint",
