@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..kernels import Rope, TileMask
 from ..kernels.attention_mask import build_mask
+from ..models.blocks import DiTBlock
 from ..models.dit import DiT
 from ..models.token_layout import TokenLayout
 from .mesh import Axis
@@ -41,6 +42,7 @@ def split_sequence(dit: DiT, axis: Axis) -> None:
     _GROUPS[name] = axis.group
     dit.run_blocks = _SplitBlocks(dit.run_blocks, axis, name)
     for block in dit.blocks:
+        assert isinstance(block, DiTBlock)
         block.attn1.attend = partial(exchanged_attention, attend=block.attn1.attend, processes=axis.size, group=name)
 
 
