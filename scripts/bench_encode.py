@@ -61,6 +61,7 @@ def measure(*, quick: bool, repeats: int) -> dict[str, Any]:
         plans.append((f"VAE {batch} x {frames}x{height}x{width}", batch, _build_vae, (batch, frames, height, width)))
     for batch in (1, 8):
         plans.append((f"umT5 {batch} x {TEXT_TOKENS} tokens", batch, _build_text, batch))
+    encode: Callable[[], object] = _nothing
     for name, batch, build, size in track(plans, description="encoders", console=Console(stderr=True)):
         try:
             encode = build(size, device, quick)
@@ -76,7 +77,7 @@ def measure(*, quick: bool, repeats: int) -> dict[str, Any]:
             faults[name] = str(error)
         except torch.OutOfMemoryError:
             faults[name] = "out of memory"
-        encode = None
+        encode = _nothing  # lets go of the model
         if device.type == "cuda":
             torch.cuda.empty_cache()
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -87,6 +88,10 @@ def measure(*, quick: bool, repeats: int) -> dict[str, Any]:
         "clips_per_second": speeds,
         "not_measured": faults,
     }
+
+
+def _nothing() -> None:
+    pass
 
 
 def _build_vae(clips: Any, device: Any, quick: bool) -> Callable[[], object]:
@@ -106,9 +111,9 @@ def _build_text(batch: Any, device: Any, quick: bool) -> Callable[[], object]:
     import torch
     import transformers
 
-    config = transformers.UMT5Config(**(QUICK if quick else XXL), feed_forward_proj="gated-gelu")
+    config = transformers.UMT5Config.from_dict({**(QUICK if quick else XXL), "feed_forward_proj": "gated-gelu"})
     with device:
-        model = transformers.UMT5EncoderModel(config).to(torch.bfloat16).eval()
+        model = transformers.UMT5EncoderModel(config).eval().bfloat16()
         tokens = torch.randint(3, config.vocab_size, (batch, TEXT_TOKENS))
 
     @torch.no_grad()

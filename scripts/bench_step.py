@@ -137,7 +137,17 @@ def time_steps(
         "tflops_per_second": flops / seconds / 1e12,
         "mfu": flops / seconds / gpu.bf16_flops if gpu else None,
         **_memory(device),
+        "predicted_activations_gib": _predicted_activations(config) / 2**30 if peer is None else None,
     }
+
+
+def _predicted_activations(config: "TrainConfig") -> int:
+    """Bytes that activations need at the worst moment of a step, by the formula that plans go by."""
+    from ..train.activation_bytes import activation_bytes
+    from ..train.costs_memory import activation_shape
+
+    [bucket] = config.buckets(1)
+    return activation_bytes(config.model, activation_shape(config, bucket), config.activations).peak
 
 
 def _run(

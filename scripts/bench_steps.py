@@ -106,7 +106,7 @@ def measure(
         else:
             found = {"state": LEFT_OUT, "summary": LEFT_OUT}
         asked = {name: getattr(case, name) for name in ("group", "size", "transformer", "policy", "compiled")}
-        results[case.name] = {**asked, **found, "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"}
+        results[case.name] = {**found, **asked, "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"}
         verdicts = [vars(goal) for goal in goals(results)]
         whole = {"environment": environment, "results": results, "goals": verdicts}
         path.write_text(json.dumps(whole, indent=1) + "\n")

@@ -139,7 +139,7 @@ def _fastest(entries: list[Entry]) -> Entry | None:
 
 
 def _speed(entry: Entry | None) -> float | None:
-    return entry and entry["tokens_per_second"]
+    return None if entry is None else float(entry["tokens_per_second"])
 
 
 def _memory(entry: Entry) -> bool:

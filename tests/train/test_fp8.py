@@ -18,6 +18,7 @@ from muybridge.models.dit import DiT, DiTConfig
 from muybridge.models.lora import LoRAConfig, add_lora
 from muybridge.models.text_to_video import TextToVideoModel
 from muybridge.train import fp8
+from muybridge.train.activations import ActivationPolicy, ActivationsConfig, set_activation_policy
 from muybridge.train.config import TrainConfig, load_train_config
 from muybridge.train.fp8 import Fp8Config, Fp8Recipe, use_fp8
 from muybridge.train.optimizer import build_optimizer, learning_rate
@@ -121,6 +122,20 @@ def test_only_what_is_wide_enough_and_aligned_is_converted(dim: int, ffn_dim: in
     assert fp8.fp8_layers(build_dit(dim=dim, ffn_dim=ffn_dim), on) == [f"blocks.0.{name}" for name in kept]
 
 
+@needs_torchao
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_kept_for_the_backward_changes_no_gradient(recipe: Fp8Recipe) -> None:
+    gradients = {}
+    for policy in (ActivationPolicy.none, ActivationPolicy.selective, ActivationPolicy.every_k, ActivationPolicy.block):
+        dit = build_dit(layers=3)
+        use_fp8(dit, Fp8Config(recipe, min_width=64))
+        set_activation_policy(dit, ActivationsConfig(policy))
+        dit(*inputs()).square().mean().backward()
+        gradients[policy] = [parameter.grad for parameter in dit.parameters()]
+    first, *others = gradients.values()
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
 @pytest.fixture(scope="module")
 def toy(tiny_run: list[str]) -> tuple[TrainConfig, list[VideoBatch]]:
     """A run of a small model, and the batches that it goes round."""
@@ -222,5 +237,5 @@ def test_a_gpu_without_float8_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     dit = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
     with pytest.raises(ValueError, match=r"fp8.recipe=rowwise must be off on NVIDIA A100.* 8.9, it has 8.0"):
-        use_fp8(dit, Fp8Config(Fp8Recipe.rowwise))  # type: ignore[arg-type]
+        use_fp8(dit, Fp8Config(Fp8Recipe.rowwise))
     assert fp8.SMALLEST_CAPABILITY < (9, 0)
