@@ -18,6 +18,7 @@ class ParameterCount:
     block: int  # of one block
     blocks: int  # how many blocks there are
     outside: int  # embeddings and head
+    block_matrices: int  # of `block`, those in weights of Linear layers
 
     @property
     def total(self) -> int:
@@ -61,17 +62,20 @@ def parameter_count(config: DiTConfig) -> ParameterCount:
     """Parameters by place, without building the model (the first tensor on the meta device takes seconds)."""
     dim, hidden = config.dim, config.ffn_dim
     patch, image = math.prod(config.patch_size), config.image_dim
-    # q, k, v, out and the scales of q and k, for both attentions; norm2; feed-forward; modulation.
-    block = 2 * (4 * (dim * dim + dim) + 2 * dim) + 2 * dim + 2 * dim * hidden + hidden + dim + 6 * dim
+    # q, k, v and out of both attentions; feed-forward.
+    matrices = 2 * 4 * dim * dim + 2 * dim * hidden
+    # Their biases, the scales of q and k, norm2, modulation.
+    vectors = 2 * (4 * dim + 2 * dim) + hidden + dim + 2 * dim + 6 * dim
     outside = dim * (config.in_channels * patch + 1)  # patch embedding
     outside += dim * (config.freq_dim + 1) + dim * (dim + 1) + 6 * dim * (dim + 1)  # time embedding and modulation
     outside += dim * (config.text_dim + 1) + dim * (dim + 1)
     outside += patch * config.out_channels * (dim + 1) + 2 * dim  # head and its modulation
     if image is not None:
-        block += 2 * (dim * dim + dim) + dim  # k and v of an image's tokens, and the scale of k
+        matrices += 2 * dim * dim  # k and v of an image's tokens
+        vectors += 2 * dim + dim  # and the scale of k
         outside += 2 * image + image * (image + 1) + dim * (image + 1) + 2 * dim
         outside += image * (config.pos_embed_seq_len or 0)
-    return ParameterCount(block, config.num_layers, outside)
+    return ParameterCount(matrices + vectors, config.num_layers, outside, matrices)
 
 
 def count_parameters(config: DiTConfig) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ..train.memory import ParameterCounts
 
 RESULTS = "benchmarks/results"
 _FOLDER = Path(__file__).parents[1] / RESULTS
+# Plain PyTorch in place of our kernels, and matmuls in fp8.
+_OTHERS = ("reference", "fp8.")
 _NEEDED = ("device", "parameters", "clip", "micro_batch", "activations", "zero", "precision", "seconds_per_step")
 
 
@@ -46,24 +49,31 @@ class Measured:
         return {**asdict(self), "time_error": self.time_error, "memory_error": self.memory_error}
 
 
-def compared_results(
-    config: TrainConfig, counts: ParameterCounts, cluster: Cluster, folder: Path = _FOLDER
-) -> list[Measured]:
+def compared_results(config: TrainConfig, counts: ParameterCounts, cluster: Cluster) -> list[Measured]:
     """Every measured step of this model on a GPU of the table, in files that `make gpu` writes; others are passed over."""
     if config.task is TaskKind.video_vae:
         return []
     found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            steps = json.loads(path.read_text(encoding="utf-8")).get("steps", {})
-        except (OSError, ValueError, AttributeError):
-            continue
-        rows = steps.items() if isinstance(steps, dict) else ()
-        for name, row in rows:
-            if isinstance(row, dict) and row.get("ok") and all(key in row for key in _NEEDED):
-                measured = _compared(config, counts, cluster, path.name, name, row)
-                found += [measured] if measured is not None else []
+    for path in sorted(_FOLDER.glob("*.json")):
+        for name, row in _rows(path):
+            measured = _compared(config, counts, cluster, path.name, name, row)
+            found += [measured] if measured is not None else []
     return found
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Steps of our model with our kernels, from a file of `make gpu` (under "steps") or of `bench steps` ("results")."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    for part in ("steps", "results"):
+        steps = content.get(part) if isinstance(content, dict) else None
+        for name, row in steps.items() if isinstance(steps, dict) else ():
+            is_step = isinstance(row, dict) and row.get("ok") and all(key in row for key in _NEEDED)
+            # What was measured to compare with is not what is predicted.
+            if is_step and row.get("transformer", "ours") == "ours" and not any(word in name for word in _OTHERS):
+                yield name, row
 
 
 def _compared(

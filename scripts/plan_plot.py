@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 INK, LIMIT = "#20242c", "#d1495b"
 PALETTE = (
-    "#1c2f4a", "#3b76c4", "#7aa6dc", "#3aa675", "#93cfae", "#e0a030", "#f0cf8e", "#8e44ad", "#c39bd3", "#9aa3b2", "#5f6b7a",
-    "#e4e6ea",
+    "#1c2f4a", "#3b76c4", "#7aa6dc", "#b9d2ee", "#3aa675", "#93cfae", "#cfe8d9", "#e0a030", "#f0cf8e", "#8e44ad", "#c39bd3",
+    "#5f6b7a", "#9aa3b2", "#d3d7dd", "#a0522d", "#d8a78a",
 )  # fmt: skip
 MOST_BARS = 10
 
@@ -96,14 +96,9 @@ def _stack(axes: Axes, bars: list[tuple[str, dict[str, float]]]) -> None:
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     for place, total in zip(places, left, strict=True):
         axes.annotate(
-            f"{total:.3g}",
-            (total, place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=INK,
-        )
+            f"{total:.3g}", (total, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
     axes.set_yticks(places, [words for words, _ in bars], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.08 * whole)

@@ -15,6 +15,8 @@ from .report_times import duration
 
 SHOWN_BUCKETS = 12
 SHOWN_CHANGES = 12
+# Above this share of the memory, the formulas' own error decides.
+BARELY = 0.95
 
 
 def print_plan(verdict: Verdict, facts: dict[str, Any], to: Console) -> None:
@@ -33,8 +35,9 @@ def print_plan(verdict: Verdict, facts: dict[str, Any], to: Console) -> None:
         to.print(_run_table(asked, facts["asked"]))
     to.print(_what_fits_table(verdict))
     if verdict.too_large is not None:
-        changed = " ".join(verdict.changes_to(verdict.too_large)) or "What was asked for"
-        to.print(f"{changed} {reason(verdict.too_large)}.", markup=False, soft_wrap=True)
+        changed = " ".join(verdict.changes_to(verdict.too_large))
+        what = f"With {changed} it" if changed else "What was asked for"
+        to.print(f"{what} {reason(verdict.too_large)}.", markup=False, soft_wrap=True)
     if not asked.fits:
         to.print(_changes_table(verdict))
     _print_measured(facts["measured"], to)
@@ -44,7 +47,7 @@ def _headline(verdict: Verdict) -> str:
     asked = verdict.asked
     available = asked.cluster.gpu.memory_gib
     trained = "" if asked.counts.trainable == asked.counts.all else f" ({asked.counts.trainable / 1e6:.1f} M trained)"
-    verb = "It fits" if asked.fits else "It does not fit"
+    verb = f"It {_fit_words(asked)}"
     at_least = "" if asked.step_seconds is not None else " at least"
     return (
         f"{asked.counts.all / 1e9:.3f} B parameters{trained} on {cluster_words(asked.cluster)}. {verb}: {asked.peak / GIB:.1f} GiB"
@@ -120,6 +123,7 @@ def _run_table(costs: RunCosts, facts: dict[str, Any]) -> Table:
         "price": "" if facts["price"] is None else f"{facts['price']:,.0f}",
         "checkpoint": f"{costs.checkpoint_bytes / 1e9:.1f} GB, stands still {costs.checkpoint_blocking_seconds:.2g} s, "
         f"on the disk after {duration(costs.checkpoint_write_seconds)}",
+        "memory of a node for all this": f"{costs.host_bytes / GIB:.1f} GiB",
         "a checkpoint every": duration(costs.checkpoint_seconds_apart),
         "a failure every": duration(costs.seconds_between_failures),
         "failures expected": f"{costs.failures:.2g}",
@@ -132,37 +136,46 @@ def _run_table(costs: RunCosts, facts: dict[str, Any]) -> Table:
 
 
 def _what_fits_table(verdict: Verdict) -> Table:
-    gpu = verdict.asked.cluster.gpu
-    table = Table(title=f"What fits {gpu.memory_gib:.1f} GiB", title_justify="left")
-    for name in ("", "GPUs", "changes", "peak GiB", "s/step", "GPU hours", ""):
-        table.add_column(name, justify="right" if name in ("GPUs", "peak GiB", "s/step", "GPU hours") else "left")
+    table = Table(title=f"What fits {verdict.asked.cluster.gpu.memory_gib:.1f} GiB", title_justify="left")
+    table.add_column("", overflow="fold")
+    for name in ("GPUs", "peak GiB", "host GiB\nof a node", "s/step", "GPU hours"):
+        table.add_column(name, justify="right", no_wrap=True)
     rows = {
         "as asked": verdict.asked,
-        "fastest on these GPUs": verdict.fastest,
+        "fastest here": verdict.fastest,
         "fewest GPUs": verdict.smallest,
-        "does not fit": verdict.too_large if verdict.too_large is not verdict.asked else None,
+        "also": verdict.too_large if verdict.too_large is not verdict.asked else None,
     }
     for name, costs in rows.items():
         if costs is None:
-            if name in ("fastest on these GPUs", "fewest GPUs"):
-                table.add_row(name, "", Text("none found"), "", "", "", "")
+            if name in ("fastest here", "fewest GPUs"):
+                table.add_row(f"{name}: none found", "", "", "", "", "")
             continue
-        words = "fits" if costs.fits else "does not fit"
-        seconds = "" if costs.step_seconds is None else _seconds(costs.step_seconds)
-        hours = "" if costs.step_seconds is None else f"{costs.gpu_hours:,.0f}"
-        changes = Text("\n".join(verdict.changes_to(costs)) or "none")
-        table.add_row(name, str(costs.cluster.world), changes, _gib(costs.peak), seconds, hours, words)
+        times = "", ""
+        if costs.step_seconds is not None:
+            times = _seconds(costs.step_seconds), f"{costs.gpu_hours:,.0f}"
+        words = "\n  ".join([f"{name}: {_fit_words(costs)}", *verdict.changes_to(costs)])
+        table.add_row(Text(words), str(costs.cluster.world), _gib(costs.peak), _gib(costs.host_bytes), *times)
     return table
+
+
+def _fit_words(costs: RunCosts) -> str:
+    if not costs.fits:
+        return "does not fit"
+    return "fits barely" if costs.peak > BARELY * costs.cluster.gpu.memory_bytes else "fits"
 
 
 def _changes_table(verdict: Verdict) -> Table:
     table = Table(title="What one change gains", title_justify="left")
-    for name in ("change", "less GiB", "peak GiB", "s/step", ""):
-        table.add_column(name, justify="left" if name in ("change", "") else "right")
+    table.add_column("change", overflow="fold")
+    for name in ("less GiB", "peak GiB", "s/step", ""):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for texts, costs in verdict.changes[:SHOWN_CHANGES]:
         seconds = "" if costs.step_seconds is None else _seconds(costs.step_seconds)
         gained = _gib(verdict.asked.peak - costs.peak)
-        table.add_row(Text(" ".join(texts)), gained, _gib(costs.peak), seconds, "fits" if costs.fits else "")
+        table.add_row(
+            Text("\n".join(texts)), gained, _gib(costs.peak), seconds, _fit_words(costs) if costs.fits else ""
+        )
     return table
 
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, replace
 from ..data.config import Access
 from ..train.activations import ActivationPolicy
 from ..train.config import TaskKind, TrainConfig
+from ..train.config_rules import parallel_faults, process_faults
 from ..train.cost_rates import Cluster
 from ..train.costs import ClipFlops
 from ..train.costs_memory import POLICIES
 from ..train.costs_run import Conditions, RunCosts, run_costs
 from ..train.memory import ParameterCounts
 
+# Times that differ by less are the same to a prediction.
+ALIKE = 1.02
 # Nodes that are tried when the smallest cluster is looked for.
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -75,9 +78,15 @@ class Search:
         return run_costs(config, self.counts, cluster, self.conditions, self._flops)
 
     def fastest_that_fits(self, cluster: Cluster) -> RunCosts | None:
-        """The fastest choice on these GPUs; None where none fits, or the batch does not close with any."""
+        """The fastest choice on these GPUs; None where none fits, or the batch does not close with any.
+
+        Of those that hardly differ, the one that changes least.
+        """
         fitting = [costs for choice in self._choices(cluster) if (costs := self.costs(cluster, choice)).fits]
-        return min(fitting, key=lambda costs: costs.step_seconds or 0.0, default=None)
+        best = min((costs.step_seconds or 0.0 for costs in fitting), default=0.0)
+        close = [costs for costs in fitting if (costs.step_seconds or 0.0) <= ALIKE * best]
+        before = Choice.of(self.config)
+        return min(close, key=lambda costs: len(Choice.of(costs.config).overrides(before)), default=None)
 
     def smallest_that_fits(self, cluster: Cluster) -> RunCosts | None:
         """The same on the fewest GPUs, in nodes as large as those of `cluster`."""
@@ -105,9 +114,12 @@ class Search:
         cluster, before = asked.cluster, Choice.of(self.config)
         tried: list[tuple[list[str], RunCosts]] = []
         for choice in self._choices(cluster):
-            # What keeps inputs on the host is a policy and its switch.
-            changed = [text for text in choice.overrides(before) if not text.startswith("activations.offload")]
-            if len(changed) <= 1 and choice != before:
+            # A policy and what it does with its inputs count as one.
+            sections = {
+                text.partition("=")[0].replace("activations.offload", "activations.policy")
+                for text in choice.overrides(before)
+            }
+            if len(sections) == 1:
                 tried.append((choice.overrides(before), self.costs(cluster, choice)))
         data = self.config.data
         if self.config.task is TaskKind.text_to_video and data.access is not Access.latents:
@@ -134,14 +146,18 @@ class Search:
         axes = [dict.fromkeys(axis) for axis in (policies, sequences, zeros, offloads, [asked.micro_batch, 1])]
         for (policy, inputs), sequence, zero, offload, micro in itertools.product(*axes):
             choice = Choice(policy, inputs, sequence, zero, offload, micro)
-            if cluster.gpus_per_node % sequence == 0 or choice == asked:
-                config = choice.applied_to(self.config)
-                if not config.parallel.faults("parallel") and _closes(config, cluster):
-                    yield choice
+            config = choice.applied_to(self.config)
+            is_in_node = cluster.gpus_per_node % sequence == 0 or choice == asked
+            if is_in_node and not _faults(config, cluster) and _closes(config, cluster):
+                yield choice
+
+
+def _faults(config: TrainConfig, cluster: Cluster) -> list[str]:
+    """What a choice breaks of the rules that a run's settings have to keep."""
+    own = [*config.activations.faults("activations"), *config.deepspeed.faults("deepspeed")]
+    return own + process_faults(config, cluster.world) + parallel_faults(config)
 
 
 def _closes(config: TrainConfig, cluster: Cluster) -> bool:
     """Whether a step's samples fill the places that so many processes have for them."""
-    if cluster.world % config.parallel.sequence or config.parallel.sequence > config.model.num_attention_heads:
-        return False
     return config.global_batch % (config.micro_batch * config.data_groups(cluster.world)) == 0

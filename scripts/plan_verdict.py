@@ -103,6 +103,7 @@ def run_facts(costs: RunCosts, *, price_per_gpu_hour: float | None) -> dict[str,
         "buckets": [_bucket_facts(costs, one) for one in costs.buckets],
         "steps": costs.config.steps,
         "samples": costs.samples,
+        "host_bytes_of_a_node": costs.host_bytes,
         "checkpoint_bytes": costs.checkpoint_bytes,
         "checkpoint_blocking_seconds": costs.checkpoint_blocking_seconds,
         "checkpoint_write_seconds": costs.checkpoint_write_seconds,
@@ -148,6 +149,7 @@ def _bucket_facts(costs: RunCosts, one: BucketCosts) -> dict[str, Any]:
         "micro_batch": one.bucket.micro_batch,
         "share_of_steps": one.share,
         "memory_bytes": one.memory.parts,
+        "host_bytes": one.memory.host,
         "peak_bytes": one.memory.peak,
     }
     if one.clip is None or one.time is None:

@@ -5,6 +5,7 @@ The training's own MFU (`StepFlops`, `device_peak`) and `muybridge plan` go by t
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -20,10 +21,11 @@ from . import cost_rates
 from .activations import ActivationPolicy, is_recomputed
 from .config import TaskKind, TrainConfig
 from .cost_rates import Cluster, peak_flops, rates
-from .costs_memory import local_tokens
 from .engine_config import Precision
 from .gpus import recognised_gpu
 from .memory import ParameterCounts
+from .muon import muon_costs
+from .optimizer import OptimizerKind
 
 # umT5-XXL: 24 layers of width 4096 with q, k, v, out and a gated feed-forward of 10 240.
 _UMT5_LAYERS, _UMT5_DIM, _UMT5_HIDDEN = 24, 4096, 10240
@@ -142,7 +144,7 @@ def step_time(
     samples = steps * bucket.micro_batch / width  # a process's share of the clips it is given
 
     dit, again = clip.dit, recomputed_share(config)
-    filled = _filled(config, bucket, clip)
+    filled = _filled(config, clip)
     backward_linear, backward_attention = _backward(config, dit)
     forward = samples * filled * speed.seconds(gemm=dit.linear + dit.outside, attention_forward=dit.attention)
     backward = samples * filled * speed.seconds(gemm=backward_linear, attention_backward=backward_attention)
@@ -153,7 +155,7 @@ def step_time(
     waiting = max(0.0, host - forward - backward - repeated - pointwise)
 
     reduction, after_step, gathering, sent = _zero_traffic(config, counts, cluster, steps)
-    exchange_seconds, exchanged = _exchange(config, bucket, cluster, steps * bucket.micro_batch)
+    exchange_seconds, exchanged = _exchange(config, clip, cluster, steps * bucket.micro_batch)
     hidden = min(reduction, cost_rates.HIDDEN_SHARE * (backward + repeated))
     hidden_gathering = min(gathering, cost_rates.HIDDEN_SHARE * (forward + backward + repeated))
     seconds = {
@@ -180,10 +182,10 @@ def step_time(
     )
 
 
-def _filled(config: TrainConfig, bucket: Bucket, clip: ClipFlops) -> float:
+def _filled(config: TrainConfig, clip: ClipFlops) -> float:
     """What tokens and heads that only fill up cost, as a factor."""
     width, heads = config.parallel.sequence, config.model.num_attention_heads
-    tokens = local_tokens(config, bucket) * width / clip.tokens
+    tokens = -(-clip.tokens // width) * width / clip.tokens
     attention_share = clip.dit.self_attention / clip.dit.forward
     return tokens * (1 + attention_share * (math.ceil(heads / width) * width / heads - 1))
 
@@ -211,7 +213,35 @@ def optimizer_seconds(config: TrainConfig, counts: ParameterCounts, cluster: Clu
         width = 2 if engine.precision is Precision.bf16 else 4
         carried = 2 * width * shard / cost_rates.HOST_LINK_BYTES_PER_SECOND
         return carried + moved / cost_rates.HOST_MEMORY_BYTES_PER_SECOND
-    return moved / (cost_rates.MEMORY_SHARE * cluster.gpu.memory_bytes_per_second)
+    return moved / (cost_rates.MEMORY_SHARE * cluster.gpu.memory_bytes_per_second) + _muon_seconds(config, cluster)
+
+
+def _muon_seconds(config: TrainConfig, cluster: Cluster) -> float:
+    """What Muon's matrices take beside the update: their iteration, and the way to the process that does it and back."""
+    # The factors of a LoRA are so narrow that it does not show.
+    if config.optimizer.kind is not OptimizerKind.muon or config.lora.is_on or config.task is TaskKind.video_vae:
+        return 0.0
+    flops, exchanged = _muon_work(
+        config.model.num_layers,
+        config.model.dim,
+        config.model.ffn_dim,
+        config.model.image_dim is not None,
+        cluster.world,
+    )
+    seconds = exchanged / cluster.exchange_bytes_per_second(cluster.world) if cluster.world > 1 else 0.0
+    return seconds + flops / (cost_rates.GEMM_SHARE * cluster.gpu.bf16_flops)
+
+
+@lru_cache(maxsize=64)
+def _muon_work(layers: int, dim: int, hidden: int, has_image: bool, world: int) -> tuple[int, int]:
+    """FLOPs of the process that has most to do, and bytes that a process sends."""
+    shapes = {}
+    for number in range(layers):
+        for name in range(10 if has_image else 8):
+            shapes[f"blocks.{number}.{name}"] = (dim, dim)
+        shapes |= {f"blocks.{number}.up": (hidden, dim), f"blocks.{number}.down": (dim, hidden)}
+    costs = muon_costs(shapes, world)
+    return costs.flops, costs.exchanged_bytes
 
 
 def _zero_traffic(
@@ -232,19 +262,14 @@ def _zero_traffic(
     return reductions * gradients / link, after / link, gathers * weights / link, sent
 
 
-def _exchange(config: TrainConfig, bucket: Bucket, cluster: Cluster, samples: int) -> tuple[float, int]:
+def _exchange(config: TrainConfig, clip: ClipFlops, cluster: Cluster, samples: int) -> tuple[float, int]:
     """Seconds and bytes of what the processes of a sequence group trade: q, k, v and out of each layer, there and back."""
-    ranks = config.parallel.sequence
+    ranks, model = config.parallel.sequence, config.model
     if ranks == 1:
         return 0.0, 0
     width = 2 if config.deepspeed.precision is Precision.bf16 else 4
-    row = local_tokens(config, bucket) * config.model.dim * width * (ranks - 1) / ranks
-    times = 2 + recomputed_share(config)
-    velocity = 4 * clip_patch_values(config) * local_tokens(config, bucket) * (ranks - 1)
-    sent = int(samples * (config.model.num_layers * 4 * times * row + velocity))
+    tokens = -(-clip.tokens // ranks)
+    row = tokens * model.dim * width * (ranks - 1) / ranks
+    velocity = 4 * math.prod(model.patch_size) * model.out_channels * tokens * (ranks - 1)
+    sent = int(samples * (model.num_layers * 4 * (2 + recomputed_share(config)) * row + velocity))
     return sent / cluster.exchange_bytes_per_second(ranks), sent
-
-
-def clip_patch_values(config: TrainConfig) -> int:
-    """Values of a token's velocity."""
-    return math.prod(config.model.patch_size) * config.model.out_channels

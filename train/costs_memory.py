@@ -9,7 +9,8 @@ from ..models.diffusion.conditioning import ConditioningForm
 from ..models.flops import count_tokens, parameter_count
 from ..models.text import TextEncoderKind
 from ..models.vae.chunks import default_latent_frames
-from .activations import ActivationPolicy, is_recomputed
+from .activation_bytes import ActivationShape, activation_bytes
+from .activations import ActivationPolicy
 from .config import TaskKind, TrainConfig
 from .engine_config import Precision, stage3_settings
 from .gpus import GIB
@@ -22,6 +23,9 @@ FRAGMENTATION_SHARE = 0.05
 # Tensors as large as an outermost layer's output that live at once while a chunk is encoded: input, norm, padded copy, output.
 ENCODER_TENSORS = 4
 
+# States that are on the host with deepspeed.offload_optimizer.
+_OFFLOADED = ("optimizer", "EMA")
+
 # Frozen models that are read for captions and images: parameters, and bytes of each in the dtype they have in training.
 UMT5_XXL_PARAMETERS = 5_680_910_336
 CLIP_PARAMETERS = 632_076_800
@@ -33,6 +37,7 @@ class StepMemory:
     """Bytes of one process by part, in three groups that differ in when they are there."""
 
     held: dict[str, int]  # throughout: states, frozen models, context
+    host: dict[str, int]  # in the memory of the machine, where something was moved there
     training: dict[str, int]  # on top while a micro-batch is in its backward, where the peak usually is
     encoding: int  # on top while clips are encoded, before there are activations
 
@@ -58,15 +63,23 @@ def step_memory(config: TrainConfig, counts: ParameterCounts, bucket: Bucket, wo
 
     Of an autoencoder's training, activations are not modelled: `training` then holds what the engine takes only.
     """
-    held = dict(bytes_per_process(config, world_size, counts))
+    held, host = dict(bytes_per_process(config, world_size, counts)), {}
+    if config.deepspeed.offload_optimizer:
+        host = {name: held.pop(name) for name in _OFFLOADED if name in held}
     held |= {name: size for name, size in _frozen_models(config).items() if size}
     held["CUDA context"] = CONTEXT_BYTES
     training = engine_buffers(config, counts)
     encoding = 0
     if config.task is TaskKind.text_to_video:
-        training |= _activations(config, bucket)
+        shape = activation_shape(config, bucket)
+        found = activation_bytes(config.model, shape, config.activations)
+        training |= {"activations": found.kept, "backward of the last block": found.peak - found.kept}
+        # Noise, latents, their mixture, velocity, target and loss: whole in fp32 on each process.
+        values = math.prod(config.model.patch_size) * config.model.out_channels
+        training["latents and velocity"] = 6 * 4 * shape.batch * shape.tokens * values
+        host |= {"inputs of blocks": found.host} if found.host else {}
         encoding = _encoding_bytes(config, bucket)
-    return StepMemory(held, training, encoding)
+    return StepMemory(held, host, training, encoding)
 
 
 def engine_buffers(config: TrainConfig, counts: ParameterCounts) -> dict[str, int]:
@@ -86,57 +99,19 @@ def engine_buffers(config: TrainConfig, counts: ParameterCounts) -> dict[str, in
     return buffers
 
 
-def local_tokens(config: TrainConfig, bucket: Bucket) -> int:
-    """Video tokens of one clip on one process of a sequence group, with those that fill up."""
+def activation_shape(config: TrainConfig, bucket: Bucket) -> ActivationShape:
+    """What goes through the model for a micro-batch of clips of `bucket`."""
     latents = config.vae.resolved().latent_shape(bucket.frames, bucket.height, bucket.width)
-    return -(-count_tokens(config.model, latents[1:]) // config.parallel.sequence)
-
-
-def _activations(config: TrainConfig, bucket: Bucket) -> dict[str, int]:
-    model, tokens, samples = config.model, local_tokens(config, bucket), bucket.micro_batch
-    activations = config.activations
-    width = 2 if config.deepspeed.precision is Precision.bf16 else 4
-    dim, hidden = model.dim, model.ffn_dim
-    rows = tokens if config.conditioning.form is ConditioningForm.clean_frames else 1
-    inputs, everything = 4 * dim * tokens, _kept_by_block(config, ActivationPolicy.none, tokens, rows)
-    layers, again = model.num_layers, 0
-    whole = sum(is_recomputed(activations, number) for number in range(layers))
-    match activations.policy:
-        case ActivationPolicy.block:
-            kept, again = layers * inputs, everything
-        case ActivationPolicy.every_k:
-            kept = (layers - whole) * _kept_by_block(config, ActivationPolicy.selective, tokens, rows) + whole * inputs
-            again = everything
-        case ActivationPolicy.selective:
-            kept = layers * _kept_by_block(config, ActivationPolicy.selective, tokens, rows)
-            again = everything - kept // layers
-        case _:
-            kept = layers * everything
-    if activations.offload:  # two on their way, the others on the host
-        kept -= max(0, whole - 2) * inputs
-    # Gradients that one block's backward has at once: of the stream, of the feed-forward's width twice, of q, k, v and out.
-    passing = (2 * 4 * dim + 2 * width * hidden + 4 * width * dim) * tokens
-    # Before and behind the blocks: modulation rows, the stream that enters and leaves, the velocity and its loss in fp32.
-    outside = (2 * 4 * dim + 6 * 4 * math.prod(model.patch_size) * model.out_channels) * tokens + 7 * 4 * dim * rows
-    return {
-        "activations": samples * kept,
-        "recomputed block": samples * max(0, again),
-        "backward of a block": samples * passing,
-        "head and loss": samples * outside,
-    }
-
-
-def _kept_by_block(config: TrainConfig, policy: ActivationPolicy, tokens: int, rows: int) -> int:
-    """Bytes that one block keeps of a sample for its backward, without the text's few rows."""
-    model = config.model
-    width = 2 if config.deepspeed.precision is Precision.bf16 else 4
-    dim, hidden = model.dim, model.ffn_dim
-    # q, k, v before their norms; what attention gives, and its output layer; the same of cross-attention; the feed-forward.
-    matmuls = width * (3 * dim + 2 * dim + dim + 2 * dim + hidden + dim) + 4 * model.num_attention_heads * 2
-    if policy is ActivationPolicy.selective:
-        return (4 * dim + matmuls) * tokens
-    # Also three states of the stream, inputs of the four kinds of Linear, normed and turned q and k, GELU; a row of modulation.
-    return (3 * 4 * dim + matmuls + width * (3 * dim + 3 * dim + hidden)) * tokens + 2 * 6 * 4 * dim * rows
+    tokens = count_tokens(config.model, latents[1:])
+    return ActivationShape(
+        tokens=tokens,
+        text_tokens=config.text.max_tokens,
+        batch=bucket.micro_batch,
+        modulation_rows=tokens if config.conditioning.form is ConditioningForm.clean_frames else 1,
+        image_tokens=config.model.image_tokens,
+        sequence=config.parallel.sequence,
+        width=2 if config.deepspeed.precision is Precision.bf16 else 4,
+    )
 
 
 def _frozen_models(config: TrainConfig) -> dict[str, int]:

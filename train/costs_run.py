@@ -86,8 +86,8 @@ class RunCosts:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of all processes together: fp32 weights, the optimizer's two states and the averages."""
-        return 4 * self.counts.trainable * (3 + len(self.config.ema.decays))
+        """Of all processes together: fp32 weights, the optimizer's states (two, of which Muon has one) and the averages."""
+        return 4 * self.counts.trainable * (3 + len(self.config.ema.decays)) - 4 * self.counts.muon
 
     @property
     def checkpoint_blocking_seconds(self) -> float:
@@ -101,6 +101,15 @@ class RunCosts:
     def checkpoint_write_seconds(self) -> float:
         """Until it is on the disk."""
         return self.checkpoint_bytes / self.conditions.storage_bytes_per_second
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory that a node needs for what its GPUs do without, and for the copy from which a checkpoint is written."""
+        image = 0
+        if self.config.checkpoint.in_background and self.config.checkpoint.every_steps != 0:
+            image = self.checkpoint_bytes // (self.cluster.world if self.config.deepspeed.zero else 1)
+        moved = max(sum(costs.memory.host.values()) for costs in self.buckets)
+        return self.cluster.gpus_per_node * (moved + image)
 
     @property
     def seconds_between_failures(self) -> float:

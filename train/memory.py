@@ -8,13 +8,15 @@ import psutil
 import torch
 
 from ..models.dit import DiT
-from ..models.flops import count_parameters
+from ..models.flops import parameter_count
 from ..models.lora import add_lora
 from ..models.text import ByteTextEncoder, TextEncoderKind
 from ..models.text_small import build_encoder
 from ..models.vae import VideoVAE
 from .config import TaskKind, TrainConfig
 from .engine_config import Precision
+from .muon import is_block_matrix
+from .optimizer import OptimizerKind
 
 GIB = 2**30
 
@@ -29,14 +31,18 @@ class ParameterCounts:
 
     all: int
     trainable: int
+    # Of the trained ones, matrices that Muon updates; 0 with AdamW.
+    muon: int = 0
 
 
 def parameter_counts(config: TrainConfig) -> ParameterCounts:
     """Parameters of the configured model, counted without allocating them."""
+    is_muon = config.optimizer.kind is OptimizerKind.muon
     has_frozen_text = config.text.kind is TextEncoderKind.umt5
     if config.task is TaskKind.text_to_video and has_frozen_text and not config.lora.is_on:
-        parameters = count_parameters(config.model)
-        return ParameterCounts(all=parameters, trainable=parameters)
+        count = parameter_count(config.model)
+        muon = count.blocks * count.block_matrices if is_muon else 0
+        return ParameterCounts(all=count.total, trainable=count.total, muon=muon)
     with torch.device("meta"):
         if config.task is TaskKind.video_vae:
             modules: list[torch.nn.Module] = [VideoVAE(config.vae.resolved())]
@@ -52,16 +58,18 @@ def parameter_counts(config: TrainConfig) -> ParameterCounts:
                 for module in modules:
                     module.requires_grad_(False)
                 add_lora(dit, config.lora)
-    held = [parameter for module in modules for parameter in module.parameters()]
+    held = [(name, parameter) for module in modules for name, parameter in module.named_parameters()]
+    trained = [(name, parameter) for name, parameter in held if parameter.requires_grad]
     return ParameterCounts(
-        all=sum(parameter.numel() for parameter in held),
-        trainable=sum(parameter.numel() for parameter in held if parameter.requires_grad),
+        all=sum(parameter.numel() for _, parameter in held),
+        trainable=sum(parameter.numel() for _, parameter in trained),
+        muon=sum(
+            parameter.numel() for name, parameter in trained if is_muon and is_block_matrix(name, parameter.shape)
+        ),
     )
 
 
-def bytes_per_process(
-    config: TrainConfig, world_size: int, counts: ParameterCounts | None = None
-) -> dict[str, int]:
+def bytes_per_process(config: TrainConfig, world_size: int, counts: ParameterCounts | None = None) -> dict[str, int]:
     """Bytes of one process for weights, gradients, optimizer and averages, by ZeRO stage; activations come on top.
 
     The first three as in ZeRO (Rajbhandari et al., arXiv:1910.02054, section 3.1) with K = 12 under bf16; what is frozen has but
@@ -72,8 +80,9 @@ def bytes_per_process(
     weights = counts.all / world_size if stage == 3 else counts.all
     trained = counts.trainable
     sharded = trained / world_size
-    # Stage 0 updates the fp32 weights in place; the others update an fp32 copy, also where the weights are fp32 themselves.
-    optimizer = 8 * trained if stage == 0 else 12 * sharded
+    # Stage 0 updates the fp32 weights in place; the others update an fp32 copy, also where the weights are fp32 themselves. Muon
+    # has one state where AdamW has two.
+    optimizer = 8 * trained - 4 * counts.muon if stage == 0 else 12 * sharded - 4 * counts.muon / world_size
     return {
         "weights": int(width * weights),
         "gradients": int(width * (sharded if stage >= 2 else trained)),
