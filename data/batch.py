@@ -35,12 +35,19 @@ class VideoBatch:
         return len(self.keys)
 
     @property
-    def shape_name(self) -> str:
+    def shape(self) -> tuple[int, int, int]:
         """Frames, height and width of the clips, or of their latents."""
         if self.latents is not None:
-            return "latents of " + "x".join(map(str, self.latents.shape[2:]))
-        assert self.frames is not None
-        return "x".join(map(str, self.frames.shape[1:4]))
+            frames, height, width = self.latents.shape[2:]
+        else:
+            assert self.frames is not None
+            frames, height, width = self.frames.shape[1:4]
+        return frames, height, width
+
+    @property
+    def shape_name(self) -> str:
+        """The same in words."""
+        return ("" if self.latents is None else "latents of ") + "x".join(map(str, self.shape))
 
     @property
     def pixels(self) -> torch.Tensor:

@@ -17,6 +17,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,14 +75,13 @@ def simulate(config: TrainConfig, processes: int) -> list[Check]:
     found = [_checked("slots", lambda: check_slots(config, processes))]
     ranks = chosen_ranks(processes, config.parallel.sequence)
     told: dict[int, dict[str, Any]] = {}
+    whole = {ranks[0], ranks[-1]}
     for rank in track(ranks, "starting processes", console=console, transient=True):
         # The whole model takes longest, and tells the same of every rank but the last, which has the padding.
-        told[rank] = act_out(
-            rank, processes, lambda rank=rank: _start_rank(config, whole=rank in ranks[:: len(ranks) - 1])
-        )  # type: ignore[misc]
+        told[rank] = act_out(rank, processes, partial(_start_rank, config, whole=rank in whole))
     for part, check in (("mesh", _check_groups), ("model", _check_shapes), ("engine", _check_pieces)):
         seconds = max(facts["seconds"].get(part, 0.0) for facts in told.values())
-        found.append(replace(_checked(part, lambda check=check: check(config, processes, told)), seconds=seconds))  # type: ignore[misc]
+        found.append(replace(_checked(part, partial(check, config, processes, told)), seconds=seconds))
     return found
 
 
@@ -183,7 +183,7 @@ def act_out(rank: int, processes: int, play: Callable[[], dict[str, Any]]) -> di
             place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": processes}
             os.environ.update({name: str(value) for name, value in place.items()})
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
-            answer = {"facts": play()}
+            answer: dict[str, Any] = {"facts": play()}
         except BaseException:
             answer = {"error": traceback.format_exc()}
         with os.fdopen(writer, "w") as pipe:
@@ -193,10 +193,10 @@ def act_out(rank: int, processes: int, play: Callable[[], dict[str, Any]]) -> di
     with os.fdopen(reader) as pipe:
         text = pipe.read()
     os.waitpid(child, 0)
-    answer = json.loads(text) if text else {"error": "it died without a word"}
-    if "error" in answer:
-        raise RuntimeError(f"rank {rank} of {processes}: {answer['error']}")
-    facts: dict[str, Any] = answer["facts"]
+    told: dict[str, Any] = json.loads(text) if text else {"error": "it died without a word"}
+    if "error" in told:
+        raise RuntimeError(f"rank {rank} of {processes}: {told['error']}")
+    facts: dict[str, Any] = told["facts"]
     return facts
 
 
@@ -276,8 +276,8 @@ def _small_engine(config: TrainConfig) -> dict[str, tuple[int, int]]:
     from ..train.optimizer import build_optimizer
 
     heads = config.model.num_attention_heads
-    sizes = {"num_layers": _LAYERS, "dim": _HEAD_WIDTH * heads, "ffn_dim": 4 * _HEAD_WIDTH, "text_dim": 32}
-    model = DiT(replace(config.model, **sizes))
+    dim, ffn_dim = _HEAD_WIDTH * heads, 4 * _HEAD_WIDTH
+    model = DiT(replace(config.model, num_layers=_LAYERS, dim=dim, ffn_dim=ffn_dim, text_dim=32))
     engine = Engine(
         model,
         build_optimizer(model, config.optimizer),

@@ -29,11 +29,13 @@ from ..models.weights import load_config
 from .activations import ActivationPolicy, ActivationsConfig
 from .checkpoint import CheckpointConfig
 from .checkpoint_folder import resume_fault
+from .compile_blocks import CompileConfig
 from .compose import ConfigFaults, compose_config
 from .config_rules import parallel_faults, process_faults, reliability_faults, size_faults
 from .ema import EMAConfig
 from .engine_config import EngineConfig
 from .experts import Expert, expert_schedule
+from .fp8 import Fp8Config
 from .guards import GuardConfig
 from .mesh import ParallelConfig
 from .optimizer import OptimizerConfig
@@ -118,6 +120,8 @@ class TrainConfig:
     deepspeed: EngineConfig = field(default_factory=EngineConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

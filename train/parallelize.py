@@ -6,6 +6,8 @@ from torch import nn
 
 from ..models.text_to_video import TextToVideoModel
 from .activations import set_activation_policy
+from .compile_blocks import compile_blocks
+from .fp8 import use_fp8
 from .mesh import Mesh
 from .sequence_parallel import split_sequence
 
@@ -14,8 +16,14 @@ if TYPE_CHECKING:
 
 
 def parallelize(model: nn.Module, mesh: Mesh, config: "TrainConfig") -> None:
-    """Change a model in place, before an engine wraps it; an autoencoder stays as it is. Collective."""
+    """Change a model in place, before an engine wraps it; an autoencoder stays as it is. Collective.
+
+    Raises ValueError where this machine or model cannot do what the settings ask for.
+    """
     if not isinstance(model, TextToVideoModel):
         return
-    split_sequence(model.transformer, mesh.sequence)
-    set_activation_policy(model.transformer, config.activations)
+    dit = model.transformer
+    split_sequence(dit, mesh.sequence)
+    use_fp8(dit, config.fp8)
+    set_activation_policy(dit, config.activations)
+    compile_blocks(dit, config.compile, config.activations, shapes=len(config.data.buckets) or 1)

@@ -18,8 +18,9 @@ from ..data.ledger import DataBudgetError
 from .attempts import resume_in_force
 from .checkpoint import Checkpointer, Saved
 from .checkpoint_folder import choose_checkpoint, committed_checkpoints, set_aside_newer
+from .compile_blocks import CompilationCount
 from .compose import plain
-from .config import TaskKind, TrainConfig
+from .config import TrainConfig
 from .ema import EMA
 from .engine import Engine, StepResult
 from .exit_codes import ExitCode
@@ -43,12 +44,14 @@ from .save_schedule import SaveSchedule
 from .saving import CheckpointsFail, build_saver
 from .slow_ranks import SlowRanks
 from .step_clock import Part, StepClock, time_row
-from .tasks import build_task
+from .tasks import TextToVideoTask, build_task
 from .throughput import MetricsWindow
 from .tokenizer import prepare_tokenizer
 from .tracking import VALIDATION_SECONDS, Tracker
 from .trained_weights import prepare_weights
-from .validate import sample_videos, validation_losses
+from .utilisation import Utilisation
+from .validate import Validation
+from .warm_up import warm_up
 from .watchdog import Phase
 
 
@@ -63,12 +66,12 @@ class Trainer:
         self.buckets = config.buckets(self.world)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
-        self.clock = StepClock(device)
+        self.clock, self.utilisation = StepClock(device), Utilisation(config, self.world, device)
         if config.threads:
             torch.set_num_threads(config.threads)
 
         # Data first: its mistakes are the commonest, and it needs no model to find them.
-        self.loader, self.validation_loader = build_loaders(config, self.buckets, self.mesh)
+        self.loader, validation_loader = build_loaders(config, self.buckets, self.mesh)
         refuse_different_settings({**setting_texts(config), "data": self.loader.fingerprint})
         self.feed = Feed(self.loader, max_bad_share=config.data.max_bad_share, axis=self.mesh.sequence, device=device)
         resume = on_rank_0(lambda: resume_in_force(self.run_dir, config.resume))
@@ -91,9 +94,11 @@ class Trainer:
             gradient_clipping=config.optimizer.gradient_clipping,
         )
         self.ema = EMA(self.engine, config.ema)
+        self.validation = Validation(config, self.engine, self.task, validation_loader, self.mesh)
         self.guard = StepGuard(config.guards)
         self.window = MetricsWindow(device)
         self.slow_ranks = SlowRanks()
+        self.compilations: CompilationCount | None = None
         self.step = 0
         self.exported: Path | None = None  # on rank 0, at the end
         data_changed = resume_from is not None and self._restore(resume_from)
@@ -161,14 +166,27 @@ class Trainer:
         """The loop, up to the last step or an agreed stop, and the checkpoint of where it ends."""
         self.feed.start(self.step)
         self.saver.schedule.start(samples=self.feed.samples_before(self.step), seconds=0.0)
+        goes_on = self._warm_up() and (not self._owes_validation() or self._validate())
         self.window.begin()
-        goes_on = not self._owes_validation() or self._validate()
         while goes_on and self.step < self.config.steps:
             goes_on = self._train_step()
         with self.watchdog.phase(Phase.save, self.step):
             self.saver.finish()
             if self.saver.saved_step != self.step:
                 self.saver.save_now(self.step, **self._to_save())
+
+    def _warm_up(self) -> bool:
+        """Compile what the steps will run; False where a stop cut it short. Collective."""
+        if not self.config.compile.enabled or not isinstance(self.task, TextToVideoTask):
+            return True
+        try:
+            for _ in warm_up(self.engine, self.task, self.buckets, **self.validation.inputs()):
+                self.watchdog.enter(Phase.warm_up, self.step)
+                self.requests.check()
+        except StopAgreed:
+            return False
+        self.compilations = CompilationCount()
+        return True
 
     def _train_step(self) -> bool:
         """A step, and what is due after it; whether the run goes on."""
@@ -186,13 +204,17 @@ class Trainer:
             self._note(f"muybridge: {verdict.text}")
         if result.applied:
             self.ema.update(self.step + 1)
+        self.utilisation.add(micro_batches[0])
         self.window.end_step(samples=micro_batches[0].step_samples, applied=result.applied)
         self.step += 1
         self.attempt.step = self.step
         if self.step % self.config.tracking.log_every_steps == 0 or self.step == self.config.steps:
             steps, seconds = self.window.steps, self.clock.take()
-            row = self.window.close(result, lr) | time_row(seconds, steps)
+            row = self.window.close(result, lr)
+            row |= time_row(seconds, steps) | self.utilisation.row(row["seconds_per_step"] * steps)
             self._log({**row, "samples_seen": self.feed.samples_before(self.step)})
+            if self.compilations is not None and (number := self.compilations.take()):
+                self._note(f"muybridge: {number} graphs were compiled at step {self.step}: {self.compilations.cause()}")
             for text in self.slow_ranks.add(seconds[Part.forward]):
                 self._note(f"muybridge: {text}")
         # Before the checkpoint: it must count this step's bad clips, and none may be of a step that was one too many.
@@ -204,7 +226,7 @@ class Trainer:
             check_same_weights(self.engine, self.step)
         self._save_where_due(seconds=agreed.seconds, is_asked=agreed.save, is_written=agreed.is_written)
         goes_on = not agreed.stop
-        if self._validates_here():
+        if self.validation.is_due(self.step):
             goes_on = self._validate() and goes_on
         return goes_on
 
@@ -299,35 +321,12 @@ class Trainer:
         self._note(f"muybridge: back at step {self.step}; the samples up to step {from_step} are left out")
         return True
 
-    def _validates_here(self) -> bool:
-        every = self.config.validation.every_steps
-        return self._is_due(every) or (every > 0 and self.step == self.config.steps)
-
-    def _owes_validation(self) -> bool:
-        """Whether the attempt before ended in the validation at the step of its checkpoint. Collective."""
-        is_missing = on_rank_0(lambda: self.tracker is not None and not self.tracker.has(self.step, VALIDATION_SECONDS))
-        return self.step > 0 and self._validates_here() and is_missing
-
     def _validate(self) -> bool:
         """Look at the EMA weights; False where a stop cut it short, which is made up for when the run goes on. Collective."""
         began = time.perf_counter()
-        config, row, videos = self.config.validation, {}, []
         try:
             with self.watchdog.phase(Phase.validation, self.step), self.ema.swapped_in():
-                if self.validation_loader is not None:
-                    row = validation_losses(
-                        self.engine,
-                        self.task,
-                        self.validation_loader,
-                        clips=config.clips,
-                        mesh=self.mesh,
-                        may_stop=self._may_stop,
-                    )
-                if self.config.task is TaskKind.text_to_video and config.prompts:
-                    folder = self.run_dir / "validation" / f"step-{self.step:08d}"
-                    videos = sample_videos(
-                        self.engine, self.task, self.config, folder, mesh=self.mesh, may_stop=self._may_stop
-                    )
+                row, videos = self.validation.look(self.step, may_stop=self._may_stop)
         except StopAgreed:
             if self.step == self.config.steps:
                 self._note("muybridge: the last validation was cut short by the request to stop, and is left out")
@@ -338,6 +337,11 @@ class Trainer:
             self.tracker.log_videos(self.step, videos)
         self._log({**row, VALIDATION_SECONDS: seconds})
         return True
+
+    def _owes_validation(self) -> bool:
+        """Whether the attempt before ended in the validation at the step of its checkpoint. Collective."""
+        is_missing = on_rank_0(lambda: self.tracker is not None and not self.tracker.has(self.step, VALIDATION_SECONDS))
+        return self.step > 0 and self.validation.is_due(self.step) and is_missing
 
     def _may_stop(self) -> None:
         # Between two clips or two steps of the sampler, which the limit of a validation is for. Raises StopAgreed.

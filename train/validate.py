@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,42 @@ class ValidationConfig:
         if self.every_steps and self.path is None and not self.prompts:
             found.append(f"{field}.every_steps={self.every_steps} must be 0 where neither path nor prompts is set")
         return found
+
+
+class Validation:
+    """What is looked at, and when; with whatever weights the engine has."""
+
+    def __init__(
+        self, config: "TrainConfig", engine: "Engine", task: "Task", loader: "VideoLoader | None", mesh: Mesh
+    ) -> None:
+        """`loader` gives the held-out clips, if there are any."""
+        self._config, self._engine, self._task, self._loader, self._mesh = config, engine, task, loader, mesh
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look after so many steps."""
+        every = self._config.validation.every_steps
+        return every > 0 and (step % every == 0 or step == self._config.steps)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the model will be called with here: whether on clips, and for how many prompts at once."""
+        every, prompts = self._config.validation.every_steps, len(self._config.validation.prompts)
+        per_rank = -(-prompts // self._mesh.data.size)
+        return {"validates": self._loader is not None, "prompts": per_rank if every > 0 else 0}
+
+    def look(self, step: int, *, may_stop: Callable[[], None]) -> tuple[dict[str, float], list[tuple[Path, str]]]:
+        """The losses, and on rank 0 the sample videos with their prompts. Collective. `may_stop` may raise."""
+        from .tasks import TextToVideoTask
+
+        row: dict[str, float] = {}
+        videos: list[tuple[Path, str]] = []
+        config, engine, task, mesh = self._config, self._engine, self._task, self._mesh
+        if self._loader is not None:
+            clips = config.validation.clips
+            row = validation_losses(engine, task, self._loader, clips=clips, mesh=mesh, may_stop=may_stop)
+        if isinstance(task, TextToVideoTask) and config.validation.prompts:
+            folder = Path(config.run_dir) / "validation" / f"step-{step:08d}"
+            videos = sample_videos(engine, task, config, folder, mesh=mesh, may_stop=may_stop)
+        return row, videos
 
 
 @torch.no_grad()

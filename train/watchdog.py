@@ -39,6 +39,7 @@ class Phase(Enum):
     """What a rank is at, in the order in which it comes to that at a count of steps; the value is a word for people."""
 
     setup = "setup"
+    warm_up = "the compilation of a shape"
     # After a step, which it counts.
     save = "the checkpoint"
     validation = "the validation"
@@ -56,6 +57,7 @@ class Phase(Enum):
 # `agreement` has no limit: the rank that is waited for has one.
 _SETTINGS = {
     Phase.setup: "setup_seconds",
+    Phase.warm_up: "setup_seconds",
     Phase.data: "data_seconds",
     Phase.step: "step_seconds",
     Phase.save: "save_seconds",
