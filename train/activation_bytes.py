@@ -32,7 +32,7 @@ class ActivationBytes:
 
 
 def activation_bytes(model: DiTConfig, shape: ActivationShape, config: ActivationsConfig) -> ActivationBytes:
-    """Activations of a forward whose weights are all trained, with the GPU's kernels; LoRA and frozen weights need a little less.
+    """Activations of a forward whose weights are all trained, with the GPU's kernels; a LoRA's differ by some percent.
 
     What a kernel takes for itself while it runs, and what the allocator loses, come on top.
     """
@@ -56,6 +56,8 @@ def activation_bytes(model: DiTConfig, shape: ActivationShape, config: Activatio
     moments.append(sum(kept_by[:-2]) + around + in_block + 6 * one_row_each)
     # At the end of that block: the gradients of its modulation one by one, together, and the sum of the last block's.
     moments.append(sum(kept_by[:-2]) + around + 2 * one_input + 19 * one_row_each)
+    # At the end, of few tokens: the gradient of the largest weight outside of the blocks, that of the modulation.
+    moments.append(around + 6 * STREAM * model.dim * model.dim)
     host = len(offloaded) * (1 << (one_input - 1).bit_length())
     return ActivationBytes(kept=kept, peak=max(moments), host=host)
 
