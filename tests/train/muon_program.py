@@ -36,7 +36,7 @@ LR, WEIGHT_DECAY, MOMENTUM = 0.02, 0.3, 0.9
 CLIPPING = 0.5  # an eighth of the norm, or 0, with which all stages round alike
 CASES = {f"fp32-{zero}": (zero, Precision.fp32, 0.0) for zero in range(4)}
 CASES |= {f"bf16-{zero}": (zero, Precision.bf16, 0.0) for zero in (1, 3)}
-CASES |= {f"clipped-{zero}": (zero, Precision.fp32, CLIPPING) for zero in (0, 2, 3)}
+CASES |= {f"clipped-{zero}": (zero, Precision.fp32, CLIPPING) for zero in (2, 3)}
 # Whose checkpoints of other worlds each stage takes up, beside its own.
 FOREIGN = {0: 3, 1: 0, 2: 1, 3: 2}
 
@@ -123,12 +123,12 @@ def run_case(name: str, root: Path, world: int) -> dict[str, Any]:
         return found
     zero, precision, _ = CASES[name]
     foreign = root.glob(f"{precision.value}-{FOREIGN[zero]}-w*/middle/step-*") if precision is Precision.fp32 else []
+    engine, ema = build(*CASES[name])
     for source in [middle, *sorted(path for path in foreign if path.parts[-3][-1] != str(world))]:
-        engine, ema = build(*CASES[name])
         load_checkpoint(source, engine=engine, ema=ema)
         run(engine, ema, range(SAVED_AT, STEPS))
         found["resumed"][source.parts[-3]] = holds(engine, ema, end)
-        engine.destroy()
+    engine.destroy()
     return found
 
 

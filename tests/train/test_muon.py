@@ -180,6 +180,48 @@ def test_the_momentum_has_a_range() -> None:
         ]
 
 
+def loss_of(dit: DiT, generator: torch.Generator, *, clips: int) -> Tensor:
+    """Flow matching on latents [clips, 4, 3, 8, 8] of waves that move, each with a phase and a speed of its own."""
+    frame, row, column = (torch.arange(length) for length in (3, 8, 8))
+    phase = 2 * math.pi * torch.rand(clips, 4, 1, 1, 1, generator=generator)
+    speed = 2 * torch.rand(clips, 1, 1, 1, 1, generator=generator) - 1
+    latents = torch.sin(0.8 * (row[:, None] + column) + speed * frame[:, None, None] + phase)
+    noise = torch.randn(latents.shape, generator=generator)
+    level = torch.rand(clips, generator=generator)
+    noisy = torch.lerp(latents, noise, level.view(-1, 1, 1, 1, 1))
+    return (dit(noisy, 1000 * level, torch.zeros(clips, 2, 8)) - (noise - latents)).square().mean()
+
+
+def trained_loss(kind: OptimizerKind, seed: int) -> float:
+    """Of a tiny DiT on unseen clips, after 100 steps on 8 clips each."""
+    torch.manual_seed(seed)
+    dit = DiT(TINY)
+    settings: dict[str, Any] = {"lr": 0.02}
+    optimizer = (
+        build_muon(dit, **settings)[0]
+        if kind is OptimizerKind.muon
+        else build_optimizer(dit, OptimizerConfig(**settings))
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss_of(dit, generator, clips=8).backward()
+        nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        return loss_of(dit, torch.Generator().manual_seed(12345), clips=64).item()
+
+
+def test_a_tiny_dit_learns_as_well_as_with_adamw_at_the_same_rate() -> None:
+    # At the rate that is best of 0.001, 0.003, 0.01, 0.02, 0.04 and 0.08 for Muon and, but for 1 %, for AdamW. The losses of two
+    # seeds differ by 7 to 14 %, their mean by about half of that: nothing below 5 % could be told from chance.
+    muon, adamw = (
+        sum(trained_loss(kind, seed) for seed in (0, 1)) / 2 for kind in (OptimizerKind.muon, OptimizerKind.adamw)
+    )
+    assert muon < 1.05 * adamw
+    assert adamw < 0.8  # 1.5 at first
+
+
 def test_each_matrix_is_orthogonalised_once_beside_others_that_cost_as_much() -> None:
     shapes = {"small": (8, 8), "large": (8, 64), "larger": (64, 16), "like small": (8, 8), "largest": (64, 64)}
     assert matrices_by_round(shapes, 2) == [["largest", "larger"], ["large", "small"], ["like small"]]

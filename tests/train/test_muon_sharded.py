@@ -18,7 +18,7 @@ Runs = dict[int, list[dict[str, Any]]]
 WORLDS = (1, 2, 3)
 FP32 = [f"fp32-{zero}" for zero in range(4)]
 BF16 = ["bf16-1", "bf16-3"]
-CLIPPED = ["clipped-0", "clipped-2", "clipped-3"]
+CLIPPED = ["clipped-2", "clipped-3"]
 MATRICES = ["0.up", "0.mix", "0.down", "1.up", "1.down"]
 
 

@@ -10,6 +10,7 @@ from muybridge.models.lora import LoRAConfig
 from muybridge.train.config import TrainConfig
 from muybridge.train.experts import Expert
 from muybridge.train.fixed_settings import changed_settings, fixed_settings
+from muybridge.train.optimizer import OptimizerConfig, OptimizerKind
 from muybridge.train.tasks import next_command
 
 HIGH = TrainConfig(run_dir="runs/a", expert=Expert.high)
@@ -25,6 +26,10 @@ HIGH = TrainConfig(run_dir="runs/a", expert=Expert.high)
         (
             replace(HIGH, conditioning=ConditioningConfig(form=ConditioningForm.clean_frames)),
             ["conditioning.form: none saved, clean_frames now"],
+        ),
+        (
+            replace(HIGH, optimizer=OptimizerConfig(kind=OptimizerKind.muon)),
+            ["optimizer.kind: adamw saved, muon now"],
         ),
         (replace(HIGH, steps=7), []),
     ],
@@ -42,6 +47,13 @@ def test_a_setting_that_a_checkpoint_does_not_have_is_another_one() -> None:
         "expert: none saved, high now",
         "boundary: nothing saved, 0.875 now",
     ]
+
+
+def test_a_checkpoint_of_before_there_was_another_optimizer_is_adamws() -> None:
+    saved = {name: value for name, value in fixed_settings(HIGH).items() if name != "optimizer.kind"}
+    assert changed_settings(HIGH, saved) == []
+    muon = replace(HIGH, optimizer=OptimizerConfig(kind=OptimizerKind.muon))
+    assert changed_settings(muon, saved) == ["optimizer.kind: adamw saved, muon now"]
 
 
 def test_the_next_command_is_one_that_works_on_the_run() -> None:
