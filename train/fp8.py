@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..models.dit import DiT
+from ..models.lora import LoRALinear
 
 # The tensor cores of Ada and Hopper are the first with float8.
 SMALLEST_CAPABILITY = (8, 9)
@@ -67,7 +68,7 @@ def use_fp8(dit: DiT, config: Fp8Config) -> list[str]:
     Parameters stay the same objects under the same names. Before torch.compile, and before an engine wraps the model.
 
     Raises:
-        ValueError: no Linear is wide enough, they are LoRA's, torchao is missing, or the GPU has no float8.
+        ValueError: torchao is missing, the GPU has no float8, the model has LoRA layers, or no Linear is wide enough.
     """
     if not config.is_on:
         return []
@@ -80,15 +81,16 @@ def use_fp8(dit: DiT, config: Fp8Config) -> list[str]:
         raise ValueError(
             f"{field} must be off on {torch.cuda.get_device_name(device)}: float8 needs compute capability 8.9, it has {found}"
         )
+    if any(isinstance(module, LoRALinear) for module in dit.modules()):
+        raise ValueError(f"{field} must be off with LoRA, whose layers have matmuls of their own")
     names = fp8_layers(dit, config)
     if not names:
         raise ValueError(
             f"{field} must be off: no Linear of the blocks has both sides a multiple of {ALIGNMENT} and at least "
-            f"fp8.min_width={config.min_width} without LoRA"
+            f"fp8.min_width={config.min_width}"
         )
-    with _quiet(
-        "torchao", "torch.utils._pytree"
-    ):  # what it says of kernels for other purposes, and of its own deprecations
+    # Of kernels for other purposes that it cannot load, and of what torch finds old about it.
+    with _quiet("torchao", "torch.utils._pytree"):
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
         chosen = set(names)
@@ -101,16 +103,14 @@ def use_fp8(dit: DiT, config: Fp8Config) -> list[str]:
 
 
 def fp8_layers(dit: DiT, config: Fp8Config) -> list[str]:
-    """The names of the Linears that are wide enough: 16 must divide both sides. A LoRA's have other forwards and are left out."""
-    return [
-        name
-        for name, module in dit.named_modules()
-        if type(module) is nn.Linear
-        and name.startswith("blocks.")
-        and name.endswith(_ENDINGS)
-        and min(module.weight.shape) >= config.min_width
-        and all(side % ALIGNMENT == 0 for side in module.weight.shape)
-    ]
+    """The names of the Linears that are wide enough and whose sides 16 divides."""
+    found = []
+    for name, module in dit.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith("blocks.") and name.endswith(_ENDINGS):
+            sides = module.in_features, module.out_features  # the weight may be in parts
+            if min(sides) >= config.min_width and all(side % ALIGNMENT == 0 for side in sides):
+                found.append(name)
+    return found
 
 
 def _padded(config_class: Any, recipe: Fp8Recipe, *, emulate: bool) -> Any:

@@ -77,7 +77,7 @@ def test_each_matmul_has_the_error_of_its_8_bits(recipe: Fp8Recipe) -> None:
     exact = x @ weight.t()
     use_fp8(dit, Fp8Config(recipe, min_width=64))
     layer = dit.blocks[0].ffn.net[2]
-    assert layer.bias is not None
+    assert layer.config.pad_inner_dim  # which emulated matmuls do not need, but 32760 rows on a GPU do
     torch.nn.init.zeros_(layer.bias)
     rows_in = x.clone().requires_grad_()
     out = layer(rows_in)
@@ -92,7 +92,7 @@ def test_each_matmul_has_the_error_of_its_8_bits(recipe: Fp8Recipe) -> None:
         layer.weight.grad, rounded(gradient, of_gradient, columns).t() @ rounded(x, e4m3, columns)
     )
     # Three bits of mantissa round by 2^-4 of an element at most and 2.6 % rms, in each of two operands.
-    error = float((out - exact).norm() / exact.norm())
+    error = float((out.detach() - exact).norm() / exact.norm())
     assert 0.02 < error < 0.05
 
 
@@ -227,7 +227,7 @@ def test_what_cannot_work_is_refused_in_one_message(monkeypatch: pytest.MonkeyPa
             use_fp8(dit, on)
     with_lora = build_dit()
     add_lora(with_lora, LoRAConfig(rank=4))
-    with pytest.raises(ValueError, match="without LoRA"):
+    with pytest.raises(ValueError, match=r"fp8.recipe=tensorwise must be off with LoRA"):
         use_fp8(with_lora, Fp8Config(Fp8Recipe.tensorwise, min_width=16))
 
 
