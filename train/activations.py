@@ -81,8 +81,7 @@ def block_wrappers(config: ActivationsConfig, blocks: int) -> list[Callable[[Blo
 
 
 def is_recomputed(config: ActivationsConfig, number: int) -> bool:
-    """Whether this block keeps its input only. The first of each group, so that the last block, whose backward finds memory
-    fullest, is not one of them."""
+    """Whether this block keeps its input only; of `every_k` it is the first of every so many."""
     if config.policy is ActivationPolicy.every_k:
         return number % config.every == 0
     return config.policy is ActivationPolicy.block

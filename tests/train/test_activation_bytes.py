@@ -26,7 +26,7 @@ POLICIES = [
 
 def sizes(**changes: int) -> DiTConfig:
     usual = {"num_layers": 3, "num_attention_heads": 4, "dim": 256, "ffn_dim": 1024, "text_dim": 96, "freq_dim": 64}
-    return DiTConfig(**{**usual, **changes})  # type: ignore[arg-type]
+    return DiTConfig(**{**usual, **changes})
 
 
 @dataclass(frozen=True)
