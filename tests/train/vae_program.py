@@ -35,7 +35,7 @@ def run_world(rank: int, folder: Path) -> None:
         torch.manual_seed(0)
         vae = VideoVAE(config).requires_grad_(False)
         for parameter in vae.parameters():  # fresh weights look at single frames
-            parameter += 0.2 * torch.randn_like(parameter)
+            parameter.data += 0.2 * torch.randn_like(parameter)
         seen: list[int] = []  # frames that the encoder gets at a time
 
         def look(module: nn.Module, inputs: tuple[Tensor, ...], seen: list[int] = seen) -> None:
