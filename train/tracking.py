@@ -130,6 +130,10 @@ class Tracker:
         """Say something to the person who watches."""
         self._bar.note(text)
 
+    def begin(self, step: int) -> None:
+        """The steps begin: what is left is estimated by their time from here on."""
+        self._bar.go_back(step)
+
     def close(self) -> None:
         _package_logger().removeHandler(self._log_handler)
         self._bar.close()

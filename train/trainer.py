@@ -168,6 +168,8 @@ class Trainer:
         self.saver.schedule.start(samples=self.feed.samples_before(self.step), seconds=0.0)
         goes_on = self._warm_up() and (not self._owes_validation() or self._validate())
         self.window.begin()
+        if self.tracker is not None:
+            self.tracker.begin(self.step)
         while goes_on and self.step < self.config.steps:
             goes_on = self._train_step()
         with self.watchdog.phase(Phase.save, self.step):

@@ -5,12 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from muybridge.models.diffusion.known_places import ConditioningConfig
 from muybridge.models.lora import LoRAConfig
 from muybridge.models.text import TextEncoderConfig, TextEncoderKind
 from muybridge.scripts import cli
-from muybridge.train.config import TrainConfig, load_train_config
+from muybridge.train.activations import ActivationPolicy
+from muybridge.train.compose import plain
+from muybridge.train.config import TrainConfig, load_train_config, read_config
 
 # The figures that the messages below name are set here: the recipe may change.
 QUICK = [
@@ -74,6 +77,20 @@ MISTAKES = {
         ["validation.path=clips", "checkpoint.keep_best=1", "checkpoint.every_steps=0"],
         "checkpoint.every_steps=0 must divide validation.every_steps=10",
     ),
+    "shared by nobody": (["parallel.sequence=0"], "parallel.sequence=0 must be at least 1"),
+    "shared by more than there are heads": (
+        ["parallel.sequence=8"],
+        "parallel.sequence=8 must be at most model.num_attention_heads=6",
+    ),
+    "an autoencoder's clips shared": (
+        ["task=video_vae", "data.access=raw", "parallel.sequence=2"],
+        "parallel.sequence=2 must be 1 with task=video_vae",
+    ),
+    "every block, but not quite": (["activations.every=1"], "activations.every=1 must be at least 2"),
+    "nothing to move to the host": (
+        ["activations.offload=true"],
+        "activations.offload=true must go with activations.policy=",
+    ),
     "no value": (["steps"], "'steps' is not KEY=VALUE"),
     "a sweep": (["steps=1,2"], "'steps=1,2': a sweep needs --multirun"),
     "a deletion": (["~steps"], "'~steps': deleting a key is not supported"),
@@ -126,6 +143,27 @@ def test_processes_need_not_divide_the_batch(monkeypatch: pytest.MonkeyPatch) ->
     config = load_train_config([*QUICK, "global_batch=32", "micro_batch=4"])
     [bucket] = config.buckets(3)
     assert (bucket.global_batch, bucket.micro_batch) == (32, 4)
+
+
+def test_processes_that_cannot_share_clips_are_refused_with_what_is_near() -> None:
+    near = (
+        r"parallel.sequence=4 must divide the number of processes, 6 \(nearest: parallel.sequence=3, or 8 processes\)"
+    )
+    with pytest.raises(ValueError, match=near):
+        load_train_config([*QUICK, "parallel.sequence=4"], world_size=6)
+    load_train_config([*QUICK, "parallel.sequence=4"])  # whose processes are not known
+    assert load_train_config([*QUICK, "parallel.sequence=3"], world_size=6).data_groups(6) == 2
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    written = plain(load_train_config(QUICK))
+    del written["activations"], written["parallel"], written["compile"], written["fp8"]
+    written["model"]["gradient_checkpointing"] = True
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    assert read_config(tmp_path).activations.policy is ActivationPolicy.block
+    written["model"]["gradient_checkpointing"] = False
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    assert read_config(tmp_path).activations.policy is ActivationPolicy.none
 
 
 def test_a_wrong_environment_variable_stops_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
