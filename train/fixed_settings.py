@@ -26,7 +26,8 @@ def refuse_changed_settings(config: TrainConfig, checkpoint: Path) -> None:
 def fixed_settings(config: TrainConfig) -> dict[str, str]:
     """What checkpoints keep of the settings that a resumed run must not change."""
     names = FIXED_ON_RESUME if config.expert is Expert.none else (*FIXED_ON_RESUME, "boundary")
-    return {name: str(reduce(lambda section, key: section[key], name.split("."), plain(config))) for name in names}
+    settings = plain(config)  # milliseconds, at every save
+    return {name: str(reduce(lambda section, key: section[key], name.split("."), settings)) for name in names}
 
 
 def changed_settings(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
