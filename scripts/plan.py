@@ -134,6 +134,9 @@ def read_settings(overrides: list[str]) -> tuple[PlanConfig, TrainConfig]:
     try:
         config = load_train_config([*of_run, "dry_run=true"], world_size=world)
         faults += batch_faults(config, world)
+        gpu = place.cluster().gpu if not place.faults() else None
+        if config.fp8.is_on and gpu is not None and gpu.fp8_flops is None:
+            faults.append(f"fp8.recipe={config.fp8.recipe.name} must be off on gpu={gpu.name}, which has no float8")
     except ConfigFaults as error:
         faults += error.faults
     if faults:

@@ -30,8 +30,9 @@ def plan_picture(verdict: Verdict, path: Path) -> None:
     memories = [(words, costs) for words, costs in _runs(verdict)]
     has_times = verdict.asked.step_seconds is not None
     buckets = min(len(verdict.asked.buckets), MOST_BARS)
-    heights = (1 + 0.5 * (len(memories) + buckets - 1), 1 + 0.5 * (len(memories) + buckets - 1))
-    figure = Figure(figsize=(11, 3 + sum(heights[: 1 + has_times])), dpi=140, layout="constrained")
+    # Each part has room for its bars and for the names beside them.
+    height = max(4.0, 2.5 + 0.5 * (len(memories) + buckets - 1))
+    figure = Figure(figsize=(11, (1 + has_times) * height), dpi=140, layout="constrained")
     axes = figure.subplots(1 + has_times, 1, squeeze=False)[:, 0]
     _draw_memory(axes[0], verdict, memories)
     if has_times:
@@ -61,6 +62,7 @@ def _draw_memory(axes: Axes, verdict: Verdict, runs: list[tuple[str, RunCosts]])
     _stack(axes, [(words, {name: size / GIB for name, size in parts.items()}) for words, parts in bars])
     limit = verdict.asked.cluster.gpu.memory_gib
     axes.axvline(limit, color=LIMIT, linewidth=1.5)
+    axes.set_xlim(0, max(axes.get_xlim()[1], 1.08 * limit))
     axes.annotate(
         f"{limit:.0f} GiB", (limit, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
         ha="center", fontsize=8, color=LIMIT,

@@ -143,8 +143,14 @@ class Search:
                 sequences += [1, 2, 4, 8]
         zeros += [stage for stage in (2, 3) if stage > asked.zero > 0]
         offloads += [True] if asked.zero > 0 else []
-        axes = [dict.fromkeys(axis) for axis in (policies, sequences, zeros, offloads, [asked.micro_batch, 1])]
-        for (policy, inputs), sequence, zero, offload, micro in itertools.product(*axes):
+        combinations = itertools.product(
+            dict.fromkeys(policies),
+            dict.fromkeys(sequences),
+            dict.fromkeys(zeros),
+            dict.fromkeys(offloads),
+            dict.fromkeys([asked.micro_batch, 1]),
+        )
+        for (policy, inputs), sequence, zero, offload, micro in combinations:
             choice = Choice(policy, inputs, sequence, zero, offload, micro)
             config = choice.applied_to(self.config)
             is_in_node = cluster.gpus_per_node % sequence == 0 or choice == asked

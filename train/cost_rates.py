@@ -29,8 +29,12 @@ HOST_MEMORY_BYTES_PER_SECOND = (
     40e9  # of the host's memory, for one process of eight: the optimizer on the CPU (estimate)
 )
 
-# What the GPU waits for Python where its own work is shorter: launches of a block's forward and backward, and of one.
+# Bytes moved for an element that is cast to fp8: it is read for the largest value, read again, and written (estimate).
+FP8_CAST_BYTES = 5
+
+# What the GPU waits for Python where its own work is shorter: launches of a block's forward and backward (estimates).
 LAUNCHES_PER_BLOCK = 25, 45
+LAUNCHES_PER_COMPILED_BLOCK = 18, 30
 LAUNCH_SECONDS = 7e-6
 # Of the time of a backward, what the reduction of gradients can hide behind: the last gradients come when it is over.
 HIDDEN_SHARE = 0.9
@@ -76,11 +80,6 @@ class Rates:
     attention_backward: float
     conv: float
     memory: float
-
-    def seconds(self, *, gemm: float = 0, attention_forward: float = 0, attention_backward: float = 0) -> float:
-        """Time of so many FLOPs of each kind."""
-        forward, backward = attention_forward / self.attention_forward, attention_backward / self.attention_backward
-        return gemm / self.gemm + forward + backward
 
 
 def rates(gpu: GPU, precision: Precision, *, is_masked: bool) -> Rates:

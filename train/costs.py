@@ -20,7 +20,7 @@ from ..models.vae.flops import encode_flops
 from . import cost_rates
 from .activations import ActivationPolicy, is_recomputed
 from .config import TaskKind, TrainConfig
-from .cost_rates import Cluster, peak_flops, rates
+from .cost_rates import Cluster, Rates, peak_flops, rates
 from .engine_config import Precision
 from .gpus import recognised_gpu
 from .memory import ParameterCounts
@@ -144,15 +144,18 @@ def step_time(
     samples = steps * bucket.micro_batch / width  # a process's share of the clips it is given
 
     dit, again = clip.dit, recomputed_share(config)
-    filled = _filled(config, clip)
+    work = samples * _filled(config, clip)
+    linear, cast = _linear_seconds(config, clip, cluster, speed)  # of a FLOP; of a clip
     backward_linear, backward_attention = _backward(config, dit)
-    forward = samples * filled * speed.seconds(gemm=dit.linear + dit.outside, attention_forward=dit.attention)
-    backward = samples * filled * speed.seconds(gemm=backward_linear, attention_backward=backward_attention)
-    repeated = samples * filled * again * speed.seconds(gemm=dit.linear, attention_forward=dit.attention)
+    attention_seconds = dit.attention / speed.attention_forward
+    forward = work * (dit.linear * linear + dit.outside / speed.gemm + attention_seconds)
+    backward = work * (backward_linear * linear + backward_attention / speed.attention_backward)
+    repeated = work * again * (dit.linear * linear + attention_seconds)
     pointwise = _pointwise_bytes(config, clip.tokens) * samples / speed.memory
-    launches = sum(cost_rates.LAUNCHES_PER_BLOCK) + again * cost_rates.LAUNCHES_PER_BLOCK[0]
-    host = steps * config.model.num_layers * launches * cost_rates.LAUNCH_SECONDS
-    waiting = max(0.0, host - forward - backward - repeated - pointwise)
+    casts = samples * cast
+    launches = cost_rates.LAUNCHES_PER_COMPILED_BLOCK if config.compile.enabled else cost_rates.LAUNCHES_PER_BLOCK
+    host = steps * config.model.num_layers * (sum(launches) + again * launches[0]) * cost_rates.LAUNCH_SECONDS
+    waiting = max(0.0, host - forward - backward - repeated - pointwise - casts)
 
     reduction, after_step, gathering, sent = _zero_traffic(config, counts, cluster, steps)
     exchange_seconds, exchanged = _exchange(config, clip, cluster, steps * bucket.micro_batch)
@@ -165,6 +168,7 @@ def step_time(
         "backward": backward,
         "recomputation": repeated,
         "norms and pointwise": pointwise,
+        "casts to fp8": casts,
         "waiting for launches": waiting,
         "communication": reduction - hidden + gathering - hidden_gathering + after_step + exchange_seconds,
         "optimizer": optimizer_seconds(config, counts, cluster),
@@ -188,6 +192,20 @@ def _filled(config: TrainConfig, clip: ClipFlops) -> float:
     tokens = -(-clip.tokens // width) * width / clip.tokens
     attention_share = clip.dit.self_attention / clip.dit.forward
     return tokens * (1 + attention_share * (math.ceil(heads / width) * width / heads - 1))
+
+
+def _linear_seconds(config: TrainConfig, clip: ClipFlops, cluster: Cluster, speed: Rates) -> tuple[float, float]:
+    """Seconds of one FLOP of the blocks' Linear layers, and those that casts to fp8 take for a clip."""
+    model, peak = config.model, cluster.gpu.fp8_flops
+    if not config.fp8.is_on or peak is None or model.dim < config.fp8.min_width:
+        return 1 / speed.gemm, 0.0
+    # Keys and values of text and image stay as they are.
+    of_text = 2 * model.num_layers * 2 * model.dim**2 * (config.text.max_tokens + model.image_tokens)
+    share = 1 - of_text / clip.dit.linear
+    # What goes in is cast for the forward and for the weight's gradient, the gradient of what comes out for both products.
+    elements = clip.tokens * model.num_layers * 4 * (7 * model.dim + model.ffn_dim)
+    seconds = share / (cost_rates.FP8_SHARE * peak) + (1 - share) / speed.gemm
+    return seconds, cost_rates.FP8_CAST_BYTES * elements / speed.memory
 
 
 def _pointwise_bytes(config: TrainConfig, tokens: int) -> float:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from muybridge.train.activations import ActivationPolicy, ActivationsConfig, set
 from muybridge.train.config import TrainConfig, load_train_config
 from muybridge.train.cost_rates import Cluster
 from muybridge.train.costs import StepFlops, clip_flops, executed_flops, step_time
-from muybridge.train.costs_memory import cheapest_policy, step_memory
+from muybridge.train.costs_memory import POLICIES, cheapest_policy, step_memory
 from muybridge.train.costs_run import Conditions, run_costs
+from muybridge.train.fp8 import Fp8Recipe
 from muybridge.train.gpus import GIB, GPUS, gpu_named, recognised_gpu
 from muybridge.train.memory import ParameterCounts, parameter_counts
 
@@ -32,8 +34,8 @@ LATENTS = (6, 16, 24)
 
 
 def shipped_model(path: Path) -> DiTConfig:
-    model: DiTConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DiTConfig), OmegaConf.load(path)))
-    return model
+    merged = OmegaConf.merge(OmegaConf.structured(DiTConfig), OmegaConf.load(path))
+    return cast(DiTConfig, OmegaConf.to_object(merged))
 
 
 def wan(*overrides: str, experiment: str = "wan_1_3b_480p", processes: int = 1) -> TrainConfig:
@@ -76,17 +78,16 @@ def test_parameters_are_those_of_the_model(path: Path) -> None:
     assert parameter_count(config).block == in_block
 
 
-@pytest.mark.parametrize("policy", ["none", "selective", "every_k", "block"])
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_executed_flops_are_those_that_torch_counts(path: Path, policy: str) -> None:
-    config = replace(wan(), model=replace(shipped_model(path), num_layers=3))
-    config.activations = ActivationsConfig(policy=ActivationPolicy[policy])
-    model = on_meta(config.model)
-    set_activation_policy(model, config.activations)
-    flops = count_flops(config.model, LATENTS, 77)
-    forward, backward = counted_flops(model, config.model, LATENTS, 77)
-    assert flops.forward == pytest.approx(forward, rel=1e-3)
-    assert executed_flops(config, flops) == pytest.approx(forward + backward, rel=1e-3)
+def test_executed_flops_are_those_that_torch_counts_with_each_policy(path: Path) -> None:
+    config = replace(wan(), model=replace(shipped_model(path), num_layers=2))
+    model, flops = on_meta(config.model), count_flops(config.model, LATENTS, 77)
+    for policy in POLICIES:
+        config.activations = ActivationsConfig(policy=policy)
+        set_activation_policy(model, config.activations)
+        forward, backward = counted_flops(model, config.model, LATENTS, 77)
+        assert flops.forward == pytest.approx(forward, rel=1e-3)
+        assert executed_flops(config, flops) == pytest.approx(forward + backward, rel=1e-3), policy
 
 
 def test_a_whole_14b_step_is_counted_to_a_thousandth() -> None:
@@ -172,7 +173,31 @@ def test_processes_that_share_a_clip_share_its_work_and_its_activations() -> Non
     assert time_shared.seconds["forward"] == pytest.approx(time_alone.seconds["forward"], rel=0.01)
     assert time_shared.seconds["communication"] > time_alone.seconds["communication"]
     activations = [memory.training["activations"] for memory in (memory_alone, memory_shared)]
-    assert activations[1] == pytest.approx(activations[0] / 4, rel=0.01)
+    assert activations[1] == pytest.approx(activations[0] / 4, rel=0.06)  # but for the text's rows
+
+
+def test_float8_speeds_up_wide_matmuls_and_pays_for_casts() -> None:
+    config = wan("global_batch=1", "activations.policy=none", experiment="wan_14b_480p")
+    cluster, counts, bucket = Cluster(gpu_named("h100", "gpu"), 1, 1), parameter_counts(config), only_bucket(config)
+    plain = step_time(config, counts, bucket, clip_flops(config, bucket), cluster)
+    config.fp8.recipe = Fp8Recipe.tensorwise
+    eight = step_time(config, counts, bucket, clip_flops(config, bucket), cluster)
+    assert eight.seconds["forward"] < plain.seconds["forward"]
+    assert eight.seconds["casts to fp8"] > 0 == plain.seconds["casts to fp8"]
+    config.fp8.min_width = 8192  # no Linear is as wide
+    assert step_time(config, counts, bucket, clip_flops(config, bucket), cluster).seconds == plain.seconds
+
+
+def test_a_small_step_waits_for_launches_and_less_so_where_blocks_are_compiled() -> None:
+    small = ("data.frames=5", "data.height=64", "data.width=64", "global_batch=1")
+    cached = ("data.access=latents", "data.latents=cache")
+    waiting = []
+    for enabled in ("false", "true"):
+        config = wan(*small, *cached, f"compile.enabled={enabled}")
+        bucket, cluster = only_bucket(config), Cluster(gpu_named("h100", "gpu"), 1, 1)
+        time = step_time(config, parameter_counts(config), bucket, clip_flops(config, bucket), cluster)
+        waiting.append(time.seconds["waiting for launches"])
+    assert waiting[0] > waiting[1] > 0
 
 
 def test_links_between_nodes_carry_what_leaves_a_node() -> None:
@@ -187,15 +212,16 @@ def test_links_between_nodes_carry_what_leaves_a_node() -> None:
 def test_activations_are_a_block_s_input_where_blocks_are_computed_again() -> None:
     config = wan("activations.policy=block")
     memory = step_memory(config, parameter_counts(config), only_bucket(config), 1)
-    assert memory.training["activations"] == 30 * 32760 * 1536 * 4  # the fp32 stream
-    assert memory.training["recomputed block"] > 0
+    stream = 30 * 32760 * 1536 * 4  # in fp32
+    assert stream < memory.training["activations"] < 1.1 * stream
+    assert memory.training["backward of the last block"] > 20 * 32760 * 1536
 
 
 def test_memory_falls_from_policy_to_policy_and_auto_takes_the_first_that_fits() -> None:
     config = wan("data.access=latents", "data.latents=cache", "activations.policy=auto", processes=8)
     counts, bucket = parameter_counts(config), only_bucket(config, 8)
     peaks = {}
-    for policy in (ActivationPolicy.none, ActivationPolicy.selective, ActivationPolicy.every_k, ActivationPolicy.block):
+    for policy in POLICIES:
         chosen = replace(config, activations=ActivationsConfig(policy=policy))
         peaks[policy] = step_memory(chosen, counts, bucket, 8).peak
     assert list(peaks.values()) == sorted(peaks.values(), reverse=True)
