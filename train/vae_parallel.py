@@ -23,7 +23,7 @@ def encode_in_parallel(
     """`vae.encode_chunked(pixels).mode()` [B, z, T', H', W'] of the same pixels [B, 3, T, H, W] on all processes of `axis`.
 
     Collective, and the same bits on all. A process has a chunk of `encode_chunked` in memory at a time, or of two latent frames
-    where such a chunk is one. Clips of fewer latent frames than processes leave some of these idle.
+    where such a chunk is one. Clips of fewer latent frames than processes leave some of these idle. Raises ValueError as `encode`.
     """
     if axis.size == 1:
         return vae.encode_chunked(pixels, latent_frames_per_chunk=latent_frames_per_chunk).mode()
@@ -45,9 +45,8 @@ def encode_in_parallel(
         if axis.rank < len(parts) - 1:
             first, last = parts[axis.rank : axis.rank + 2]
             cache.begin(first, last, is_last=last == count, is_last_round=end == count)
-            own = slice(
-                max(0, 1 + (first - 1) * stride), 1 + (last - 1) * stride
-            )  # the first latent frame is one frame
+            # The first latent frame is one frame.
+            own = slice(max(0, 1 + (first - 1) * stride), 1 + (last - 1) * stride)
             latents[:, :, first:last] = vae.encode_part(pixels[:, :, own], cache).mode()
     # Each latent frame is on one process, and 0 on the others.
     dist.all_reduce(latents, group=axis.group)
