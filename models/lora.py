@@ -108,9 +108,11 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.lora_A = nn.Parameter(self.weight.new_empty(rank, self.in_features))
+        # Drawn in float32, so that they are the same for weights of any precision.
+        down = torch.empty(rank, self.in_features, dtype=torch.float32, device=self.weight.device)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(down.to(self.weight.dtype))
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scale = scale
 
     def forward(self, input: Tensor) -> Tensor:

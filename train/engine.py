@@ -59,7 +59,8 @@ class Engine:
         gradient_clipping: float,
         leaf_modules: tuple[type[nn.Module], ...] = (),
     ) -> None:
-        """`leaf_modules` are gathered whole at ZeRO 3, in one go and by hooks that lie outside of their forward.
+        """`leaf_modules` are gathered whole at ZeRO 3, in one go and by hooks that lie outside of their forward, where all of the
+        model is trained.
 
         Raises ValueError where the installed DeepSpeed is another one than this was made for.
         """
@@ -77,7 +78,11 @@ class Engine:
             deepspeed_clipping, optimizer.clip_coefficient = 0.0, self._clip_coefficient
         # Whether the optimizer's steps move the averages that they find in their shards' states, see EMA.
         self.moves_averages = isinstance(optimizer, ShardAdamW) and config.zero > 0
-        if config.zero == 3 and leaf_modules:
+        if config.zero < 3 or not all(parameter.requires_grad for parameter in model.parameters()):
+            # DeepSpeed reduces a leaf's gradients once those of its inputs are there. Where parameters in front of it are frozen
+            # (under a LoRA), no input has one, and it would do so before the leaf's own are computed.
+            leaf_modules = ()
+        elif leaf_modules:
             set_z3_leaf_modules(model, list(leaf_modules))
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -181,6 +186,11 @@ class Engine:
     def _clip_coefficient(self) -> Tensor:
         """What brings the gradient's norm under the limit; DeepSpeed has taken the norm when it calls the optimizer."""
         return (self._clipping / (self._engine.optimizer._global_grad_norm + 1e-6)).clamp(max=1.0)
+
+
+def shard_parameter(parameter: nn.Parameter) -> None:
+    """Split a whole parameter over the processes, as ZeRO 3 has it, and free it; all get what rank 0 has. Collective."""
+    deepspeed.zero.Init(module=nn.ParameterList([parameter]), dtype=parameter.dtype)
 
 
 def largest_gather(model: nn.Module, leaf_modules: tuple[type[nn.Module], ...]) -> int:

@@ -45,6 +45,17 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter the whole value [its shape], in its own dtype; where it is split over the processes, this rank's piece."""
+    partition = getattr(parameter, "ds_tensor", None)
+    if partition is None:
+        parameter.copy_(value)
+        return
+    piece = value.reshape(-1)[dist.get_rank() * partition.numel() :][: partition.numel()]
+    partition[: piece.numel()].copy_(piece)
+
+
 def build_shards(optimizer: Any, names: dict[nn.Parameter, str], *, zero: int) -> list[FlatShard]:
     """The shards of the optimizer that DeepSpeed made for a ZeRO stage, given the names of the trained parameters."""
     if zero == 0:

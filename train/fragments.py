@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..models.weight_files import Tensors
 from .ema import EMA
 from .engine import Engine
 
@@ -61,11 +62,17 @@ def read_run_state(folder: Path) -> dict[str, Any]:
 
 def read_weights(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
     """Whole fp32 weights from a checkpoint, without an engine; `kind` as for `weight_kind`."""
+    with open_checkpoint(folder, kind) as tensors:
+        return dict(tensors)
+
+
+@contextmanager
+def open_checkpoint(folder: Path, kind: str = "ema") -> Iterator[Tensors]:
+    """The weights of `read_weights`, each put together when it is read; readable until the end."""
     shapes, kind = read_run_state(folder)["shapes"], weight_kind(folder, kind)
     with FragmentReader(folder) as reader:
-        return {
-            name: reader.read(kind, name, 0, torch.Size(shape).numel()).view(shape) for name, shape in shapes.items()
-        }
+        sizes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        yield Tensors(sizes, lambda name: reader.read(kind, name, 0, sizes[name].numel()).view(sizes[name]))
 
 
 def weight_kind(folder: Path, kind: str, *, field: str = "weights") -> str:

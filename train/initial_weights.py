@@ -1,20 +1,25 @@
 """What a fresh run starts from instead of random weights: those of an earlier run, or a part of a pipeline folder."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.dit import DiTConfig
-from ..models.lora import merge_lora
+from ..models.lora import lora_factors
 from ..models.pipeline_folder import PipelineFiles, is_pipeline_folder
 from ..models.text import TextEncoderConfig, TextEncoderKind
-from ..models.text_to_video import TextToVideoModel
-from ..models.weights import load_config, load_weights, load_weights_from
+from ..models.weight_files import Tensors, check_shapes, open_weights
+from ..models.weights import load_config
 from .checkpoint_folder import committed_checkpoints
+from .compose import plain
 from .experts import Expert
-from .fragments import read_run_state, read_weights, weight_kind
+from .flat_shards import fill, full_shape
+from .fragments import open_checkpoint, read_run_state, read_weights, weight_kind
+from .weights_fingerprint import WeightsFingerprint, merged_fingerprint
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -31,29 +36,93 @@ _TEXT_SIZES = {
 
 
 def load_initial_weights(model: nn.Module, config: "TrainConfig") -> None:
-    """Copy the weights that `config.init_from` names into a fresh model.
+    """Copy the weights that `config.init_from` names into a fresh model, one after the other.
 
     Raises ValueError naming the folder, or the tensors that do not fit.
     """
+    for _ in fill_initial_weights(model, config):
+        pass
+
+
+def fill_initial_weights(model: nn.Module, config: "TrainConfig") -> Iterator[tuple[str, Tensor]]:
+    """Do so, and give each weight with its name once it is in the model. ValueError as `load_initial_weights`."""
+    own = model.state_dict(keep_vars=True)
+    with open_initial_weights(config) as (where, tensors):
+        check_shapes(tensors.shapes, {name: full_shape(weight) for name, weight in own.items()}, where=where)
+        for name, tensor in tensors:
+            fill(own[name], tensor)
+            yield name, tensor
+
+
+@contextmanager
+def open_initial_weights(config: "TrainConfig") -> Iterator[tuple[str, Tensors]]:
+    """The weights that `config.init_from` names, as the model of the run's task calls them, and where they are, for messages.
+
+    Raises ValueError naming the folder, and where a LoRA that is among them lay on other weights.
+    """
     source = Path(config.init_from or "")
     if is_pipeline_folder(source):
-        module, part = model, source / "vae"
-        if isinstance(model, TextToVideoModel):
-            module, part = model.transformer, transformer_folder(source, config.expert)
-        load_weights_from(module, part, where=f"init_from={part}")
+        part, prefix = source / "vae", ""
+        if config.task.name == "text_to_video":
+            part, prefix = transformer_folder(source, config.expert), "transformer."
+        with open_weights(part) as tensors:
+            yield f"init_from={part}", tensors.renamed({name: prefix + name for name in tensors.shapes})
         return
     checkpoint = source_checkpoint(source)
     assert checkpoint is not None, "no pipeline folder, so a run"
-    if "lora" in read_run_state(checkpoint):
-        # A run's settings know this module, and a LoRA may lie on a run that has one itself.
+    if read_run_state(checkpoint).get("lora"):
+        # A run's settings know this module.
         from .config import read_config
-        from .trained_weights import load_trained
 
-        load_trained(model, read_config(source), checkpoint, config.init_weights)
-        merge_lora(model)
-        model.requires_grad_(True)  # what was frozen under the LoRA
+        with open_merged_lora(checkpoint, read_config(source), config.init_weights) as tensors:
+            yield f"init_from={source}", tensors
         return
-    load_weights(model, read_weights(checkpoint, config.init_weights), where=f"init_from={source}")
+    with open_checkpoint(checkpoint, config.init_weights) as tensors:
+        yield f"init_from={source}", tensors
+
+
+@contextmanager
+def open_merged_lora(checkpoint: Path, run: "TrainConfig", kind: str) -> Iterator[Tensors]:
+    """All weights of a LoRA run, with its LoRA of a checkpoint merged in; a LoRA may lie on a run that has one itself."""
+    with open_initial_weights(run) as (_, base):
+        refuse_another_lora(checkpoint, lora_facts(run, WeightsFingerprint.of(base)), run)
+        factors = lora_factors(read_weights(checkpoint, kind), run.lora)
+
+        def read(name: str) -> Tensor:
+            layer = factors.get(name.removeprefix("transformer.").removesuffix(".weight"))
+            weight = base.read(name)
+            return weight if layer is None or not name.endswith(".weight") else layer.delta().add_(weight)
+
+        yield Tensors(base.shapes, read)
+
+
+def lora_facts(config: "TrainConfig", base: str) -> dict[str, Any]:
+    """What checkpoints keep of a run's LoRA, given the fingerprint of the weights of `open_initial_weights`."""
+    source = source_checkpoint(Path(config.init_from or ""))
+    lora = read_run_state(source).get("lora") if source is not None else None
+    if source is not None and lora:
+        with open_checkpoint(source, config.init_weights) as factors:
+            base = merged_fingerprint(lora, WeightsFingerprint.of(factors))
+    settings = {name: value for name, value in plain(config.lora).items() if name != "init_from"}
+    return {"settings": settings, "base": base}
+
+
+def refuse_another_lora(checkpoint: Path, facts: dict[str, Any], config: "TrainConfig") -> None:
+    """Raises ValueError where a checkpoint's LoRA has other settings than `facts`, or lay on other weights."""
+    saved = read_run_state(checkpoint).get("lora", {})
+    settings, now = (part.get("settings", {"rank": 0}) for part in (saved, facts))
+    changed = [
+        f"lora.{name}: {settings.get(name)} saved, {now.get(name)} now"
+        for name in settings | now
+        if settings.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(f"{checkpoint} cannot be continued, these changed: {'; '.join(changed)}")
+    if saved.get("base") != facts.get("base"):
+        raise ValueError(
+            f"{checkpoint} holds a LoRA on other weights than init_from={config.init_from} has now "
+            f"(fingerprint {saved.get('base')} then, {facts.get('base')} now): set it to those that the LoRA was trained on"
+        )
 
 
 def source_checkpoint(source: Path) -> Path | None:

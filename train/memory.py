@@ -19,6 +19,8 @@ from .muon import is_block_matrix
 from .optimizer import OptimizerKind
 
 GIB = 2**30
+# Parts that deepspeed.offload_optimizer moves to the memory of the host.
+OFFLOADED = ("optimizer", "EMA")
 
 
 class OutOfMemoryError(RuntimeError):
@@ -73,19 +75,25 @@ def bytes_per_process(config: TrainConfig, world_size: int, counts: ParameterCou
     """Bytes of one process for weights, gradients, optimizer and averages, by ZeRO stage; activations come on top.
 
     The first three as in ZeRO (Rajbhandari et al., arXiv:1910.02054, section 3.1) with K = 12 under bf16; what is frozen has but
-    its weights.
+    its weights. Those of OFFLOADED are on the host with deepspeed.offload_optimizer.
     """
-    counts, stage = counts or parameter_counts(config), config.deepspeed.zero
-    width = 2 if config.deepspeed.precision is Precision.bf16 else 4
+    counts, engine = counts or parameter_counts(config), config.deepspeed
+    stage = engine.zero
+    width = 2 if engine.precision is Precision.bf16 else 4
     weights = counts.all / world_size if stage == 3 else counts.all
     trained = counts.trainable
     sharded = trained / world_size
+    gradients = width * (sharded if stage >= 2 else trained)
     # Stage 0 updates the fp32 weights in place; the others update an fp32 copy, also where the weights are fp32 themselves. Muon
     # has one state where AdamW has two.
     optimizer = 8 * trained - 4 * counts.muon if stage == 0 else 12 * sharded - 4 * counts.muon / world_size
+    if engine.offload_optimizer:
+        # The sums over micro-batches, in the precision of the run, and what the optimizer reads, in fp32; a GPU keeps neither.
+        optimizer += (width + 4) * sharded
+        gradients = 0 if stage >= 2 else gradients
     return {
         "weights": int(width * weights),
-        "gradients": int(width * (sharded if stage >= 2 else trained)),
+        "gradients": int(gradients),
         "optimizer": int(optimizer),
         "EMA": int(4 * len(config.ema.decays) * (trained if stage == 0 else sharded)),
     }
@@ -94,16 +102,35 @@ def bytes_per_process(config: TrainConfig, world_size: int, counts: ParameterCou
 def check_memory(config: TrainConfig) -> None:
     """Raises OutOfMemoryError where the weights and the optimizer alone exceed what one process can have.
 
-    Every process builds the whole model in fp32 before DeepSpeed casts and shards it, which may be more than it holds later.
+    An autoencoder is built whole in fp32 before DeepSpeed casts and shards it, which may be more than it holds later; a diffusion
+    model parameter by parameter (see `sharded_model`).
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     counts, parts = parameter_counts(config), bytes_per_process(config, world_size)
-    if torch.cuda.is_available():
-        available, place = torch.cuda.mem_get_info()[0], "the GPU"
-    else:
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        available, place = psutil.virtual_memory().available // processes_here, f"memory for each of {processes_here}"
-    whole, held = 4 * counts.all, sum(parts.values())
+    on_host = psutil.virtual_memory().available // processes_here, f"memory for each of {processes_here}"
+    whole = 4 * counts.all if config.task is TaskKind.video_vae else 0
+    if not torch.cuda.is_available():
+        _check_place(config, counts, world_size, parts, whole, *on_host)
+        return
+    moved = OFFLOADED if config.deepspeed.offload_optimizer else ()
+    kept = {name: size for name, size in parts.items() if name not in moved}
+    _check_place(config, counts, world_size, kept, whole, torch.cuda.mem_get_info()[0], "the GPU")
+    if moved:
+        _check_place(config, counts, world_size, {name: parts[name] for name in moved}, 0, *on_host)
+
+
+def _check_place(
+    config: TrainConfig,
+    counts: ParameterCounts,
+    world_size: int,
+    parts: dict[str, int],
+    whole: int,
+    available: int,
+    place: str,
+) -> None:
+    """Whether parts, and before them all of a model at once (0: never), fit a place."""
+    held = sum(parts.values())
     if max(whole, held) <= available:
         return
     shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())

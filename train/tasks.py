@@ -31,6 +31,7 @@ from ..models.vae.statistics import LatentStatistics
 from ..models.weights import save_model
 from .conditions import ClipConditions
 from .config import TaskKind, TrainConfig
+from .drawn_weights import Build, at_once
 from .experts import Expert
 from .mesh import Mesh
 from .step_clock import Part, StepClock
@@ -62,8 +63,8 @@ class Task(ABC):
         self.clock = clock or StepClock(device)
 
     @abstractmethod
-    def build_model(self) -> nn.Module:
-        """The trainable module with fresh weights, on the device."""
+    def build_model(self, build: Build = at_once) -> nn.Module:
+        """The trainable module with fresh weights, on the device; `build` makes its large parts."""
 
     @abstractmethod
     def losses(self, model: Callable[..., Any], batch: VideoBatch, *, purpose: str = "") -> SampleLosses:
@@ -109,10 +110,10 @@ class TextToVideoTask(Task):
             self._vae = load_vae(self.config.vae.path).to(self.device).eval().requires_grad_(False)
         return self._vae
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, build: Build = at_once) -> nn.Module:
         configure(self.config.kernels)
         with self.device:
-            return TextToVideoModel(DiT(self.config.model), self._trained_text_encoder())
+            return TextToVideoModel(build(lambda: DiT(self.config.model)), self._trained_text_encoder())
 
     def encode_text(self, captions: list[str]) -> Tensor:
         """What the model takes as text: tokens for an encoder trained along, features of a frozen one."""
@@ -178,9 +179,9 @@ def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 class VideoVAETask(Task):
     """Reconstruction of clips through a narrow Gaussian latent."""
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, build: Build = at_once) -> nn.Module:
         with self.device:
-            return VideoVAE(self.config.vae.resolved())
+            return build(lambda: VideoVAE(self.config.vae.resolved()))
 
     def losses(self, model: Callable[..., Any], batch: VideoBatch, *, purpose: str = "") -> SampleLosses:
         pixels = batch.pixels

@@ -137,7 +137,7 @@ def test_a_missing_tensor_is_named_with_the_folder(config: TrainConfig, pipeline
     weights = DiT(config.model).state_dict()
     del weights["proj_out.bias"]
     save_model(folder / "transformer", config.model.to_diffusers(), weights)
-    with pytest.raises(ValueError, match=r"init_from=.*transformer: missing tensors: proj_out.bias"):
+    with pytest.raises(ValueError, match=r"init_from=.*transformer: missing tensors: transformer.proj_out.bias"):
         started(replace(config, init_from=str(folder)))
 
 
