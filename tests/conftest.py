@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from muybridge.tests.faults.fork_server import ForkServer
 from muybridge.tests.patience import PATIENCE
 
 # Before any other package looks for one called `kernels`, see there.
@@ -41,9 +42,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.timeout = PATIENCE * float(config.getini("timeout"))
 
 
+# Files of a minute and more, so that none of them is alone at the end. The first takes longest and waits most of the time.
+LONG = [
+    *(
+        "slurm/test_training.py",
+        "scripts/test_quickstart.py",
+        "train/test_engine.py",
+        "train/test_deepspeed_contract.py",
+    ),
+    *("end_to_end/test_training.py", "kernels/test_interpreted.py", "slurm/test_submit_refusals.py"),
+]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # It takes minutes, and waits most of the time: the other worker goes through all other files meanwhile.
-    items.sort(key=lambda item: item.path.parts[-2:] != ("slurm", "test_training.py"))
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get("/".join(item.path.parts[-2:]), len(LONG)))
 
 
 @pytest.fixture(autouse=True)
@@ -88,14 +101,31 @@ def launcher() -> Callable[[int], list[str]]:
 
 
 @pytest.fixture(scope="session")
-def muybridge(command_env: dict[str, str]) -> Command:
-    """Runs `muybridge ARGUMENTS` to its end; a non-zero exit is an answer, not an error."""
+def server(command_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """The fork server of this worker, which takes some seconds to start; what it forks saves them."""
+    server = ForkServer(command_env, tmp_path_factory.mktemp("cases"))
+    yield server
+    server.close()
 
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "muybridge.scripts.cli", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=command_env)
+
+@pytest.fixture(scope="session")
+def launch(server: ForkServer) -> Command:
+    """Runs a program's FILE ARGUMENTS to its end: in N processes as torchrun does, or by itself for N=0.
+
+    A non-zero exit is an answer, not an error.
+    """
+
+    def run(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        program, *rest = map(str, arguments)
+        return server.command(program, *rest, processes=processes)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def muybridge(server: ForkServer) -> Command:
+    """Runs `muybridge ARGUMENTS` to its end; a non-zero exit is an answer, not an error."""
+    return lambda *arguments: server.command("muybridge.scripts.cli", *map(str, arguments))
 
 
 @pytest.fixture(scope="session")
@@ -142,8 +172,8 @@ def tiny_run(toy_folder: Path) -> list[str]:
     ]
 
 
-@pytest.fixture
-def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
+@pytest.fixture(scope="session")
+def save_random_run() -> SaveRun:
     """Makes a run directory of settings and one checkpoint: random weights, none zero, and averages, the first of half their size,
     the next of a quarter, and so on."""
     from muybridge.tests.train.checkpoint_parts import fake_one_rank, save_at_once
@@ -169,7 +199,7 @@ def save_random_run(monkeypatch: pytest.MonkeyPatch) -> SaveRun:
             shards=[FlatShard(weight, [Fragment(name, 0, weight.numel(), 0)], {}) for name, weight in weights.items()],
             optimizer_step_count=lambda: 0.0,
         )
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             fake_one_rank(patch)
             average = SimpleNamespace(
                 averages={

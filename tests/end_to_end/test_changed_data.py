@@ -1,17 +1,15 @@
 """Training whose data change on the way: refused by name, unless it is wanted; what did not change goes on where it was."""
 
 import json
-import subprocess
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from muybridge.data.index import ClipIndex
+from muybridge.tests.conftest import Command
 from muybridge.tests.end_to_end.clip_folders import cut, picture, video, write_folder
-from muybridge.tests.patience import PATIENCE
 
 BUCKETS = "data.buckets=[{frames:9,height:32,width:32},{frames:5,height:32,width:32},{frames:1,height:32,width:32}]"
 CHANGED_AT = 6  # step
@@ -35,8 +33,7 @@ REFUSALS = {
 def runs(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_run: list[str],
-    launcher: Callable[[int], list[str]],
-    command_env: dict[str, str],
+    launch: Command,
 ) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     """A folder of datasets and runs, and what became of the runs on each rank."""
     root = tmp_path_factory.mktemp("runs")
@@ -69,15 +66,8 @@ def runs(
             for name, own in plan.items()
         ]
         (root / "plan.json").write_text(json.dumps({"decoding program": None, "runs": planned}))
-        program = str(Path(__file__).with_name("sample_program.py"))
-        answer = subprocess.run(
-            [*launcher(world), program, str(root / "plan.json"), str(root / "found.json")],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=command_env,
-            timeout=250 * PATIENCE,
-        )
+        program = Path(__file__).with_name("sample_program.py")
+        answer = launch(world, program, root / "plan.json", root / "found.json")
         assert answer.returncode == 0, answer.stdout + answer.stderr
         assert (world == 2) == (f"a new order of samples begins at step {CHANGED_AT}" in answer.stderr)
         found |= json.loads((root / "found.json").read_text())

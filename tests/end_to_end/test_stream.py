@@ -3,17 +3,15 @@
 import io
 import json
 import math
-import subprocess
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from muybridge.data.stream import NOT_EXACT
+from muybridge.tests.conftest import Command
 from muybridge.tests.end_to_end.clip_folders import cut, picture, small_video, write_folder
-from muybridge.tests.patience import PATIENCE
 from muybridge.train.checkpoint import LEDGER_NAME
 from muybridge.train.checkpoint_folder import committed_checkpoints
 
@@ -42,8 +40,7 @@ def write_shards(folder: Path) -> None:
 def runs(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_run: list[str],
-    launcher: Callable[[int], list[str]],
-    command_env: dict[str, str],
+    launch: Command,
 ) -> tuple[Path, dict[str, dict[str, Any]], str]:
     """The folder of a run of six steps and then of four more, what became of both, and what was printed."""
     root = tmp_path_factory.mktemp("stream")
@@ -61,10 +58,8 @@ def runs(
         "nothing there": [*tiny_run, *own, f"data.path={root / 'none'}", f"run_dir={root / 'failed'}"],
     }
     (root / "plan.json").write_text(json.dumps(plan))
-    program = [str(Path(__file__).with_name("train_program.py")), str(root / "plan.json"), str(root / "found.json")]
-    answer = subprocess.run(
-        [*launcher(2), *program], capture_output=True, text=True, check=False, env=command_env, timeout=200 * PATIENCE
-    )
+    program = Path(__file__).with_name("train_program.py")
+    answer = launch(2, program, root / "plan.json", root / "found.json")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return root / "run", json.loads((root / "found.json").read_text()), answer.stdout + answer.stderr
 

@@ -5,7 +5,6 @@ Most cases are marked `faults` and run with `-m faults` only; without `-m` those
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -34,14 +33,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("faults")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
-
-
-@pytest.fixture(scope="session")
-def server(command_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """The fork server, which takes some seconds to start and a second for a case."""
-    server = ForkServer(command_env, tmp_path_factory.mktemp("cases"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -34,9 +34,14 @@ class RankEnd:
 
     code: int | None
     seconds: float
-    output: str
+    stdout: str
+    stderr: str
     # Seconds between the first fault that struck anywhere in the case and this process's end; None where none did.
     seconds_after_fault: float | None
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,15 @@ class Outcome:
 
 @dataclass
 class Attempt:
-    """A start of a run: its settings, processes, and what goes wrong on which rank."""
+    """A start of a run, or of another program: its settings, processes, and what goes wrong on which rank."""
 
     arguments: list[str]
-    world: int = 2
+    world: int = 2  # 0 for a process that no launcher started
     faults: dict[int, list[Fault]] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     # Ranks that are never started, as on a machine that did not come up.
     missing: list[int] = field(default_factory=list)
+    program: str = "muybridge.train"  # a module that can be run, or a file
 
 
 class ForkServer:
@@ -109,12 +115,27 @@ class ForkServer:
             RankEnd(
                 code=end["code"],
                 seconds=end["ended"] - end["began"],
-                output=Path(plan["output"]).read_text(errors="replace"),
+                stdout=Path(plan["stdout"]).read_text(errors="replace"),
+                stderr=Path(plan["stderr"]).read_text(errors="replace"),
                 seconds_after_fault=None if struck is None else end["ended"] - struck,
             )
             for end, plan in zip(answer["ranks"], plans, strict=True)
         ]
         return Outcome(ranks, faults, answer["left_behind"], answer["is_late"])
+
+    def command(
+        self, program: str, *arguments: str, processes: int = 0, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a module or a file to its end, by itself or as a launcher of N processes does, of which none ends the others.
+
+        The exit code is the first that is not 0; the output is that of one process after the other.
+        """
+        attempt = Attempt(list(arguments), processes, environment=environment or {}, program=program)
+        outcome = self.run(attempt, deadline_seconds=250.0 * PATIENCE)
+        assert not outcome.is_late, outcome.output
+        code = next((code for code in outcome.codes if code), 0)
+        stdout, stderr = ("".join(texts) for texts in zip(*((rank.stdout, rank.stderr) for rank in outcome.ranks)))
+        return subprocess.CompletedProcess([program, *arguments], code, stdout, stderr)
 
     def close(self) -> None:
         """End the server and all that it forked."""
@@ -142,7 +163,7 @@ class ForkServer:
     def _plans(self, attempt: Attempt, folder: Path, number: int) -> list[dict[str, Any]]:
         port = unused_port()
         plans: list[dict[str, Any]] = []
-        for rank in range(attempt.world):
+        for rank in range(attempt.world or 1):
             if rank in attempt.missing:
                 continue
             place = {
@@ -155,10 +176,12 @@ class ForkServer:
             }
             plans.append(
                 {
+                    "program": attempt.program,
                     "arguments": attempt.arguments,
-                    "environment": {**self._environment, **place, **attempt.environment},
+                    "environment": {**self._environment, **(place if attempt.world else {}), **attempt.environment},
                     "folder": str(folder),
-                    "output": str(folder / f"attempt-{number}-rank-{rank}.txt"),
+                    "stdout": str(folder / f"attempt-{number}-rank-{rank}.out"),
+                    "stderr": str(folder / f"attempt-{number}-rank-{rank}.err"),
                     "events": str(folder / "events.jsonl"),
                     "faults": attempt.faults.get(rank, []),
                 }

@@ -1,9 +1,9 @@
 """The fork server: a process that has torch, DeepSpeed and muybridge in memory, and forks the ranks of one case after the other.
 
-A start of torch costs seconds, a fork some milliseconds. What is forked runs `python -m muybridge.train` as a process of its own
-would, with the faults of the case put in. Driven by `fork_server.py` over stdin and stdout: a line of JSON for a case, a line for
-its answer. No process outlives a case: ranks end when this one does, whatever they start becomes its child (a subreaper), and when
-stdin closes it ends them all.
+A start of torch costs seconds, a fork some milliseconds. What is forked runs `python -m MODULE` or `python FILE` as a process of
+its own would, with the faults of the case put in. Driven by `fork_server.py` over stdin and stdout: a line of JSON for a case, a
+line for its answer. No process outlives a case: ranks end when this one does, whatever they start becomes its child (a subreaper),
+and when stdin closes it ends them all.
 """
 
 from __future__ import annotations
@@ -129,12 +129,12 @@ def _fork(plan: dict[str, Any], libc: ctypes.CDLL) -> Rank:
 
 
 def _become_rank(plan: dict[str, Any]) -> NoReturn:
-    """Turn this fork into a process that was started with the plan's arguments, environment, folder and output file."""
+    """Turn this fork into a process that was started with the plan's program, arguments, environment, folder and output files."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     nothing = os.open(os.devnull, os.O_RDONLY)
-    out = os.open(plan["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for source, target in ((nothing, 0), (out, 1), (out, 2)):
+    out, errors = (os.open(plan[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for name in ("stdout", "stderr"))
+    for source, target in ((nothing, 0), (out, 1), (errors, 2)):
         os.dup2(source, target)
     os.closerange(3, 4096)
     # Fresh objects: those of the fork server may be another's, or have text in them.
@@ -142,11 +142,17 @@ def _become_rank(plan: dict[str, Any]) -> NoReturn:
     os.environ.clear()
     os.environ.update(plan["environment"])
     os.chdir(plan["folder"])
-    sys.argv = ["muybridge.train", *plan["arguments"]]
+    program = plan["program"]
+    sys.argv = [program, *plan["arguments"]]
     for fault in plan["faults"]:
         injections.install(fault, Path(plan["events"]))
-    sys.modules.pop("muybridge.train.__main__", None)  # or runpy warns
-    runpy.run_module("muybridge.train", run_name="__main__", alter_sys=False)
+    if program.endswith(".py"):
+        runpy.run_path(program, run_name="__main__")
+    else:
+        for name in (program, f"{program}.__main__"):
+            if not hasattr(sys.modules.get(name), "__path__"):
+                sys.modules.pop(name, None)  # or runpy warns
+        runpy.run_module(program, run_name="__main__", alter_sys=False)
     sys.exit(0)
 
 

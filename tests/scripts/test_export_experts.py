@@ -21,18 +21,19 @@ from muybridge.train.fragments import read_weights
 SaveRun = Callable[[Path, list[str]], Path]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def umt5_run(tiny_run: list[str], tiny_umt5: Path) -> list[str]:
     """Settings of a run with a frozen text encoder."""
     return [*tiny_run, "text.kind=umt5", f"text.path={tiny_umt5}"]
 
 
-@pytest.fixture
-def folder(umt5_run: list[str], save_random_run: SaveRun, tmp_path: Path) -> Path:
-    """A pipeline folder of two experts."""
-    settings, folder = [*umt5_run, "boundary=0.8", "sampler.guidance_scale_low=3"], tmp_path / "folder"
-    high = save_random_run(tmp_path / "folder_high", [*settings, "expert=high"])
-    low = save_random_run(tmp_path / "folder_low", [*settings, "expert=low", "seed=1"])
+@pytest.fixture(scope="module")
+def folder(umt5_run: list[str], save_random_run: SaveRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of two experts, beside the runs folder_high and folder_low of which it is made; nobody writes there."""
+    root = tmp_path_factory.mktemp("experts")
+    settings, folder = [*umt5_run, "boundary=0.8", "sampler.guidance_scale_low=3"], root / "folder"
+    high = save_random_run(root / "folder_high", [*settings, "expert=high"])
+    low = save_random_run(root / "folder_low", [*settings, "expert=low", "seed=1"])
     assert export.main([f"run={high}", f"low_run={low}", f"out={folder}", "dtype=fp32"]) == 0
     return folder
 
@@ -47,10 +48,10 @@ def stored_settings(part: Path) -> dict[str, Any]:
     return settings
 
 
-def test_two_experts_become_one_pipeline(folder: Path, tmp_path: Path) -> None:
+def test_two_experts_become_one_pipeline(folder: Path) -> None:
     assert PipelineFiles.find(folder).boundary_ratio == 0.8
     for part, run in (("transformer", "folder_high"), ("transformer_2", "folder_low")):
-        stored, weights = load_file(folder / part / "diffusion_pytorch_model.safetensors"), trained(tmp_path / run)
+        stored, weights = load_file(folder / part / "diffusion_pytorch_model.safetensors"), trained(folder.parent / run)
         assert all(torch.equal(tensor, weights[f"transformer.{name}"]) for name, tensor in stored.items())
     assert "guidance_scale_2=3" in (folder / "README.md").read_text()
 
@@ -62,7 +63,7 @@ def test_the_expert_that_was_not_trained_is_that_of_the_folder(
     out = tmp_path / "out"
     assert export.main([f"run={folder}", f"low_run={low}", f"out={out}", "dtype=fp32"]) == 0
     stored = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
-    weights = trained(tmp_path / "folder_high")
+    weights = trained(folder.parent / "folder_high")
     assert all(torch.equal(tensor, weights[f"transformer.{name}"]) for name, tensor in stored.items())
     # The settings of the run are in both files: the sampler reads those of `transformer`, here the folder's.
     assert stored_settings(out / "transformer") == stored_settings(out / "transformer_2")

@@ -21,9 +21,9 @@ SaveRun = Callable[[Path, list[str]], Path]
 PROMPTS = ["a red circle moving left", "a blue square"]
 
 
-@pytest.fixture
-def run_dir(tiny_run: list[str], save_random_run: SaveRun, tmp_path: Path) -> Path:
-    return save_random_run(tmp_path / "run", tiny_run)
+@pytest.fixture(scope="module")
+def run_dir(tiny_run: list[str], save_random_run: SaveRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_run(tmp_path_factory.mktemp("runs") / "run", tiny_run)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def text_weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): v for name, v in trained(run_dir).items() if name.startswith(prefix)}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def lora_run(run_dir: Path, tiny_run: list[str], save_random_run: SaveRun) -> Path:
     settings = [*tiny_run, f"init_from={run_dir}", "lora.rank=2", "lora.alpha=4"]
     return save_random_run(run_dir.parent / "lora", settings)

@@ -1,35 +1,60 @@
 """The whole life of a model in a minute: what the quickstart leaves, that it goes on where it stopped, and what it judges."""
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from muybridge.data.decode import read_frames
-from muybridge.scripts import quickstart
+from muybridge.scripts import cli, quickstart
 from muybridge.scripts.quickstart import build_stages, prompt_combinations
+from muybridge.tests.faults.fork_server import ForkServer
 
 Answer = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
 def smoke(
-    tmp_path_factory: pytest.TempPathFactory, muybridge: Callable[..., Answer]
+    tmp_path_factory: pytest.TempPathFactory, server: ForkServer
 ) -> tuple[Path, Answer, Answer, dict[str, float]]:
     """A run directory, the answers of the first and a second call, and when files were written before the second."""
+    said: list[str] = []
+
+    def run(command: list[str], *, check: bool, env: dict[str, str]) -> Answer:
+        """A stage's command, forked off a process that has torch in memory: a dozen starts of torch cost more than all stages."""
+        assert (command[:2], check) == ([sys.executable, "-m"], False)
+        module, rest, processes = command[2], command[3:], 0
+        if module == "torch.distributed.run":
+            assert (rest[:2], rest[3]) == (["--standalone", "--nproc-per-node"], "-m")
+            processes, module, rest = int(rest[2]), rest[4], rest[5:]
+        threads = {"OMP_NUM_THREADS": env["OMP_NUM_THREADS"]}
+        answer = server.command(module, *rest, processes=processes, environment=threads)
+        said.append(answer.stdout + answer.stderr)
+        return answer
+
+    def call() -> Answer:
+        said.clear()
+        arguments = ["quickstart", "--smoke", "--run-dir", str(run_dir)]
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stdout:
+            patch.setattr(quickstart.subprocess, "run", run)
+            code = cli.main(arguments)
+        return Answer(arguments, code, stdout.getvalue(), "".join(said))
+
     run_dir = tmp_path_factory.mktemp("quickstart") / "run"
-    first = muybridge("quickstart", "--smoke", "--run-dir", run_dir)
+    first = call()
     # As if it had been stopped before the last stage but one.
     done = json.loads((run_dir / "stages.json").read_text())
     del done["sample"], done["evaluate"]
     (run_dir / "stages.json").write_text(json.dumps(done))
     shutil.rmtree(run_dir / "samples")
     times = {str(path): path.stat().st_mtime for path in run_dir.rglob("*.safetensors")}
-    return run_dir, first, muybridge("quickstart", "--smoke", "--run-dir", run_dir), times
+    return run_dir, first, call(), times
 
 
 def test_it_leaves_every_part_of_the_life_of_a_model(smoke: tuple[Path, Answer, Answer, dict[str, float]]) -> None:
