@@ -23,6 +23,8 @@ TASKS = {
         "data.access=raw",
         "data.workers=0",
         "data.frames=5",
+        "data.height=32",
+        "data.width=32",
         "global_batch=2",
         "micro_batch=2",
     ],
