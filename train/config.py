@@ -31,7 +31,7 @@ from .checkpoint import CheckpointConfig
 from .checkpoint_folder import resume_fault
 from .compile_blocks import CompileConfig
 from .compose import ConfigFaults, compose_config
-from .config_rules import parallel_faults, process_faults, reliability_faults, size_faults
+from .config_rules import engine_faults, parallel_faults, process_faults, reliability_faults, size_faults
 from .ema import EMAConfig
 from .engine_config import EngineConfig
 from .experts import Expert, expert_schedule
@@ -219,7 +219,9 @@ class TrainConfig:
         # Rules between parts need parts that make sense on their own.
         if world_size is not None and not part_faults:
             found += process_faults(self, world_size)
-        return found + (part_faults or [*size_faults(self), *parallel_faults(self), *reliability_faults(self)])
+        return found + (
+            part_faults or [*size_faults(self), *parallel_faults(self), *engine_faults(self), *reliability_faults(self)]
+        )
 
     def missing_inputs(self) -> list[str]:
         """Files that the settings name and this machine does not have."""

@@ -10,6 +10,7 @@ from ..models.vae.config import VAEConfig
 from .experts import Expert, expert_faults
 from .guards import SpikePolicy
 from .initial_weights import initial_faults, initial_kind_fault
+from .optimizer import OptimizerKind
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -49,6 +50,17 @@ def size_faults(config: "TrainConfig") -> list[str]:
 def _autoencoder_faults(config: "TrainConfig") -> list[str]:
     """Settings that only a diffusion run can have."""
     found = []
+    for field, value, wanted in (
+        ("optimizer.kind", config.optimizer.kind, "adamw"),
+        ("activations.policy", config.activations.policy, "none"),
+        ("fp8.recipe", config.fp8.recipe, "off"),
+    ):
+        if value.name != wanted:
+            found.append(
+                f"{field}={value.name} must be {wanted} with task=video_vae: it is about a transformer's blocks"
+            )
+    if config.compile.enabled:
+        found.append("compile.enabled=true must be false with task=video_vae: it is about a transformer's blocks")
     if config.data.access is Access.latents:
         found.append("data.access=latents must be raw with task=video_vae (it learns from pixels)")
     for name, value in (("conditioning.form", config.conditioning.form), ("expert", config.expert)):
@@ -162,6 +174,15 @@ def parallel_faults(config: "TrainConfig") -> list[str]:
     if config.data.access is Access.stream:
         found.append(f"parallel.sequence={width} must be 1 with data.access=stream")
     return found
+
+
+def engine_faults(config: "TrainConfig") -> list[str]:
+    """The engine against what it is to move."""
+    if config.deepspeed.offload_optimizer and config.optimizer.kind is OptimizerKind.muon:
+        return [
+            "optimizer.kind=muon must be adamw with deepspeed.offload_optimizer=true: pieces of matrices travel between GPUs"
+        ]
+    return []
 
 
 def reliability_faults(config: "TrainConfig") -> list[str]:

@@ -212,14 +212,10 @@ def trained_loss(kind: OptimizerKind, seed: int) -> float:
         return loss_of(dit, torch.Generator().manual_seed(12345), clips=64).item()
 
 
-def test_a_tiny_dit_learns_as_well_as_with_adamw_at_the_same_rate() -> None:
-    # At the rate that is best of 0.001, 0.003, 0.01, 0.02, 0.04 and 0.08 for Muon and, but for 1 %, for AdamW. The losses of two
-    # seeds differ by 7 to 14 %, their mean by about half of that: nothing below 5 % could be told from chance.
-    muon, adamw = (
-        sum(trained_loss(kind, seed) for seed in (0, 1)) / 2 for kind in (OptimizerKind.muon, OptimizerKind.adamw)
-    )
-    assert muon < 1.05 * adamw
-    assert adamw < 0.8  # 1.5 at first
+def test_a_tiny_dit_learns() -> None:
+    # From 1.5. It says nothing of which optimizer is better: at this width AdamW with a cosine schedule and its best rate ends 7 to
+    # 8 % below Muon with its own, and at this constant rate both end within what two seeds differ by.
+    assert trained_loss(OptimizerKind.muon, seed=0) < 0.8
 
 
 def test_each_matrix_is_orthogonalised_once_beside_others_that_cost_as_much() -> None:
