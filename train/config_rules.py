@@ -7,6 +7,7 @@ from ..data.config import Access, DataConfig
 from ..models.diffusion.conditioning import ConditioningForm
 from ..models.text import TextEncoderKind
 from ..models.vae.config import VAEConfig
+from .activations import ActivationPolicy
 from .experts import Expert, expert_faults
 from .guards import SpikePolicy
 from .initial_weights import initial_faults, initial_kind_fault
@@ -147,14 +148,21 @@ def _channel_faults(config: "TrainConfig", vae: VAEConfig) -> list[str]:
 
 def process_faults(config: "TrainConfig", world_size: int) -> list[str]:
     """What so many processes cannot do together."""
-    width = config.parallel.sequence
-    if world_size % width == 0:
-        return []
-    near = max(size for size in range(1, min(width, world_size) + 1) if world_size % size == 0)
-    return [
-        f"parallel.sequence={width} must divide the number of processes, {world_size} (nearest: parallel.sequence={near}, or "
-        f"{-(-world_size // width) * width} processes)"
-    ]
+    found = []
+    width, node = config.parallel.sequence, config.deepspeed.node_shards
+    if world_size % width:
+        near = max(size for size in range(1, min(width, world_size) + 1) if world_size % size == 0)
+        found.append(
+            f"parallel.sequence={width} must divide the number of processes, {world_size} (nearest: parallel.sequence={near}, or "
+            f"{-(-world_size // width) * width} processes)"
+        )
+    if node is not None and world_size % node:
+        found.append(f"deepspeed.node_shards={node} must divide the number of processes, {world_size}")
+    if config.deepspeed.offload_optimizer and config.optimizer.kind is OptimizerKind.muon:
+        found.append(
+            "deepspeed.offload_optimizer=true must be false with optimizer.kind=muon, whose matrices are put together on the GPUs"
+        )
+    return found
 
 
 def parallel_faults(config: "TrainConfig") -> list[str]:
@@ -181,6 +189,11 @@ def engine_faults(config: "TrainConfig") -> list[str]:
     if config.deepspeed.offload_optimizer and config.optimizer.kind is OptimizerKind.muon:
         return [
             "optimizer.kind=muon must be adamw with deepspeed.offload_optimizer=true: pieces of matrices travel between GPUs"
+        ]
+    if config.deepspeed.zero == 3 and config.fp8.is_on and config.activations.policy is not ActivationPolicy.block:
+        return [
+            f"activations.policy={config.activations.policy.name} must be block with fp8.recipe={config.fp8.recipe.name} and "
+            "deepspeed.zero=3: torchao keeps the gathered weights of each block until its backward"
         ]
     return []
 
