@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +81,21 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder that stands for the user's caches, of which nothing is read or written."""
     os.environ["MUYBRIDGE_CACHE"] = folder = str(tmp_path_factory.mktemp("user_cache"))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Hydra reads and merges the same YAML files once in this process, which is half of the time that loading settings takes."""
+    from muybridge.train import compose
+
+    @cache
+    def merge(name: str, overrides: tuple[str, ...]) -> object:
+        return compose_files(name, overrides=list(overrides))
+
+    compose_files = compose.compose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compose, "compose", lambda name, *, overrides: deepcopy(merge(name, tuple(overrides))))
+        yield
 
 
 @pytest.fixture(scope="session")
