@@ -1,16 +1,13 @@
 """Chooses the activation policy that costs least of those that fit a device, for `activations.policy=auto`."""
 
-from collections.abc import Mapping
+from dataclasses import replace
 
-from ..models.dit import DiTConfig
-from .activation_bytes import ActivationShape, activation_bytes
 from .activations import ActivationPolicy, ActivationsConfig
+from .config import TrainConfig
+from .costs_memory import step_memory
+from .memory import parameter_counts
 
 GIB = 2**30
-# Of what is free, this much is left to what the formulas do not count: workspaces of kernels, buckets of gradients on their way,
-# latents and the loss, and above all the holes between the allocator's blocks, which grow with the number of clip shapes.
-SAFETY_MARGIN = 0.1
-
 # From the one that computes nothing again, to one forward more and copies over the bus.
 LADDER = (
     ActivationsConfig(ActivationPolicy.none),
@@ -21,24 +18,22 @@ LADDER = (
 )
 
 
-def choose_policy(
-    model: DiTConfig, shapes: Mapping[str, ActivationShape], *, free_bytes: int, held_bytes: int
-) -> tuple[ActivationsConfig, str]:
-    """The first of `LADDER` that fits for all clip shapes (by name, such as 81x480x832), and a line that says why.
+def choose_policy(config: TrainConfig, world_size: int, memory_bytes: int) -> tuple[ActivationsConfig, str]:
+    """The first of `LADDER` with which a process of `world_size` fits into so much memory on clips of every bucket, and why.
 
-    `free_bytes` of the device, before weights, gradients, optimizer and averages, which take `held_bytes` of it. Where not even
-    the last fits by these formulas, it is the answer all the same, and the line says so: they may err. All processes have to give
-    the same numbers, for they must not choose differently.
+    Where not even the last fits by these formulas, it is the answer all the same, and the line says so: they may err. All processes
+    have to give the same numbers, for they must not choose differently.
     """
-    limit = int((1 - SAFETY_MARGIN) * (free_bytes - held_bytes))
+    counts, buckets = parameter_counts(config), config.buckets(world_size)
     rejected = ""
-    for config in LADDER:
-        needed, name = max((activation_bytes(model, shape, config).peak, name) for name, shape in shapes.items())
-        room = f"{needed / GIB:.1f} GiB of {limit / GIB:.1f} GiB free at {name}"
-        if needed <= limit:
-            return config, f"activations: {policy_words(config)} ({room}{rejected})"
-        rejected = f"; {policy_words(config)} would need {needed / GIB:.1f} GiB"
-    return config, f"activations: {policy_words(config)}, which may not fit ({room})"
+    for chosen in LADDER:
+        changed = replace(config, activations=chosen)
+        needed, name = max((step_memory(changed, counts, b, world_size).peak, b.name) for b in buckets)
+        room = f"{needed / GIB:.1f} GiB of {memory_bytes / GIB:.1f} GiB at the peak of {name}"
+        if needed <= memory_bytes:
+            return chosen, f"activations: {policy_words(chosen)} ({room}{rejected})"
+        rejected = f"; {policy_words(chosen)} would need {needed / GIB:.1f} GiB"
+    return chosen, f"activations: {policy_words(chosen)}, which may not fit ({room})"
 
 
 def policy_words(config: ActivationsConfig) -> str:

@@ -9,7 +9,7 @@ from muybridge.models.lora import LoRAConfig, add_lora
 from muybridge.models.token_layout import token_layout
 from muybridge.tests.train.live_bytes import LiveBytes
 from muybridge.train.activation_bytes import ActivationBytes, ActivationShape, activation_bytes
-from muybridge.train.activation_choice import LADDER, SAFETY_MARGIN, choose_policy
+from muybridge.train.activation_choice import LADDER
 from muybridge.train.activations import ActivationPolicy, ActivationsConfig, set_activation_policy
 from muybridge.train.host_inputs import HostInput
 
@@ -167,31 +167,3 @@ def test_the_ladder_goes_from_most_memory_to_least() -> None:
     peaks = [big(config).peak for config in LADDER]
     assert peaks == sorted(peaks, reverse=True)
     assert not [fault for config in LADDER for fault in config.faults("activations")]
-
-
-def test_the_cheapest_policy_that_fits_all_shapes_is_chosen() -> None:
-    model = DiTConfig()
-    shapes = {"17x256x256": ActivationShape(1280, 512), "81x480x832": ActivationShape(32760, 512)}
-    chosen = {}
-    for free in (8, 12, 20, 30, 35, 40, 60, 80, 141):
-        config, words = choose_policy(model, shapes, free_bytes=free * GIB, held_bytes=2 * GIB)
-        peak = activation_bytes(model, shapes["81x480x832"], config).peak
-        limit = (1 - SAFETY_MARGIN) * (free - 2) * GIB
-        assert peak <= limit or config == LADDER[-1]
-        cheaper = LADDER[: LADDER.index(config)]
-        assert all(activation_bytes(model, shapes["81x480x832"], other).peak > limit for other in cheaper)
-        chosen[free] = (config.policy.name, config.every, config.offload)
-        assert "at 81x480x832" in words
-    assert chosen[141] == ("none", 2, False)
-    assert chosen[80] == ("selective", 2, False)
-    assert [name for name, _, _ in chosen.values()] == sorted(
-        (name for name, _, _ in chosen.values()), key=["block", "every_k", "selective", "none"].index
-    )
-
-
-def test_the_choice_is_given_with_its_reason() -> None:
-    shapes = {"81x480x832": ActivationShape(32760, 512)}
-    _, words = choose_policy(DiTConfig(), shapes, free_bytes=80 * GIB, held_bytes=20 * GIB)
-    assert words == ("activations: selective (49.7 GiB of 54.0 GiB free at 81x480x832; none would need 90.1 GiB)")
-    _, words = choose_policy(DiTConfig(), shapes, free_bytes=3 * GIB, held_bytes=2 * GIB)
-    assert "block with offload, which may not fit" in words
