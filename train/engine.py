@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import groups, set_z3_leaf_modules
 
 from .deepspeed_contract import check_deepspeed
 from .engine_config import EngineConfig, deepspeed_settings
@@ -159,6 +159,7 @@ class Engine:
             optimizer.empty_partition_cache()
             for index in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            optimizer.invalidate_secondary_tensor()  # a node's copy is of the weights before
             if persistent := optimizer.persistent_parameters:
                 persistent[0].all_gather(persistent)
 
@@ -188,9 +189,12 @@ class Engine:
         return (self._clipping / (self._engine.optimizer._global_grad_norm + 1e-6)).clamp(max=1.0)
 
 
-def shard_parameter(parameter: nn.Parameter) -> None:
+def shard_parameter(parameter: nn.Parameter, config: EngineConfig) -> None:
     """Split a whole parameter over the processes, as ZeRO 3 has it, and free it; all get what rank 0 has. Collective."""
-    deepspeed.zero.Init(module=nn.ParameterList([parameter]), dtype=parameter.dtype)
+    if config.node_shards is not None and groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(config.node_shards)
+    node = groups._get_zero_param_intra_parallel_group() if config.node_shards is not None else None
+    deepspeed.zero.Init(module=nn.ParameterList([parameter]), dtype=parameter.dtype, zero_param_parallel_group=node)
 
 
 def largest_gather(model: nn.Module, leaf_modules: tuple[type[nn.Module], ...]) -> int:

@@ -23,6 +23,9 @@ class EngineConfig:
     # Optimizer states, fp32 master weights and their averages in the memory of the host, where a step then runs on its cores: for
     # weights that just fit a GPU, or long accumulation. off keeps all on the GPU.
     offload_optimizer: bool = False
+    # ZeRO 3 over several nodes: so many neighbouring processes, those of a node, together keep a second copy of the weights, from
+    # which the backward gathers them without the network (hpZ of ZeRO++, arXiv:2306.10209). null keeps none.
+    node_shards: int | None = None
     # Elements in one gradient reduction (and one all-gather); smaller needs less memory, larger hides more latency.
     bucket_elements: int = 50_000_000
     # Seconds a collective may take; above the limits of `watchdog`, which says more about who is to blame.
@@ -41,6 +44,8 @@ class EngineConfig:
             found.append(
                 f"{field}.offload_optimizer=true must come with {field}.zero=1, 2 or 3 (stage 0 has nothing apart)"
             )
+        if self.node_shards is not None and (self.zero != 3 or self.node_shards < 2):
+            found.append(f"{field}.node_shards={self.node_shards} must be 2 or more, with {field}.zero=3, or null")
         for name in ("bucket_elements", "timeout_seconds"):
             if getattr(self, name) < 1:
                 found.append(f"{field}.{name}={getattr(self, name)} must be at least 1")
@@ -69,6 +74,7 @@ def deepspeed_settings(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_cuda}
     if config.zero == 3:
         zero |= stage3_settings(largest_gather, elements)
+        zero["zero_hpz_partition_size"] = config.node_shards or 1
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,  # differs by bucket: `backward` is told the last micro-batch of a step

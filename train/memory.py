@@ -81,6 +81,8 @@ def bytes_per_process(config: TrainConfig, world_size: int, counts: ParameterCou
     stage = engine.zero
     width = 2 if engine.precision is Precision.bf16 else 4
     weights = counts.all / world_size if stage == 3 else counts.all
+    if engine.node_shards is not None:
+        weights += counts.all / engine.node_shards
     trained = counts.trainable
     sharded = trained / world_size
     gradients = width * (sharded if stage >= 2 else trained)

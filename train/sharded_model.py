@@ -59,4 +59,4 @@ def _place(parameter: nn.Parameter, config: EngineConfig) -> None:
     if config.precision is Precision.bf16:
         parameter.data = parameter.data.to(torch.bfloat16)
     if config.zero == 3:
-        shard_parameter(parameter)
+        shard_parameter(parameter, config)

@@ -96,7 +96,7 @@ def peak_bytes() -> dict[str, int]:
 
     def place(parameter: nn.Parameter) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
-        shard_parameter(parameter)
+        shard_parameter(parameter, EngineConfig(zero=3))
 
     build_one_by_one(lambda: nn.Linear(3, 3), CPU, place)  # loads what is loaded when it is first used
     # Resets the peak that the kernel keeps.

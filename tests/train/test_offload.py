@@ -12,6 +12,7 @@ import pytest
 
 from muybridge.tests.train.test_deepspeed_contract import FACTS
 from muybridge.tests.train.test_guarded_steps import APPLIED, CALLED_OFF, NOT_FINITE
+from muybridge.train.config import load_train_config
 from muybridge.train.engine_config import EngineConfig, deepspeed_settings
 
 CASES = ["fp32-1", "fp32-3", "bf16-2"]
@@ -86,3 +87,10 @@ def test_deepspeed_is_told_to_take_the_optimizer_that_it_is_given() -> None:
     settings = deepspeed_settings(config, micro_batch=1, gradient_clipping=1.0, largest_gather=10, elements=100)
     assert settings["zero_force_ds_cpu_optimizer"] is False
     assert settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+
+
+def test_matrices_of_muon_are_not_put_together_on_the_host(tiny_run: list[str], tmp_path: Path) -> None:
+    settings = [*tiny_run, f"run_dir={tmp_path}", "deepspeed=zero2", "deepspeed.offload_optimizer=true"]
+    assert load_train_config(settings).deepspeed.offload_optimizer
+    with pytest.raises(ValueError, match=r"offload_optimizer=true must be false with optimizer.kind=muon"):
+        load_train_config([*settings, "optimizer=muon"])
