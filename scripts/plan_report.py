@@ -138,7 +138,7 @@ def _run_table(costs: RunCosts, facts: dict[str, Any]) -> Table:
 def _what_fits_table(verdict: Verdict) -> Table:
     table = Table(title=f"What fits {verdict.asked.cluster.gpu.memory_gib:.1f} GiB", title_justify="left")
     table.add_column("", overflow="fold")
-    for name in ("GPUs", "peak GiB", "host GiB\nof a node", "s/step", "GPU hours"):
+    for name in ("GPUs", "peak\nGiB", "host\nGiB", "s/step", "GPU\nhours"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = {
         "as asked": verdict.asked,

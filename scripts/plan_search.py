@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from ..data.config import Access
+from ..models.diffusion.conditioning import ConditioningForm
 from ..train.activations import ActivationPolicy
 from ..train.config import TaskKind, TrainConfig
 from ..train.config_rules import parallel_faults, process_faults
@@ -122,7 +123,9 @@ class Search:
             if len(sections) == 1:
                 tried.append((choice.overrides(before), self.costs(cluster, choice)))
         data = self.config.data
-        if self.config.task is TaskKind.text_to_video and data.access is not Access.latents:
+        # A clip's known frames are encoded for each draw of them.
+        can_cache = self.config.conditioning.form is not ConditioningForm.channels
+        if self.config.task is TaskKind.text_to_video and data.access is not Access.latents and can_cache:
             cached = replace(self.config, data=replace(data, access=Access.latents))
             costs = run_costs(cached, self.counts, cluster, self.conditions, self._flops)
             tried.append((["data.access=latents"], costs))

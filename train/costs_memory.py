@@ -14,7 +14,7 @@ from .activations import ActivationPolicy
 from .config import TaskKind, TrainConfig
 from .engine_config import Precision, stage3_settings
 from .gpus import GIB
-from .memory import ParameterCounts, bytes_per_process, parameter_counts
+from .memory import OFFLOADED, ParameterCounts, bytes_per_process, parameter_counts
 
 # Estimates, to be replaced by measurements: CUDA context, cuBLAS and cuDNN workspaces, NCCL's buffers, Triton's modules.
 CONTEXT_BYTES = 2 * GIB
@@ -22,9 +22,6 @@ CONTEXT_BYTES = 2 * GIB
 FRAGMENTATION_SHARE = 0.05
 # Tensors as large as an outermost layer's output that live at once while a chunk is encoded: input, norm, padded copy, output.
 ENCODER_TENSORS = 4
-
-# States that are on the host with deepspeed.offload_optimizer.
-_OFFLOADED = ("optimizer", "EMA")
 
 # Frozen models that are read for captions and images: parameters, and bytes of each in the dtype they have in training.
 UMT5_XXL_PARAMETERS = 5_680_910_336
@@ -34,28 +31,30 @@ WAN_VAE_PARAMETERS = {16: 126_892_531, 48: 704_688_668}  # by latent channels
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one process by part, in three groups that differ in when they are there."""
+    """Bytes of one process by part, and when they are there."""
 
     held: dict[str, int]  # throughout: states, frozen models, context
     host: dict[str, int]  # in the memory of the machine, where something was moved there
     training: dict[str, int]  # on top while a micro-batch is in its backward, where the peak usually is
     encoding: int  # on top while clips are encoded, before there are activations
+    updating: int  # on top while the optimizer steps, when there are none any more
 
     @property
     def peak(self) -> int:
         """Bytes at the worst moment."""
-        passing = max(sum(self.training.values()), self.encoding)
+        passing = sum(self._passing().values())
         return sum(self.held.values()) + math.ceil((1 + FRAGMENTATION_SHARE) * passing)
 
     @property
     def parts(self) -> dict[str, int]:
-        """What the peak consists of; the largest first within what is held and what comes and goes."""
-        if self.encoding > sum(self.training.values()):
-            passing = {"encoding clips": self.encoding}
-        else:
-            passing = dict(self.training)
+        """What the peak consists of: first what is held, then what comes and goes."""
+        passing = self._passing()
         passing["fragmentation"] = self.peak - sum(self.held.values()) - sum(passing.values())
         return {name: size for name, size in (*self.held.items(), *passing.items()) if size > 0}
+
+    def _passing(self) -> dict[str, int]:
+        moments = self.training, {"encoding clips": self.encoding}, {"gradients in fp32": self.updating}
+        return dict(max(moments, key=lambda parts: sum(parts.values())))
 
 
 def step_memory(config: TrainConfig, counts: ParameterCounts, bucket: Bucket, world_size: int) -> StepMemory:
@@ -65,7 +64,7 @@ def step_memory(config: TrainConfig, counts: ParameterCounts, bucket: Bucket, wo
     """
     held, host = dict(bytes_per_process(config, world_size, counts)), {}
     if config.deepspeed.offload_optimizer:
-        host = {name: held.pop(name) for name in _OFFLOADED if name in held}
+        host = {name: held.pop(name) for name in OFFLOADED}
     held |= {name: size for name, size in _frozen_models(config).items() if size}
     held["CUDA context"] = CONTEXT_BYTES
     training = engine_buffers(config, counts)
@@ -79,7 +78,10 @@ def step_memory(config: TrainConfig, counts: ParameterCounts, bucket: Bucket, wo
         training["latents and velocity"] = 6 * 4 * shape.batch * shape.tokens * values
         host |= {"inputs of blocks": found.host} if found.host else {}
         encoding = _encoding_bytes(config, bucket)
-    return StepMemory(held, host, training, encoding)
+    # DeepSpeed's copy of this process's gradients for the fp32 optimizer.
+    engine = config.deepspeed
+    has_copy = engine.precision is Precision.bf16 and not engine.offload_optimizer
+    return StepMemory(held, host, training, encoding, 4 * counts.trainable // world_size if has_copy else 0)
 
 
 def engine_buffers(config: TrainConfig, counts: ParameterCounts) -> dict[str, int]:

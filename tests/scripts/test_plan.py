@@ -197,9 +197,11 @@ def test_the_optimizer_on_the_host_takes_its_memory_and_its_time(tmp_path: Path)
     before, after = (
         planned(tmp_path, *settings, f"deepspeed.offload_optimizer={switch}")["asked"] for switch in ("false", "true")
     )
-    moved = [before["states_bytes"][name] for name in ("optimizer", "EMA")]
-    assert before["peak_bytes"] - after["peak_bytes"] == sum(moved)
-    assert after["host_bytes_of_a_node"] - before["host_bytes_of_a_node"] == 8 * sum(moved)
+    names = ("optimizer", "EMA")
+    assert before["peak_bytes"] - after["peak_bytes"] >= sum(before["states_bytes"][name] for name in names)
+    assert not set(names) & set(after["buckets"][0]["memory_bytes"])
+    on_host = sum(after["states_bytes"][name] for name in names)
+    assert after["host_bytes_of_a_node"] - before["host_bytes_of_a_node"] == 8 * on_host
     times = [facts["buckets"][0]["seconds"]["optimizer"] for facts in (before, after)]
     assert times[1] > 10 * times[0]
 
