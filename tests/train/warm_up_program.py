@@ -91,7 +91,7 @@ def run(zero: int, compiled: bool, warm: bool, rank: int) -> dict[str, Any]:
 
 def be_rank(rank: int, folder: Path) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
-    torch.compile = partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
+    torch.compile = partial(torch.compile, backend="aot_eager")
     found = {name: run(*case, rank) for name, case in CASES.items()}
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
 
