@@ -272,12 +272,17 @@ def _zero_traffic(
     width = 2 if engine.precision is Precision.bf16 else 4
     share, link = (world - 1) / world, cluster.link_bytes_per_second(world)
     gradients, weights = width * counts.trainable * share, width * counts.all * share
-    reductions = steps if engine.zero >= 2 else 1
-    after = width * counts.trainable * share if engine.zero in (0, 1, 2) else 0.0
+    # Stage 0's all-reduce is a reduction and a gather; stages 2 and 3 reduce after each micro-batch.
+    reductions = {0: 2, 1: 1}.get(engine.zero, steps)
+    after = width * counts.trainable * share if engine.zero > 0 else 0.0  # each updates its part
+    if engine.zero < 3:
+        return reductions * gradients / link, after / link, 0.0, int(reductions * gradients + after)
     # ZeRO 3 gathers each block for its forward and for its backward, where a block that runs again is there already.
-    gathers = 2 * steps if engine.zero == 3 else 0
-    sent = int(reductions * gradients + after + gathers * weights)
-    return reductions * gradients / link, after / link, gathers * weights / link, sent
+    nearby = engine.node_shards or world
+    for_backward = width * counts.all * (nearby - 1) / nearby
+    gathering = steps * (weights / link + for_backward / cluster.link_bytes_per_second(nearby))
+    sent = int(reductions * gradients + steps * (weights + for_backward))
+    return reductions * gradients / link, 0.0, gathering, sent
 
 
 def _exchange(config: TrainConfig, clip: ClipFlops, cluster: Cluster, samples: int) -> tuple[float, int]:

@@ -53,7 +53,7 @@ class StepMemory:
         return {name: size for name, size in (*self.held.items(), *passing.items()) if size > 0}
 
     def _passing(self) -> dict[str, int]:
-        moments = self.training, {"encoding clips": self.encoding}, {"gradients in fp32": self.updating}
+        moments = [self.training, {"encoding clips": self.encoding}, {"gradients in fp32": self.updating}]
         return dict(max(moments, key=lambda parts: sum(parts.values())))
 
 

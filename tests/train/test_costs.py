@@ -209,6 +209,20 @@ def test_links_between_nodes_carry_what_leaves_a_node() -> None:
     assert cluster.link_bytes_per_second(3) < cluster.link_bytes_per_second(4)  # 8 GPUs are no three and three
 
 
+def test_a_node_s_own_copy_of_the_weights_keeps_gathers_in_the_node() -> None:
+    cluster, seconds, sent = Cluster(gpu_named("h100", "gpu"), 4, 8, network_bytes_per_second=1e9), [], []
+    for shards in ("null", "8"):
+        config = wan(f"deepspeed.node_shards={shards}", experiment="wan_14b_full", processes=32)
+        bucket = only_bucket(config, 32)
+        time = step_time(config, parameter_counts(config), bucket, clip_flops(config, bucket), cluster)
+        seconds.append(time.seconds["communication"] + time.hidden_communication)
+        sent.append(time.communicated_bytes)
+    assert seconds[1] < 0.8 * seconds[0]
+    weights = 2 * 14_288_491_584
+    assert sent[0] == pytest.approx(3 * weights * 31 / 32)  # two gathers and a reduction
+    assert sent[1] == pytest.approx(2 * weights * 31 / 32 + weights * 7 / 8)
+
+
 def test_activations_are_a_block_s_input_where_blocks_are_computed_again() -> None:
     config = wan("activations.policy=block")
     memory = step_memory(config, parameter_counts(config), only_bucket(config), 1)
