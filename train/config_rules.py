@@ -50,18 +50,17 @@ def size_faults(config: "TrainConfig") -> list[str]:
 
 def _autoencoder_faults(config: "TrainConfig") -> list[str]:
     """Settings that only a diffusion run can have."""
-    found = []
-    for field, value, wanted in (
-        ("optimizer.kind", config.optimizer.kind, "adamw"),
-        ("activations.policy", config.activations.policy, "none"),
-        ("fp8.recipe", config.fp8.recipe, "off"),
-    ):
-        if value.name != wanted:
-            found.append(
-                f"{field}={value.name} must be {wanted} with task=video_vae: it is about a transformer's blocks"
-            )
-    if config.compile.enabled:
-        found.append("compile.enabled=true must be false with task=video_vae: it is about a transformer's blocks")
+    of_blocks = {
+        "optimizer.kind": (config.optimizer.kind.name, "adamw"),
+        "activations.policy": (config.activations.policy.name, "none"),
+        "compile.enabled": (str(config.compile.enabled).lower(), "false"),
+        "fp8.recipe": (config.fp8.recipe.name, "off"),
+    }
+    found = [
+        f"{field}={value} must be {wanted} with task=video_vae: it is about the blocks of a transformer"
+        for field, (value, wanted) in of_blocks.items()
+        if value != wanted
+    ]
     if config.data.access is Access.latents:
         found.append("data.access=latents must be raw with task=video_vae (it learns from pixels)")
     for name, value in (("conditioning.form", config.conditioning.form), ("expert", config.expert)):

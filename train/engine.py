@@ -29,6 +29,7 @@ from .engine_config import EngineConfig, deepspeed_settings
 from .flat_shards import build_shards, full_shape
 from .muon import Muon
 from .optimizer import ShardAdamW
+from .step_clock import Part, StepClock
 
 # The first CPU `initialize` would compile this all-reduce with g++ for a minute, a killed build leaves a lock that hangs every
 # later run, and only inference uses it.
@@ -148,6 +149,16 @@ class Engine:
         self._engine.step()
         # To DeepSpeed a step that was called off looks applied; of one that is not finite nobody was asked.
         return StepResult(grad_norm=self._engine.get_global_grad_norm(), applied=self._is_accepted is True)
+
+    def time_reduction(self, clock: StepClock) -> None:
+        """From now on, tell the clock what of the gradients' reduction a backward has left to wait for."""
+        reduce = self._engine.allreduce_gradients
+
+        def reduce_timed(*arguments: Any, **named: Any) -> None:
+            with clock.running(Part.communication):
+                reduce(*arguments, **named)
+
+        self._engine.allreduce_gradients = reduce_timed
 
     def refresh_weights(self) -> None:
         """Make the weights used in the forward follow the master weights, after a load or a swap. Collective."""

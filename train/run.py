@@ -127,7 +127,7 @@ def _outcome(error: BaseException, config: TrainConfig, device: torch.device, at
         return Outcome(
             ExitCode.out_of_memory,
             f"out of memory{where}, micro_batch={config.micro_batch}, {peak_memory_words(device)} ({_first_line(error)}). Lower "
-            "micro_batch, set activations.policy=block, or shard more with deepspeed=zero3 or more processes",
+            "micro_batch, set activations.policy=auto or block, or shard more with deepspeed=zero3 or more processes",
             is_common=False,
         )
     # One rank's failure must end the others too, and a rank that waits for nobody lets the launcher do that.

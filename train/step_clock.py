@@ -19,11 +19,12 @@ class Part(Enum):
     optimizer = "optimizer"  # clipping and update, and whole weights from their shards
 
 
-_OF_FORWARD = (Part.vae, Part.text)
+# What happens elsewhere, too, such as in a validation, and belongs to a step only within another part.
+_WITHIN = {Part.vae: Part.forward, Part.text: Part.forward, Part.communication: Part.backward}
 
 
 class StepClock:
-    """Sums up the seconds of each part. What a validation computes with the frozen models is not of a step, and does not count.
+    """Sums up the seconds of each part.
 
     On a GPU these are the device's seconds, read where it has come to the end anyway. Under ZeRO-3, and where processes share
     clips, a forward pass waits for other ranks, so that all take alike, and a slow one does not show.
@@ -33,20 +34,20 @@ class StepClock:
         self._is_cuda = device.type == "cuda"
         self._seconds = dict.fromkeys(Part, 0.0)
         self._events: list[tuple[Part, torch.cuda.Event, torch.cuda.Event]] = []
-        self._in_forward = False
+        self._open: set[Part] = set()
 
     @contextmanager
     def running(self, part: Part) -> Iterator[None]:
         """What counts for a part."""
-        if part in _OF_FORWARD and not self._in_forward:
+        if _WITHIN.get(part, part) not in {*self._open, part}:
             yield
             return
-        self._in_forward |= part is Part.forward
+        self._open.add(part)
         try:
             with self._measured(part):
                 yield
         finally:
-            self._in_forward &= part is not Part.forward
+            self._open.discard(part)
 
     @contextmanager
     def _measured(self, part: Part) -> Iterator[None]:

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from ..data.batch import VideoBatch
 from ..data.ledger import DataBudgetError
 from .attempts import resume_in_force
+from .build import build_engine
 from .checkpoint import Checkpointer, Saved
 from .checkpoint_folder import choose_checkpoint, committed_checkpoints, set_aside_newer
 from .compile_blocks import CompilationCount
 from .compose import plain
 from .config import TrainConfig
 from .ema import EMA
-from .engine import Engine, StepResult
+from .engine import StepResult
 from .exit_codes import ExitCode
 from .feed import Feed
 from .fixed_settings import fixed_settings, refuse_changed_settings
@@ -33,8 +34,7 @@ from .mesh import build_mesh
 from .model_hash import check_same_weights
 from .notes import first_notes, last_notes, tell_of_save
 from .one_attempt import OneAttempt
-from .optimizer import build_optimizer, learning_rate
-from .parallelize import parallelize
+from .optimizer import learning_rate
 from .preemption import Requests, StopAgreed
 from .probe import refuse_different_settings
 from .provenance import setting_texts, versions, write_provenance
@@ -48,7 +48,6 @@ from .tasks import TextToVideoTask, build_task
 from .throughput import MetricsWindow
 from .tokenizer import prepare_tokenizer
 from .tracking import VALIDATION_SECONDS, Tracker
-from .trained_weights import prepare_weights
 from .utilisation import Utilisation
 from .validate import Validation
 from .warm_up import warm_up
@@ -81,18 +80,8 @@ class Trainer:
             refuse_changed_settings(config, resume_from)
         prepare_tokenizer(config, self.loader)
         self.task = build_task(config, device, mesh=self.mesh, clock=self.clock)
-        torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
-        model = self.task.build_model()
-        self.lora_facts = prepare_weights(model, config, resume_from)
-        parallelize(model, self.mesh, config)
-        # DeepSpeed casts and shards the model, so weights must be final; the EMA copies what DeepSpeed made.
-        self.engine = Engine(
-            model,
-            build_optimizer(model, config.optimizer),
-            config=config.deepspeed,
-            micro_batch=config.micro_batch,
-            gradient_clipping=config.optimizer.gradient_clipping,
-        )
+        built = build_engine(self.task, config, self.mesh, resume_from)
+        self.engine, self.lora_facts = built.engine, built.lora_facts
         self.ema = EMA(self.engine, config.ema)
         self.validation = Validation(config, self.engine, self.task, validation_loader, self.mesh)
         self.guard = StepGuard(config.guards)
@@ -127,7 +116,7 @@ class Trainer:
                     attempt=attempt.number,
                 )
                 notes = first_notes(config, self.loader, self.saver.schedule, resume_from, data_changed=data_changed)
-                self.tracker.note("\n".join(notes))
+                self.tracker.note("\n".join([*notes, *built.notes]))
                 write_provenance(config, data_fingerprint=self.loader.fingerprint)
             # Last: up to here, a signal ends the process at once.
             self.requests = Requests(self.run_dir, timeout_seconds=config.deepspeed.timeout_seconds)
