@@ -74,7 +74,8 @@ def test_a_change_of_weights_that_cannot_be_made_again_is_refused() -> None:
 def run_program(root: Path, cases: dict[str, list[str]]) -> list[dict[str, Any]]:
     (root / "cases.json").write_text(json.dumps(cases))
     program = [sys.executable, str(Path(__file__).with_name("sharded_program.py")), str(root)]
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    # What is freed goes back to the machine at once, so that what is held can be seen.
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     answer = subprocess.run(program, capture_output=True, text=True, check=False, env=env)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return json.loads((root / "found.json").read_text())
@@ -108,4 +109,4 @@ def test_models_are_the_same_and_take_no_more_memory_than_their_pieces(
         peak = rank["peak"]
         # A quarter of what the whole model has in float32, and a few parameters on their way.
         assert peak["pieces"] < 0.26 * peak["whole"]
-        assert peak["peak"] < 0.75 * peak["whole"]
+        assert peak["peak"] < peak["pieces"] + 2 * peak["largest"]

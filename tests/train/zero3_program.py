@@ -58,6 +58,10 @@ def train(zero: int, leaves: bool, policy: ActivationPolicy, node_shards: int | 
         latents, timestep, text = inputs(10 * step + dist.get_rank())
         loss = (engine(latents, timestep, text) - latents.sin()).square().mean()
         engine.backward(loss, is_last=True)
+        # A step makes them old.
+        found["second copies"] = sum(
+            getattr(each, "ds_secondary_tensor", None) is not None for each in dit.parameters()
+        )
         found["norms"].append(float(engine.step(1e-2).grad_norm))
         ema.update(step + 1)
         found["losses"].append(loss.item())
@@ -74,7 +78,6 @@ def train(zero: int, leaves: bool, policy: ActivationPolicy, node_shards: int | 
     everyone: list[Any] = [None] * WORLD
     dist.all_gather_object(everyone, sums)
     found["weights"] = {name: sum(part.get(name, 0.0) for part in everyone) for name in engine.parameter_shapes}
-    found["second copies"] = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in dit.parameters())
     engine.destroy()
     return found
 
