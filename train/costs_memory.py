@@ -53,8 +53,11 @@ class StepMemory:
         return {name: size for name, size in (*self.held.items(), *passing.items()) if size > 0}
 
     def _passing(self) -> dict[str, int]:
-        moments = [self.training, {"encoding clips": self.encoding}, {"gradients in fp32": self.updating}]
-        return dict(max(moments, key=lambda parts: sum(parts.values())))
+        passing = self.training
+        for moment in ({"encoding clips": self.encoding}, {"gradients in fp32": self.updating}):
+            if sum(moment.values()) > sum(passing.values()):
+                passing = moment
+        return dict(passing)
 
 
 def step_memory(config: TrainConfig, counts: ParameterCounts, bucket: Bucket, world_size: int) -> StepMemory:
