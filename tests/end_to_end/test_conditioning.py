@@ -1,8 +1,6 @@
 """Runs under conditions and of one expert: the same losses on any number of processes, and the same after an interruption."""
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from safetensors.torch import load_file
 from muybridge.models.dit import DiT
 from muybridge.models.pipeline_folder import write_model_index
 from muybridge.models.weights import save_model
-from muybridge.tests.patience import PATIENCE
+from muybridge.tests.conftest import Command
 from muybridge.train.config import load_train_config
 
 Runs = tuple[Path, dict[str, dict[str, Any]]]
@@ -28,8 +26,7 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_run: list[str],
     tiny_umt5: Path,
-    launcher: Callable[[int], list[str]],
-    command_env: dict[str, str],
+    launch: Command,
 ) -> Runs:
     """A folder of finished runs, and what became of each: two processes first, then one."""
     root = tmp_path_factory.mktemp("conditioned")
@@ -59,14 +56,11 @@ def runs(
         "other form": ["steps=9", f"run_dir={root / 'clean-w1'}"],
     }
     found: dict[str, dict[str, Any]] = {}
-    program = str(Path(__file__).with_name("train_program.py"))
+    program = Path(__file__).with_name("train_program.py")
     for processes, plan in ((2, two), (1, one)):
         overrides = {name: [*tiny_run, *short, f"run_dir={root / name}", *more] for name, more in plan.items()}
         (root / "plan.json").write_text(json.dumps(overrides))
-        command = [*launcher(processes), program, str(root / "plan.json"), str(root / "found.json")]
-        done = subprocess.run(
-            command, env=command_env, capture_output=True, text=True, timeout=400 * PATIENCE, check=False
-        )
+        done = launch(processes, program, root / "plan.json", root / "found.json")
         assert done.returncode == 0, done.stdout + done.stderr
         found |= json.loads((root / "found.json").read_text())
     return root, found

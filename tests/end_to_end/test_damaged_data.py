@@ -12,6 +12,7 @@ import pytest
 
 from muybridge.data.config import DataConfig, build_buckets
 from muybridge.data.loader import VideoLoader
+from muybridge.tests.conftest import Command
 from muybridge.tests.end_to_end.clip_folders import cut, garbled, small_video, write_folder
 from muybridge.tests.end_to_end.damaged_decoder import CRASHES, HANGS
 from muybridge.tests.patience import PATIENCE
@@ -55,8 +56,7 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
     folders: Path,
     tiny_run: list[str],
-    launcher: Callable[[int], list[str]],
-    command_env: dict[str, str],
+    launch: Command,
 ) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     """A folder of runs, and what became of them on each rank."""
     root = tmp_path_factory.mktemp("runs")
@@ -84,15 +84,8 @@ def runs(
         ]
         decoder = str(Path(__file__).with_name("damaged_decoder.py"))
         (root / "plan.json").write_text(json.dumps({"decoding program": decoder, "runs": planned}))
-        program = str(Path(__file__).with_name("sample_program.py"))
-        answer = subprocess.run(
-            [*launcher(world), program, str(root / "plan.json"), str(root / "found.json")],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=command_env,
-            timeout=250 * PATIENCE,
-        )
+        program = Path(__file__).with_name("sample_program.py")
+        answer = launch(world, program, root / "plan.json", root / "found.json")
         assert answer.returncode == 0, answer.stdout + answer.stderr
         found |= json.loads((root / "found.json").read_text())
     return root, found

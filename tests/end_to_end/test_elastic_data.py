@@ -18,6 +18,7 @@ from muybridge.data.buckets import BucketConfig
 from muybridge.data.config import DataConfig, DatasetConfig, build_buckets
 from muybridge.data.loader import VideoLoader
 from muybridge.data.raw_clips import RawClips
+from muybridge.tests.conftest import Command
 from muybridge.tests.end_to_end.clip_folders import cut, picture, video, write_folder
 from muybridge.tests.patience import PATIENCE
 from muybridge.train.checkpoint_folder import committed_checkpoints
@@ -79,6 +80,7 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
     datasets: Path,
     tiny_run: list[str],
+    launch: Command,
     launcher: Callable[[int], list[str]],
     command_env: dict[str, str],
 ) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
@@ -98,18 +100,16 @@ def runs(
             settings = ["deepspeed=zero1", "micro_batch=2", "data.workers=1"]
             parts.append(planned("reference", root / "reference", settings, {}))
         (root / "plan.json").write_text(json.dumps({"decoding program": None, "runs": parts}))
-        program = Path(__file__).with_name("sample_program.py")
-        command = [*launcher(part["processes"]), str(program), str(root / "plan.json"), str(root / "found.json")]
-        log = root / f"{name}.log"
-        with open(log, "w") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=command_env)
-            if part["interruption"].get("how") == "kill":
+        program = [Path(__file__).with_name("sample_program.py"), root / "plan.json", root / "found.json"]
+        if part["interruption"].get("how") == "kill":
+            log = root / f"{name}.log"
+            with open(log, "w") as out:
+                command = [*launcher(part["processes"]), *program]
+                process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=command_env)
                 kill_when(root / "history" / "waiting", process, log)
-                continue
-            try:
-                assert process.wait(timeout=200 * PATIENCE) == 0, log.read_text()
-            finally:
-                kill_family(process)
+            continue
+        done = launch(part["processes"], *program)
+        assert done.returncode == 0, done.stdout + done.stderr
         found |= json.loads((root / "found.json").read_text())
     return root, found
 
@@ -117,11 +117,13 @@ def runs(
 def kill_when(reached: Path, launcher: subprocess.Popen[bytes], log: Path) -> None:
     """Kills the launcher, its ranks and their decoders once there is a file."""
     deadline = time.monotonic() + 200 * PATIENCE
-    while not reached.exists():
-        assert launcher.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
-    kill_family(launcher)
+    try:
+        while not reached.exists():
+            assert launcher.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+    finally:
+        kill_family(launcher)
 
 
 def kill_family(launcher: subprocess.Popen[bytes]) -> None:

@@ -1,8 +1,6 @@
 """LoRA runs: the same at any stage and world size, taken up again exactly, on no other weights, and with files that say it all."""
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from muybridge.models.lora import LoRALinear, lora_factors, merge_lora
 from muybridge.models.lora_files import read_lora
 from muybridge.models.text_to_video import TextToVideoModel
 from muybridge.scripts.sample_sources import RunSource
+from muybridge.tests.conftest import Command
 from muybridge.train.checkpoint_folder import committed_checkpoints
 from muybridge.train.config import read_config
 from muybridge.train.fragments import read_run_state, read_weights
@@ -39,8 +38,7 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_run: list[str],
     toy_folder: Path,
-    launcher: Callable[[int], list[str]],
-    command_env: dict[str, str],
+    launch: Command,
 ) -> Runs:
     """A folder of finished runs, and what became of each: two processes first, then one."""
     root = tmp_path_factory.mktemp("lora")
@@ -86,10 +84,8 @@ def runs(
         (root / "plan.json").write_text(
             json.dumps({name: [*tiny_run, *shared, f"run_dir={root / name}", *own] for name, own in plan.items()})
         )
-        program = [str(Path(__file__).with_name("train_program.py")), str(root / "plan.json"), str(root / "found.json")]
-        answer = subprocess.run(
-            [*launcher(world), *program], capture_output=True, text=True, check=False, env=command_env
-        )
+        program = Path(__file__).with_name("train_program.py")
+        answer = launch(world, program, root / "plan.json", root / "found.json")
         assert answer.returncode == 0, answer.stdout + answer.stderr
         found |= {f"{name}@{world}": fate for name, fate in json.loads((root / "found.json").read_text()).items()}
     return root, found

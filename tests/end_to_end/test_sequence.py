@@ -2,15 +2,13 @@
 
 import json
 import math
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from muybridge.tests.conftest import Command
 from muybridge.tests.end_to_end.clip_folders import cut, picture, video, write_folder
-from muybridge.tests.patience import PATIENCE
 from muybridge.train.checkpoint import LEDGER_NAME
 from muybridge.train.checkpoint_folder import committed_checkpoints
 
@@ -21,8 +19,7 @@ STEPS, GLOBAL_BATCH = 8, 3
 def runs(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_run: list[str],
-    launcher: Callable[[int], list[str]],
-    command_env: dict[str, str],
+    launch: Command,
 ) -> tuple[Path, dict[str, dict[str, Any]]]:
     """The folder of the runs, and what became of each."""
     root = tmp_path_factory.mktemp("sequence")
@@ -52,10 +49,8 @@ def runs(
         "stream": [*shared, "data.access=stream", f"run_dir={root / 'stream'}"],
     }
     (root / "plan.json").write_text(json.dumps(plan))
-    program = [str(Path(__file__).with_name("train_program.py")), str(root / "plan.json"), str(root / "found.json")]
-    answer = subprocess.run(
-        [*launcher(2), *program], capture_output=True, text=True, check=False, env=command_env, timeout=200 * PATIENCE
-    )
+    program = Path(__file__).with_name("train_program.py")
+    answer = launch(2, program, root / "plan.json", root / "found.json")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return root, json.loads((root / "found.json").read_text())
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from muybridge.scripts.prepare import main as prepare
 from muybridge.scripts.report_times import Spent, read_run_times
+from muybridge.tests.conftest import Command
 from muybridge.tests.patience import PATIENCE
 from muybridge.tests.wandb_files import wait_until_written, wandb_records, wandb_rows
 from muybridge.train.attempts import KILLED
@@ -57,8 +58,7 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_run: list[str],
     toy_folder: Path,
-    launcher: Callable[[int], list[str]],
-    command_env: dict[str, str],
+    launch: Command,
 ) -> tuple[Path, dict[str, dict[str, Any]]]:
     """A folder of finished runs, and what became of each: two processes first, then one."""
     root = tmp_path_factory.mktemp("runs")
@@ -101,10 +101,8 @@ def runs(
         (root / "plan.json").write_text(
             json.dumps({name: [*tiny_run, f"run_dir={root / name}", *own] for name, own in plan.items()})
         )
-        program = [str(Path(__file__).with_name("train_program.py")), str(root / "plan.json"), str(root / "found.json")]
-        answer = subprocess.run(
-            [*launcher(world), *program], capture_output=True, text=True, check=False, env=command_env
-        )
+        program = Path(__file__).with_name("train_program.py")
+        answer = launch(world, program, root / "plan.json", root / "found.json")
         assert answer.returncode == 0, answer.stdout + answer.stderr
         found |= {f"{name}@{world}": fate for name, fate in json.loads((root / "found.json").read_text()).items()}
     return root, found
@@ -317,7 +315,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(
 ) -> None:
     assert 12 <= story["step at the kill"] < STORY_STEPS
     assert story["finished code"] == 0, story["finished"]
-    timing = {"samples_per_second", "unix_seconds", "attempt"}
+    timing = {"samples_per_second", "model_tflops_per_second", "unix_seconds", "attempt"}
     expected, got = (
         [
             {name: value for name, value in row.items() if name not in timing and "seconds_per_step" not in name}
