@@ -184,17 +184,23 @@ def parallel_faults(config: "TrainConfig") -> list[str]:
 
 
 def engine_faults(config: "TrainConfig") -> list[str]:
-    """The engine against what it is to move."""
-    if config.deepspeed.offload_optimizer and config.optimizer.kind is OptimizerKind.muon:
-        return [
+    """What the engine does with weights and optimizer against what others do with them."""
+    found, engine = [], config.deepspeed
+    if engine.offload_optimizer and config.optimizer.kind is OptimizerKind.muon:
+        found.append(
             "optimizer.kind=muon must be adamw with deepspeed.offload_optimizer=true: pieces of matrices travel between GPUs"
-        ]
-    if config.deepspeed.zero == 3 and config.fp8.is_on and config.activations.policy is not ActivationPolicy.block:
-        return [
+        )
+    if config.compile.enabled and engine.zero == 3 and config.lora.is_on:
+        found.append(
+            "compile.enabled=true must be false with deepspeed.zero=3 and a LoRA: where weights are frozen, ZeRO 3 gathers each part "
+            "of a block by itself, which no graph of a whole block can hold"
+        )
+    if config.fp8.is_on and engine.zero == 3 and config.activations.policy is not ActivationPolicy.block:
+        found.append(
             f"activations.policy={config.activations.policy.name} must be block with fp8.recipe={config.fp8.recipe.name} and "
             "deepspeed.zero=3: torchao keeps the gathered weights of each block until its backward"
-        ]
-    return []
+        )
+    return found
 
 
 def reliability_faults(config: "TrainConfig") -> list[str]:

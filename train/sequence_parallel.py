@@ -83,7 +83,8 @@ class _SplitBlocks:
         own = x.narrow(dim, first, min(count, x.shape[dim] - first))
         if missing := count - own.shape[dim]:
             return F.pad(own, (0, 0) * (x.dim() - 1 - dim) + (0, missing))
-        return own.clone()  # a view would keep the tokens of all processes alive until the backward
+        # A view would keep the tokens of all processes alive until the backward, and one sample's strides would compile anew.
+        return own.clone(memory_format=torch.contiguous_format)
 
     def _own_layout(self, layout: TokenLayout, length: int) -> TokenLayout:
         """The layout of this process's tokens; made once for each that the model keeps."""

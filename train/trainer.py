@@ -171,7 +171,8 @@ class Trainer:
         if not self.config.compile.enabled or not isinstance(self.task, TextToVideoTask):
             return True
         try:
-            for _ in warm_up(self.engine, self.task, self.buckets, **self.validation.inputs()):
+            for name in warm_up(self.engine, self.task, self.buckets, **self.validation.inputs()):
+                self.attempt.shape_name = name
                 self.watchdog.enter(Phase.warm_up, self.step)
                 self.requests.check()
         except StopAgreed:

@@ -86,6 +86,14 @@ MISTAKES = {
         ["task=video_vae", "data.access=raw", "parallel.sequence=2"],
         "parallel.sequence=2 must be 1 with task=video_vae",
     ),
+    "matrices on the host": (
+        ["optimizer.kind=muon", "deepspeed=zero2", "deepspeed.offload_optimizer=true"],
+        "optimizer.kind=muon must be adamw with deepspeed.offload_optimizer=true",
+    ),
+    "gathered weights kept for float8": (
+        ["deepspeed=zero3", "deepspeed.precision=bf16", "fp8.recipe=rowwise", "fp8.min_width=64"],
+        "activations.policy=none must be block with fp8.recipe=rowwise and deepspeed.zero=3",
+    ),
     "every block, but not quite": (["activations.every=1"], "activations.every=1 must be at least 2"),
     "nothing to move to the host": (
         ["activations.offload=true"],
