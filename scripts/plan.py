@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..slurm.sweep import parse
+from ..train.activation_choice import choose_policy
 from ..train.activations import ActivationPolicy
 from ..train.compose import ConfigFaults, compose_config, fault_message
 from ..train.config import TaskKind, TrainConfig, load_train_config
 from ..train.cost_rates import Cluster
-from ..train.costs_memory import cheapest_policy
 from ..train.costs_run import Conditions
 from ..train.gpus import GPUS, gpu_named
 from ..train.memory import parameter_counts
@@ -142,8 +142,8 @@ def read_settings(overrides: list[str]) -> tuple[PlanConfig, TrainConfig]:
     if faults:
         raise ValueError(fault_message(faults))
     if config.task is TaskKind.text_to_video and config.activations.policy is ActivationPolicy.auto:
-        policy = cheapest_policy(config, world, place.cluster().gpu.memory_bytes)
-        config = dataclasses.replace(config, activations=dataclasses.replace(config.activations, policy=policy))
+        activations, _ = choose_policy(config, world, place.cluster().gpu.memory_bytes)
+        config = dataclasses.replace(config, activations=activations)
     return place, config
 
 

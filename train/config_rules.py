@@ -192,8 +192,8 @@ def engine_faults(config: "TrainConfig") -> list[str]:
         )
     if config.compile.enabled and engine.zero == 3 and config.lora.is_on:
         found.append(
-            "compile.enabled=true must be false with deepspeed.zero=3 and a LoRA: where weights are frozen, ZeRO 3 gathers each part "
-            "of a block by itself, which no graph of a whole block can hold"
+            "compile.enabled=true must be false with deepspeed.zero=3 and a LoRA: where weights are frozen, ZeRO 3 gathers each "
+            "part of a block by itself, which no graph of a whole block can hold"
         )
     if config.fp8.is_on and engine.zero == 3 and config.activations.policy is not ActivationPolicy.block:
         found.append(

@@ -1,7 +1,7 @@
 """Bytes that one process holds on its GPU while it trains on clips of one shape, by part; pure functions of the settings."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..data.buckets import Bucket
 from ..data.config import Access
@@ -14,7 +14,7 @@ from .activations import ActivationPolicy
 from .config import TaskKind, TrainConfig
 from .engine_config import Precision, stage3_settings
 from .gpus import GIB
-from .memory import OFFLOADED, ParameterCounts, bytes_per_process, parameter_counts
+from .memory import OFFLOADED, ParameterCounts, bytes_per_process
 
 # Estimates, to be replaced by measurements: CUDA context, cuBLAS and cuDNN workspaces, NCCL's buffers, Triton's modules.
 CONTEXT_BYTES = 2 * GIB
@@ -144,13 +144,3 @@ def _encoding_bytes(config: TrainConfig, bucket: Bucket) -> int:
 
 # From what costs no time to what saves most memory.
 POLICIES = (ActivationPolicy.none, ActivationPolicy.selective, ActivationPolicy.every_k, ActivationPolicy.block)
-
-
-def cheapest_policy(config: TrainConfig, world_size: int, memory_bytes: int) -> ActivationPolicy:
-    """What `activations.policy=auto` is on GPUs of that memory: the first of `POLICIES` that fits in all buckets, or the last."""
-    counts, buckets = parameter_counts(config), config.buckets(world_size)
-    for policy in POLICIES:
-        chosen = replace(config, activations=replace(config.activations, policy=policy))
-        if all(step_memory(chosen, counts, bucket, world_size).peak <= memory_bytes for bucket in buckets):
-            return policy
-    return POLICIES[-1]
