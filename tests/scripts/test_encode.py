@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
@@ -26,6 +23,7 @@ from muybridge.data.shards import DatasetWriter
 from muybridge.models.text import text_fingerprint
 from muybridge.models.vae.folder import load_vae, vae_fingerprint
 from muybridge.scripts import cli
+from muybridge.tests.conftest import Command
 from muybridge.train.config import load_train_config
 from muybridge.train.tasks import TextToVideoTask
 
@@ -225,11 +223,11 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_missing(
     small_shards: None,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    command_env: dict[str, str],
+    launch: Command,
 ) -> None:
     one = [setting for setting in settings if not setting.startswith("validation")]
-    command = [sys.executable, "-c", KILLED, *one]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=command_env, timeout=100)
+    (tmp_path / "killed.py").write_text(KILLED)
+    answer = launch(0, tmp_path / "killed.py", *one)
     assert answer.returncode == -signal.SIGKILL, answer.stderr
     written = contents(tmp_path / "latents")
     assert len([name for name in written if name.endswith(".tar")]) == 2
@@ -378,7 +376,7 @@ def test_a_folder_with_something_else_is_left_alone(
 
 
 def test_training_reads_what_was_encoded_and_refuses_what_is_stale(
-    settings: list[str], tiny_umt5: Path, tmp_path: Path, muybridge: Callable[..., subprocess.CompletedProcess[str]]
+    settings: list[str], tiny_umt5: Path, tmp_path: Path, muybridge: Command
 ) -> None:
     frozen = ["text.kind=umt5", f"text.path={tiny_umt5}", "text.max_tokens=12", "deepspeed=zero0", "steps=2"]
     run = [setting for setting in [*settings, *frozen] if not setting.startswith("run_dir")]

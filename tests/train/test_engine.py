@@ -1,9 +1,6 @@
 """The engine, the average and the checkpoints at every ZeRO stage, at one and two processes; runs engine_program.py."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from muybridge.tests.conftest import Command
 from muybridge.train.fragments import read_weights
 
 FP32 = [f"fp32-{zero}" for zero in range(4)]
@@ -20,14 +18,11 @@ AVERAGES = ["ema-0.8", "ema-0.3"]  # (1 + t) / (10 + t) is below 0.3 for two ste
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, launch: Command) -> Path:
     """The folder into which both programs wrote; the second loads what the first one saved."""
     root = tmp_path_factory.mktemp("engine")
     for world in WORLDS:
-        program = [str(Path(__file__).with_name("engine_program.py")), str(root)]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-        env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        answer = subprocess.run([*launcher, *program], capture_output=True, text=True, check=False, env=env)
+        answer = launch(world, Path(__file__).with_name("engine_program.py"), root)
         assert answer.returncode == 0, answer.stdout + answer.stderr
     return root
 

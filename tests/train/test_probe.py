@@ -2,21 +2,20 @@
 
 import json
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from muybridge.tests.conftest import Command
+
 HOST = socket.gethostname()
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, command_env: dict[str, str]) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, launch: Command) -> Path:
     root = tmp_path_factory.mktemp("probe")
-    program = [sys.executable, str(Path(__file__).with_name("probe_program.py")), str(root)]
-    answer = subprocess.run(program, capture_output=True, text=True, check=False, env=command_env)
+    answer = launch(0, Path(__file__).with_name("probe_program.py"), root)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return root
 

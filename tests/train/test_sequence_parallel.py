@@ -1,9 +1,6 @@
 """Processes that share the tokens of a clip against one process that has them all, as sequence_program.py found them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 
 from muybridge.models.dit import DiT
 from muybridge.models.dit_config import DiTConfig
+from muybridge.tests.conftest import Command
 from muybridge.train.mesh import Axis
 from muybridge.train.sequence_parallel import split_sequence
 
@@ -37,12 +35,10 @@ LOSS, GRADIENT, WEIGHT = 1e-6, 1e-5, 1e-6
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def found(tmp_path_factory: pytest.TempPathFactory, launch: Command) -> Runs:
     """What each rank found, by the number of processes."""
     root = tmp_path_factory.mktemp("sequence")
-    program = [sys.executable, str(Path(__file__).with_name("sequence_program.py")), str(root)]
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(program, capture_output=True, text=True, check=False, env=env)
+    answer = launch(0, Path(__file__).with_name("sequence_program.py"), root)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return {world: json.loads((root / f"w{world}.json").read_text()) for world in (2, 3, 4, 6, 8)}
 

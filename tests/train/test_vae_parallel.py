@@ -1,27 +1,23 @@
 """Clips that several processes encode together against one process, as vae_program.py found them."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from muybridge.tests.conftest import Command
+
 Runs = dict[int, list[dict[str, Any]]]
 WORLDS, FRAMES = (2, 3, 4), (1, 5, 9, 17, 33)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def found(tmp_path_factory: pytest.TempPathFactory, launch: Command) -> Runs:
     """What each rank found, by the number of processes."""
     root = tmp_path_factory.mktemp("vae_parallel")
-    program = [sys.executable, str(Path(__file__).with_name("vae_program.py")), str(root)]
-    answer = subprocess.run(
-        program, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    answer = launch(0, Path(__file__).with_name("vae_program.py"), root)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return {world: json.loads((root / f"w{world}.json").read_text()) for world in WORLDS}
 

@@ -3,14 +3,13 @@
 import json
 import math
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from muybridge.tests.conftest import Command
 from muybridge.train.trainer import Trainer
 from muybridge.train.verdict import Standing, behind
 from muybridge.train.watchdog import Phase, WatchdogConfig
@@ -19,10 +18,9 @@ Facts = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, command_env: dict[str, str]) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, launch: Command) -> Path:
     root = tmp_path_factory.mktemp("watchdog")
-    program = [sys.executable, str(Path(__file__).with_name("watchdog_program.py")), str(root)]
-    answer = subprocess.run(program, capture_output=True, text=True, check=False, env=command_env)
+    answer = launch(0, Path(__file__).with_name("watchdog_program.py"), root)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return root
 
