@@ -44,7 +44,7 @@ def train(zero: int, leaves: bool, policy: ActivationPolicy, node_shards: int | 
     """Losses and norms, what a validation in the middle says, and the weights at the end as this rank holds them."""
     torch.manual_seed(0)
     dit: nn.Module = DiT(SIZES)
-    set_activation_policy(dit, ActivationsConfig(policy=policy))  # type: ignore[arg-type]
+    set_activation_policy(dit, ActivationsConfig(policy=policy))
     config = EngineConfig(zero=zero, precision=Precision.fp32, node_shards=node_shards)
     if node_shards is not None:
         for parameter in dit.parameters():
