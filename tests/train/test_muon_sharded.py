@@ -1,9 +1,6 @@
 """Muon at every ZeRO stage in worlds of one, two and three processes, against torch.optim.Muon; runs muon_program.py."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from muybridge.tests.conftest import Command
 from muybridge.train.fragments import FragmentReader, read_run_state
 
 Runs = dict[int, list[dict[str, Any]]]
@@ -23,12 +21,10 @@ MATRICES = ["0.up", "0.mix", "0.down", "1.up", "1.down"]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, launch: Command) -> Path:
     """The folder into which the program wrote."""
     root = tmp_path_factory.mktemp("muon")
-    program = [sys.executable, str(Path(__file__).with_name("muon_program.py")), str(root)]
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(program, capture_output=True, text=True, check=False, env=env)
+    answer = launch(0, Path(__file__).with_name("muon_program.py"), root)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "untested optimizer" not in answer.stdout + answer.stderr
     return root
