@@ -20,7 +20,7 @@ from muybridge.tests.slurm.cluster import Cluster
 
 STEPS = 100
 SETTINGS = [
-    *("deepspeed=zero2", f"steps={STEPS}", "global_batch=16", "micro_batch=4", "tracking.wandb=offline"),
+    *("deepspeed=zero2", f"steps={STEPS}", "global_batch=16", "micro_batch=4"),
     *("checkpoint.every_steps=10", "optimizer.warmup_steps=5"),
 ]
 NODES = ["slurm.nodes=2", "slurm.gpus_per_node=0", "slurm.processes_per_node=2", "slurm.cpus_per_process=1"]
@@ -131,7 +131,8 @@ def test_a_run_is_submitted_trains_and_is_done(uninterrupted: Run) -> None:
 def test_a_run_that_much_befalls_ends_as_if_nothing_had(
     submit: Submit, cluster: Cluster, reference: Story, tmp_path: Path
 ) -> None:
-    run = submit(tmp_path / "run", "slurm.health=false", "slurm.time=0:30:00", "slurm.lead_seconds=60")
+    tracked = ["slurm.health=false", "tracking.wandb=offline"]
+    run = submit(tmp_path / "run", *tracked, "slurm.time=0:30:00", "slurm.lead_seconds=60")
 
     # The time limit. One rank is held where it is until Slurm, which looks twice a minute, has warned.
     run.wait_for_step(10)
@@ -172,7 +173,7 @@ def test_a_run_that_much_befalls_ends_as_if_nothing_had(
     assert not [decision for life, decision in run.ends() if life == "4" and decision in ("requeue", "resubmit")]
 
     # Who submits it again later.
-    again = submit(tmp_path / "run", "slurm.health=false")
+    again = submit(tmp_path / "run", *tracked)
     assert again.job != run.job
     again.wait_for_state("COMPLETED", "FAILED")
     assert run.facts()["JobState"] == "CANCELLED"
@@ -219,7 +220,8 @@ def test_a_mistake_that_only_the_job_can_find_is_not_tried_again(
 ) -> None:
     # All ranks find it, and the first one that leaves has the others ended: the cause is told all the same.
     latents = shutil.copytree(toy_folder / "latents", tmp_path / "latents")
-    run = submit(tmp_path / "run", f"data.latents={latents}", "slurm.health=false", "slurm.options=[--hold]")
+    two = "slurm.processes_per_node=1"
+    run = submit(tmp_path / "run", f"data.latents={latents}", "slurm.health=false", "slurm.options=[--hold]", two)
     shutil.rmtree(latents)
     cluster.run(["scontrol", "release", run.job])
     run.wait_for_state("FAILED", "COMPLETED")
@@ -232,7 +234,7 @@ def test_a_mistake_that_only_the_job_can_find_is_not_tried_again(
 def test_a_run_that_ends_before_its_first_checkpoint_again_and_again_is_given_up(
     submit: Submit, cluster: Cluster, tmp_path: Path
 ) -> None:
-    run = submit(tmp_path / "run", "slurm.health=false", "restart_limit=2")
+    run = submit(tmp_path / "run", "slurm.health=false", "slurm.processes_per_node=1", "restart_limit=2")
     for life in (0, 1):
         if life:
             run.wait_for_restart(life)
