@@ -239,11 +239,14 @@ def _whole_model(config: TrainConfig, mesh: Any) -> dict[str, Any]:
 
     from ..models.dit import DiT
     from ..models.text_to_video import TextToVideoModel
+    from ..train.activations import ActivationsConfig
+    from ..train.compile_blocks import CompileConfig
     from ..train.parallelize import parallelize
 
     with torch.device("meta"):
         model = TextToVideoModel(DiT(config.model), None)
-    parallelize(model, mesh, config)
+    # Nothing depends on these, and the memory that `auto` asks for is that of the cluster.
+    parallelize(model, mesh, replace(config, activations=ActivationsConfig(), compile=CompileConfig()))
     tokens: list[int] = []
     model.transformer.blocks[0].register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
     vae = config.vae.resolved()

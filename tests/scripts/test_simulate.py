@@ -34,7 +34,7 @@ def test_pieces_that_do_not_meet_are_named() -> None:
 
 
 def test_a_sample_without_a_place_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_train_config([*SMALL, "dry_run=true"])
+    config = load_train_config([*SMALL, "parallel.sequence=1", "dry_run=true"])
     local_slots = module.Plan.local_slots
     monkeypatch.setattr(
         module.Plan,
