@@ -232,7 +232,7 @@ def build_model(config: "TrainConfig", device: "torch.device", peer: Peer | None
     if peer is not None:
         return _diffusers_model(dit, config, device, peer)
     model = TextToVideoModel(dit, None)
-    parallelize(model, build_mesh(config.parallel, device), config)
+    parallelize(model, build_mesh(config.parallel, timeout_seconds=config.deepspeed.timeout_seconds), config)
     return model
 
 

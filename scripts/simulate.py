@@ -202,13 +202,12 @@ def act_out(rank: int, processes: int, play: Callable[[], dict[str, Any]]) -> di
 
 def _start_rank(config: TrainConfig, *, whole: bool) -> dict[str, Any]:
     """What a process of the run does before its first step, and what came of it; `whole`: with the model in full."""
-    import torch
     import torch.distributed as dist
 
     from ..train.mesh import build_mesh
 
     seconds, began = {}, time.perf_counter()
-    mesh = build_mesh(config.parallel, torch.device("cpu"))
+    mesh = build_mesh(config.parallel, timeout_seconds=config.deepspeed.timeout_seconds)
     seconds["mesh"] = time.perf_counter() - began
     members = {
         axis: None if getattr(mesh, axis).group is None else dist.get_process_group_ranks(getattr(mesh, axis).group)

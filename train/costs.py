@@ -293,6 +293,8 @@ def _exchange(config: TrainConfig, clip: ClipFlops, cluster: Cluster, samples: i
     width = 2 if config.deepspeed.precision is Precision.bf16 else 4
     tokens = -(-clip.tokens // ranks)
     row = tokens * model.dim * width * (ranks - 1) / ranks
+    # Whatever a policy keeps, it keeps no results of an exchange.
+    again = 0.0 if config.activations.policy is ActivationPolicy.none else 1.0
     velocity = 4 * math.prod(model.patch_size) * model.out_channels * tokens * (ranks - 1)
-    sent = int(samples * (model.num_layers * 4 * (2 + recomputed_share(config)) * row + velocity))
+    sent = int(samples * (model.num_layers * 4 * (2 + again) * row + velocity))
     return sent / cluster.exchange_bytes_per_second(ranks), sent

@@ -54,6 +54,9 @@ def fill(parameter: Tensor, value: Tensor) -> None:
         return
     piece = value.reshape(-1)[dist.get_rank() * partition.numel() :][: partition.numel()]
     partition[: piece.numel()].copy_(piece)
+    if getattr(parameter, "ds_secondary_tensor", None) is not None:
+        # A node's copy, of the value before: forwards would read it, and those of frozen weights for ever.
+        parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
 
 
 def build_shards(optimizer: Any, names: dict[nn.Parameter, str], *, zero: int) -> list[FlatShard]:

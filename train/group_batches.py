@@ -14,30 +14,31 @@ from .mesh import Axis
 def share_batches(batches: list[VideoBatch] | None, axis: Axis, device: torch.device) -> list[VideoBatch]:
     """The batches that the first rank along the axis passes, on all of them; what the others pass is not looked at. Collective.
 
-    Frames, latents and text features come on `device`, between the GPUs of a node without a way over the host.
+    Frames, latents and text features travel between the devices. Those of a step's later micro-batches wait on the host, for the
+    step's peak of memory must not grow with their number.
     """
     if axis.group is None:
         assert batches is not None
         return batches
     source = dist.get_global_rank(axis.group, 0)
-    tensors: list[Tensor] = []
     letter: list[tuple[list[VideoBatch], list[_Content]] | None] = [None]
+    own: Iterator[Tensor] = iter(())
     if axis.is_first:
         assert batches is not None
-        contents = []
-        for batch in batches:
-            content = _Content(batch)
-            contents.append(content)
-            tensors += content.tensors(batch)
+        contents = [_Content(batch) for batch in batches]
+        own = (tensor for batch, content in zip(batches, contents, strict=True) for tensor in content.tensors(batch))
         letter = [([replace(batch, frames=None, latents=None, text=None) for batch in batches], contents)]
     dist.broadcast_object_list(letter, src=source, group=axis.group)
     assert letter[0] is not None
-    shared, contents = letter[0]
-    expected = [part for content in contents for part in content.parts]
-    if not axis.is_first:
-        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in expected]
-    arrived = iter([_broadcast(tensor.to(device), source, axis.group) for tensor in tensors])
-    return [content.fill(batch, arrived) for batch, content in zip(shared, contents, strict=True)]
+    shared: list[VideoBatch] = []
+    for batch, content in zip(*letter[0], strict=True):
+        arrived = []
+        for shape, dtype in content.parts:
+            tensor = next(own).to(device) if axis.is_first else torch.empty(shape, dtype=dtype, device=device)
+            dist.broadcast(tensor := tensor.contiguous(), src=source, group=axis.group)
+            arrived.append(tensor.cpu() if shared else tensor)
+        shared.append(content.fill(batch, iter(arrived)))
+    return shared
 
 
 def each_shared(batches: Iterator[VideoBatch], axis: Axis, device: torch.device) -> Iterator[VideoBatch]:
@@ -77,9 +78,3 @@ class _Content:
             latents=next(tensors) if self.has_latents else None,
             text=None if self.text_lengths is None else list(next(tensors).split(self.text_lengths)),
         )
-
-
-def _broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup) -> Tensor:
-    tensor = tensor.contiguous()
-    dist.broadcast(tensor, src=source, group=group)
-    return tensor

@@ -5,12 +5,10 @@ DeepSpeed is never told: it sees all processes in one row, and each one's gradie
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-
-DATA, SEQUENCE = "data", "sequence"
 
 
 @dataclass
@@ -46,14 +44,20 @@ class Mesh:
     sequence: Axis
 
 
-def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
-    """The grid of all processes, `data` x `sequence`. Collective; the world size is a multiple of `config.sequence`."""
+def build_mesh(config: ParallelConfig, *, timeout_seconds: float) -> Mesh:
+    """The grid of all processes, `data` x `sequence`. Collective; the world size is a multiple of `config.sequence`.
+
+    `timeout_seconds` is what a collective of a group may take.
+    """
     world, rank, width = dist.get_world_size(), dist.get_rank(), config.sequence
-    places = {DATA: (rank // width, world // width), SEQUENCE: (rank % width, width)}
-    groups: dict[str, dist.ProcessGroup | None] = dict.fromkeys(places)
+    data: dist.ProcessGroup | None = None
+    sequence: dist.ProcessGroup | None = None
     if width > 1:
-        grid = init_device_mesh(device.type, (world // width, width), mesh_dim_names=(DATA, SEQUENCE))
-        groups = {name: grid.get_group(name) for name in places}
+        grid = torch.arange(world).view(-1, width)
+        # A new group has torch's limit and not that of the first one, which is above those of the watchdog.
+        timeout = timedelta(seconds=timeout_seconds)
+        data, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=timeout)
+        sequence, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout)
     elif world > 1:
-        groups[DATA] = dist.group.WORLD
-    return Mesh(**{name: Axis(*place, groups[name]) for name, place in places.items()})
+        data = dist.group.WORLD
+    return Mesh(Axis(rank // width, world // width, data), Axis(rank % width, width, sequence))

@@ -61,7 +61,7 @@ class Trainer:
         self.config = config
         self.attempt, self.watchdog = attempt, attempt.watchdog
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.mesh = build_mesh(config.parallel, device)
+        self.mesh = build_mesh(config.parallel, timeout_seconds=config.deepspeed.timeout_seconds)
         self.buckets = config.buckets(self.world)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"

@@ -272,7 +272,7 @@ def run_world(rank: int, folder: Path) -> None:
     deepspeed.init_distributed(dist_init_required=False)
     found: dict[str, Any] = {}
     for (data, sequence), trained in GRIDS[world].items():
-        mesh = build_mesh(ParallelConfig(sequence=sequence), torch.device("cpu"))
+        mesh = build_mesh(ParallelConfig(sequence=sequence), timeout_seconds=600)
         place = f"{data}x{sequence}"
         expected = {name: load_file(folder.parent / "w1" / f"{name}.safetensors") for name in CASES}
         if data == 1:

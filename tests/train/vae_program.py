@@ -29,7 +29,7 @@ CONFIGS = {
 
 
 def run_world(rank: int, folder: Path) -> None:
-    axis = build_mesh(ParallelConfig(sequence=dist.get_world_size()), torch.device("cpu")).sequence
+    axis = build_mesh(ParallelConfig(sequence=dist.get_world_size()), timeout_seconds=600).sequence
     found: dict[str, Any] = {}
     for name, config in CONFIGS.items():
         torch.manual_seed(0)

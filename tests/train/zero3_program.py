@@ -19,6 +19,7 @@ from muybridge.train.activations import ActivationPolicy, ActivationsConfig, set
 from muybridge.train.ema import EMA, EMAConfig
 from muybridge.train.engine import Engine, initialise_distributed, shard_parameter
 from muybridge.train.engine_config import EngineConfig, Precision
+from muybridge.train.flat_shards import fill
 from muybridge.train.optimizer import OptimizerConfig, build_optimizer
 
 WORLD, STEPS, VALIDATED_AT = 4, 3, 1
@@ -47,8 +48,11 @@ def train(zero: int, leaves: bool, policy: ActivationPolicy, node_shards: int | 
     set_activation_policy(dit, ActivationsConfig(policy=policy))
     config = EngineConfig(zero=zero, precision=Precision.fp32, node_shards=node_shards)
     if node_shards is not None:
-        for parameter in dit.parameters():
+        for parameter in dit.parameters():  # split with other values, and then given theirs, as by `init_from`
+            value = parameter.detach().clone()
+            parameter.data.zero_()
             shard_parameter(parameter, config)
+            fill(parameter, value)
     optimizer = build_optimizer(dit, OptimizerConfig(eps=1e-4))
     leaf_modules = (DiTBlock,) if leaves else ()
     engine = Engine(dit, optimizer, config=config, micro_batch=2, gradient_clipping=0.1, leaf_modules=leaf_modules)
