@@ -91,7 +91,7 @@ def test_executed_flops_are_those_that_torch_counts_with_each_policy(path: Path)
 
 
 def test_a_whole_14b_step_is_counted_to_a_thousandth() -> None:
-    config = wan("activations.policy=block", experiment="wan_14b_480p")
+    config = wan("activations.policy=block", "parallel.sequence=1", experiment="wan_14b_480p")
     model = on_meta(config.model)
     set_activation_policy(model, config.activations)
     clip = clip_flops(config, only_bucket(config))
@@ -177,7 +177,7 @@ def test_processes_that_share_a_clip_share_its_work_and_its_activations() -> Non
 
 
 def test_float8_speeds_up_wide_matmuls_and_pays_for_casts() -> None:
-    config = wan("global_batch=1", "activations.policy=none", experiment="wan_14b_480p")
+    config = wan("global_batch=1", "activations.policy=none", "parallel.sequence=1", experiment="wan_14b_480p")
     cluster, counts, bucket = Cluster(gpu_named("h100", "gpu"), 1, 1), parameter_counts(config), only_bucket(config)
     plain = step_time(config, counts, bucket, clip_flops(config, bucket), cluster)
     config.fp8.recipe = Fp8Recipe.tensorwise
@@ -212,7 +212,8 @@ def test_links_between_nodes_carry_what_leaves_a_node() -> None:
 def test_a_node_s_own_copy_of_the_weights_keeps_gathers_in_the_node() -> None:
     cluster, seconds, sent = Cluster(gpu_named("h100", "gpu"), 4, 8, network_bytes_per_second=1e9), [], []
     for shards in ("null", "8"):
-        config = wan(f"deepspeed.node_shards={shards}", experiment="wan_14b_full", processes=32)
+        shared = ("parallel.sequence=1", f"deepspeed.node_shards={shards}")
+        config = wan(*shared, experiment="wan_14b_full", processes=32)
         bucket = only_bucket(config, 32)
         time = step_time(config, parameter_counts(config), bucket, clip_flops(config, bucket), cluster)
         seconds.append(time.seconds["communication"] + time.hidden_communication)
