@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from .activations import ActivationPolicy, ActivationsConfig
 from .config import TrainConfig
+from .config_rules import engine_faults
 from .costs_memory import step_memory
 from .memory import parameter_counts
 
@@ -28,6 +29,8 @@ def choose_policy(config: TrainConfig, world_size: int, memory_bytes: int) -> tu
     rejected = ""
     for chosen in LADDER:
         changed = replace(config, activations=chosen)
+        if engine_faults(changed):  # float8 at ZeRO 3 goes with some of them only
+            continue
         needed, name = max((step_memory(changed, counts, b, world_size).peak, b.name) for b in buckets)
         room = f"{needed / GIB:.1f} GiB of {memory_bytes / GIB:.1f} GiB at the peak of {name}"
         if needed <= memory_bytes:

@@ -157,10 +157,6 @@ def process_faults(config: "TrainConfig", world_size: int) -> list[str]:
         )
     if node is not None and world_size % node:
         found.append(f"deepspeed.node_shards={node} must divide the number of processes, {world_size}")
-    if config.deepspeed.offload_optimizer and config.optimizer.kind is OptimizerKind.muon:
-        found.append(
-            "deepspeed.offload_optimizer=true must be false with optimizer.kind=muon, whose matrices are put together on the GPUs"
-        )
     return found
 
 
@@ -195,10 +191,19 @@ def engine_faults(config: "TrainConfig") -> list[str]:
             "compile.enabled=true must be false with deepspeed.zero=3 and a LoRA: where weights are frozen, ZeRO 3 gathers each "
             "part of a block by itself, which no graph of a whole block can hold"
         )
-    if config.fp8.is_on and engine.zero == 3 and config.activations.policy is not ActivationPolicy.block:
+    kept = config.activations.policy
+    if config.fp8.is_on and engine.zero == 3 and kept not in (ActivationPolicy.block, ActivationPolicy.auto):
         found.append(
-            f"activations.policy={config.activations.policy.name} must be block with fp8.recipe={config.fp8.recipe.name} and "
-            "deepspeed.zero=3: torchao keeps the gathered weights of each block until its backward"
+            f"activations.policy={kept.name} must be block or auto with fp8.recipe={config.fp8.recipe.name} and deepspeed.zero=3: "
+            "torchao keeps the gathered weights of each block until its backward"
+        )
+    if config.fp8.is_on and config.lora.is_on:
+        found.append(
+            f"fp8.recipe={config.fp8.recipe.name} must be off with a LoRA, whose layers have matmuls of their own"
+        )
+    if config.fp8.is_on and config.model.dim < config.fp8.min_width:
+        found.append(
+            f"fp8.min_width={config.fp8.min_width} must be at most model.dim={config.model.dim}, or no Linear computes in float8"
         )
     return found
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported; without it, it warns
@@ -250,5 +251,9 @@ def initialise_distributed(config: EngineConfig) -> torch.device:
             f"cannot meet the other processes at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({cause}); "
             f"{given}: is the port taken, a process missing, or a variable of another run?"
         ) from error
+    # Groups that are made later, DeepSpeed's among them, have torch's limits and not that of the first one: 10 minutes over NCCL,
+    # less than the watchdog's, which says more.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, timedelta(seconds=config.timeout_seconds))
     deepspeed.init_distributed(dist_init_required=False)
     return device

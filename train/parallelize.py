@@ -46,5 +46,7 @@ def _memory_of_the_poorest(model: nn.Module) -> int:
     if device.type == "cuda":
         own = torch.cuda.get_device_properties(device).total_memory
     else:
+        # What is left, and what the model has of it by now.
         own = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        own += sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
     return min(from_all_ranks(own))

@@ -47,3 +47,9 @@ def test_the_choice_is_given_with_its_reason(config: TrainConfig) -> None:
     assert "GiB of 80.0 GiB at the peak of 17x256x256; none would need " in words
     _, words = choose_policy(config, 8, 3 * GIB)
     assert "block with offload, which may not fit" in words
+
+
+def test_float8_at_zero_3_takes_what_it_goes_with() -> None:
+    settings = ["+experiment=wan_14b_480p", "fp8.recipe=tensorwise", "dry_run=true"]
+    chosen, _ = choose_policy(load_train_config(settings, world_size=64), 64, 10_000 * GIB)
+    assert chosen.policy.name == "block"

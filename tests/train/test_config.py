@@ -92,8 +92,9 @@ MISTAKES = {
     ),
     "gathered weights kept for float8": (
         ["deepspeed=zero3", "deepspeed.precision=bf16", "fp8.recipe=rowwise", "fp8.min_width=64"],
-        "activations.policy=none must be block with fp8.recipe=rowwise and deepspeed.zero=3",
+        "activations.policy=none must be block or auto with fp8.recipe=rowwise and deepspeed.zero=3",
     ),
+    "too narrow for float8": (["fp8.recipe=rowwise"], "fp8.min_width=1024 must be at most model.dim=192"),
     "every block, but not quite": (["activations.every=1"], "activations.every=1 must be at least 2"),
     "nothing to move to the host": (
         ["activations.offload=true"],

@@ -48,6 +48,10 @@ def test_a_node_keeps_a_copy_of_the_weights_only_where_that_is_asked_for(found: 
         assert [rank[way]["second copies"] > 0 for way in WAYS] == [False, False, False, True, True]
 
 
+def test_groups_that_deepspeed_makes_have_the_run_s_time_limit(found: list[dict[str, Any]]) -> None:
+    assert all(rank["limits"] == [4321.0, 4321.0] for rank in found)
+
+
 def test_nodes_are_of_zero_3() -> None:
     assert EngineConfig(zero=3, node_shards=8).faults("deepspeed") == []
     for config in (EngineConfig(zero=2, node_shards=8), EngineConfig(zero=3, node_shards=1)):

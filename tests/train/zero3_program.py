@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from muybridge.models.blocks import DiTBlock
@@ -22,7 +23,7 @@ from muybridge.train.engine_config import EngineConfig, Precision
 from muybridge.train.flat_shards import fill
 from muybridge.train.optimizer import OptimizerConfig, build_optimizer
 
-WORLD, STEPS, VALIDATED_AT = 4, 3, 1
+WORLD, STEPS, VALIDATED_AT, TIMEOUT_SECONDS = 4, 3, 1, 4321
 SIZES = DiTConfig(in_channels=4, out_channels=4, num_layers=2, dim=64, num_attention_heads=2, ffn_dim=96, text_dim=16)
 # The stage, whether blocks are leaves, are computed again, and how many processes a node has. The last, since its groups stay.
 CASES: dict[str, tuple[int, bool, ActivationPolicy, int | None]] = {
@@ -91,8 +92,10 @@ def run_rank(rank: int, port: int, root: Path) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    initialise_distributed(EngineConfig(zero=0, precision=Precision.fp32))
-    found = {name: train(*case) for name, case in CASES.items()}
+    initialise_distributed(EngineConfig(zero=0, precision=Precision.fp32, timeout_seconds=TIMEOUT_SECONDS))
+    found: dict[str, Any] = {name: train(*case) for name, case in CASES.items()}
+    made_later = (groups._get_data_parallel_group(), groups._get_zero_param_intra_parallel_group())
+    found["limits"] = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made_later]
     everyone: list[Any] = [None] * WORLD
     dist.all_gather_object(everyone, found)
     if rank == 0:
