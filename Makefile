@@ -11,7 +11,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 
 # torchrun, ninja and deepspeed are looked up on PATH.
 IN_VENV := PATH="$(BIN):$$PATH"
-# A suite that neither asks for a network nor lets two workers fight for the cores.
+# A suite that neither asks for a network nor lets workers fight for the cores. There are three for two cores: one waits for Slurm.
 TEST_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help install quickstart test test-faults slurm-packages wheelhouse check format gpu clean
@@ -26,7 +26,7 @@ quickstart: $(VENV)/.core-installed ## data, VAE, DiT and generated videos in ru
 	$(IN_VENV) muybridge quickstart $(ARGS)
 
 test: $(VENV)/.dev-installed ## the whole CPU test suite
-	$(IN_VENV) $(TEST_ENV) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(IN_VENV) $(TEST_ENV) python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-faults: $(VENV)/.dev-installed ## more faults done to real runs than `make test` does; minutes
 	$(IN_VENV) $(TEST_ENV) python -m pytest -n 2 --dist loadfile -m faults tests/faults $(ARGS)

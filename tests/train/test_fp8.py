@@ -1,8 +1,5 @@
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +14,7 @@ from muybridge.data.loader import VideoLoader
 from muybridge.models.dit import DiT, DiTConfig
 from muybridge.models.lora import LoRAConfig, add_lora
 from muybridge.models.text_to_video import TextToVideoModel
+from muybridge.tests.conftest import Command
 from muybridge.train import fp8
 from muybridge.train.activations import ActivationPolicy, ActivationsConfig, set_activation_policy
 from muybridge.train.config import TrainConfig, load_train_config
@@ -185,11 +183,9 @@ def test_the_loss_curve_is_that_of_full_precision(
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(tmp_path_factory: pytest.TempPathFactory, launch: Command) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("fp8")
-    program = [sys.executable, str(Path(__file__).with_name("fp8_program.py")), str(root)]
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(program, capture_output=True, text=True, check=False, env=env)
+    answer = launch(0, Path(__file__).with_name("fp8_program.py"), root)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return json.loads((root / "ranks" / "found.json").read_text())
 

@@ -2,29 +2,24 @@
 offload_program.py, whose second world is two processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from muybridge.tests.conftest import Command
 from muybridge.tests.train.test_deepspeed_contract import FACTS
 from muybridge.tests.train.test_guarded_steps import APPLIED, CALLED_OFF, NOT_FINITE
-from muybridge.train.config import load_train_config
 from muybridge.train.engine_config import EngineConfig, deepspeed_settings
 
 CASES = ["fp32-1", "fp32-3", "bf16-2"]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+def found(tmp_path_factory: pytest.TempPathFactory, launch: Command) -> dict[int, list[dict[str, Any]]]:
     """What offload_program.py found on each rank, by the number of processes."""
     root = tmp_path_factory.mktemp("offload")
-    program = [sys.executable, str(Path(__file__).with_name("offload_program.py")), str(root)]
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(program, capture_output=True, text=True, check=False, env=env)
+    answer = launch(0, Path(__file__).with_name("offload_program.py"), root)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return {world: json.loads((root / f"w{world}.json").read_text()) for world in (1, 2)}
 
@@ -87,10 +82,3 @@ def test_deepspeed_is_told_to_take_the_optimizer_that_it_is_given() -> None:
     settings = deepspeed_settings(config, micro_batch=1, gradient_clipping=1.0, largest_gather=10, elements=100)
     assert settings["zero_force_ds_cpu_optimizer"] is False
     assert settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-
-
-def test_matrices_of_muon_are_not_put_together_on_the_host(tiny_run: list[str], tmp_path: Path) -> None:
-    settings = [*tiny_run, f"run_dir={tmp_path}", "deepspeed=zero2", "deepspeed.offload_optimizer=true"]
-    assert load_train_config(settings).deepspeed.offload_optimizer
-    with pytest.raises(ValueError, match=r"offload_optimizer=true must be false with optimizer.kind=muon"):
-        load_train_config([*settings, "optimizer=muon"])

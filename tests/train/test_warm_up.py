@@ -1,22 +1,19 @@
 """The warm-up of a run's shapes: nothing compiles after it, and training goes on as if it had not been; runs warm_up_program.py."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from muybridge.tests.conftest import Command
+
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(tmp_path_factory: pytest.TempPathFactory, launch: Command) -> dict[str, Any]:
     """What rank 0 found in each case, and under "said" what it said."""
     folder = tmp_path_factory.mktemp("warm_up") / "ranks"
-    program = [sys.executable, str(Path(__file__).with_name("warm_up_program.py")), str(folder)]
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(program, capture_output=True, text=True, check=False, env=env)
+    answer = launch(0, Path(__file__).with_name("warm_up_program.py"), folder)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     facts = json.loads(answer.stdout)
     assert facts["codes"] == [0, 0], facts["said"]
