@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .embeddings import Fp32LayerNorm, compute_dtype
+from .quiet import quiet
 
 BYTES_PER_WORD = 16
 PADDING = 0
@@ -223,6 +224,10 @@ def require_text_extra(what: str) -> Any:
     try:
         import ftfy  # noqa: F401
         import transformers
+
+        # With its models it imports torchao where that is installed, which tells of kernels for other GPUs that it cannot load.
+        with quiet("torchao", "torch.utils._pytree"):
+            import transformers.modeling_utils
     except ImportError as error:
         raise ValueError(f"{what} needs transformers and ftfy: pip install 'muybridge[text]' ({error})") from error
     return transformers

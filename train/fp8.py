@@ -5,9 +5,6 @@ nothing of float8 outlives it.
 """
 
 import importlib.util
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -17,6 +14,7 @@ from torch import nn
 
 from ..models.dit import DiT
 from ..models.lora import LoRALinear
+from ..models.quiet import quiet
 
 # The tensor cores of Ada and Hopper are the first with float8.
 SMALLEST_CAPABILITY = (8, 9)
@@ -90,7 +88,7 @@ def use_fp8(dit: DiT, config: Fp8Config) -> list[str]:
             f"fp8.min_width={config.min_width}"
         )
     # Of kernels for other purposes that it cannot load, and of what torch finds old about it.
-    with _quiet("torchao", "torch.utils._pytree"):
+    with quiet("torchao", "torch.utils._pytree"):
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
         chosen = set(names)
@@ -118,17 +116,3 @@ def _padded(config_class: Any, recipe: Fp8Recipe, *, emulate: bool) -> Any:
     something, so they are padded."""
     settings = vars(config_class.from_recipe_name(recipe.value))
     return config_class(**{**settings, "pad_inner_dim": True, "emulate": emulate})
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Loggers of these names tell errors only."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

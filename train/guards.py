@@ -253,8 +253,9 @@ class StepGuard:
 
 
 def not_finite_samples(losses: Tensor, batch: VideoBatch) -> list[str]:
-    """Names the samples of a micro-batch whose losses [B] are not finite. Waits for the device."""
-    places = (~losses.isfinite()).nonzero().flatten().tolist()
+    """Names the samples of a micro-batch whose losses [B] are not finite; places of weight 0 hold ghosts, or samples that another
+    process speaks for. Waits for the device."""
+    places = (~losses.isfinite() & (batch.weights > 0)).nonzero().flatten().tolist()
     slots, datasets, rows = batch.slots.tolist(), batch.datasets.tolist(), batch.rows.tolist()
     return [
         f"slot {slots[place]} (row {rows[place]} of dataset {datasets[place]}, {batch.keys[place]!r})"

@@ -86,7 +86,7 @@ class Trainer:
         self.validation = Validation(config, self.engine, self.task, validation_loader, self.mesh)
         self.guard = StepGuard(config.guards)
         self.window = MetricsWindow(device)
-        self.slow_ranks = SlowRanks()
+        self.slow_ranks = SlowRanks(self.mesh.sequence.size)
         self.compilations: CompilationCount | None = None
         self.step = 0
         self.exported: Path | None = None  # on rank 0, at the end

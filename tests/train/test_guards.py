@@ -331,6 +331,9 @@ def test_samples_whose_loss_is_not_finite_are_named() -> None:
         "slot 1 (row 10 of dataset 0, 'clip\\x1b1')",
         "slot 3 (row 30 of dataset 0, 'clip\\x1b3')",
     ]
+    batch = video_batch(0)
+    batch.weights[1] = 0.0  # a ghost, or of a process that shares its clips with another
+    assert not_finite_samples(losses, batch) == ["slot 3 (row 30 of dataset 0, 'clip\\x1b3')"]
 
 
 def test_wrong_settings_are_named() -> None:
