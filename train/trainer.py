@@ -89,7 +89,7 @@ class Trainer:
         self.slow_ranks = SlowRanks(self.mesh.sequence.size)
         self.compilations: CompilationCount | None = None
         self.step = 0
-        self.exported: Path | None = None  # on rank 0, at the end
+        self.exported: Path | None = None  # at the end
         data_changed = resume_from is not None and self._restore(resume_from)
         self.saver = build_saver(
             self.checkpoints,
@@ -131,7 +131,7 @@ class Trainer:
             self.watchdog.enter(Phase.export, self.step)
             done = self.step >= self.config.steps
             if done:
-                self._export()
+                self.exported = on_rank_0(self._export)
             self.feed.close()
             self.requests.clear()
             for note in last_notes(self.config, step=self.step, exported=self.exported):
@@ -155,7 +155,7 @@ class Trainer:
         """The loop, up to the last step or an agreed stop, and the checkpoint of where it ends."""
         self.feed.start(self.step)
         self.saver.schedule.start(samples=self.feed.samples_before(self.step), seconds=0.0)
-        goes_on = self._warm_up() and (not self._owes_validation() or self._validate())
+        goes_on = self._warm_up() and (not self.validation.is_owed(self.step, self.tracker) or self._validate())
         self.window.begin()
         if self.tracker is not None:
             self.tracker.begin(self.step)
@@ -330,23 +330,15 @@ class Trainer:
         self._log({**row, VALIDATION_SECONDS: seconds})
         return True
 
-    def _owes_validation(self) -> bool:
-        """Whether the attempt before ended in the validation at the step of its checkpoint. Collective."""
-        is_missing = on_rank_0(lambda: self.tracker is not None and not self.tracker.has(self.step, VALIDATION_SECONDS))
-        return self.step > 0 and self.validation.is_due(self.step) and is_missing
-
     def _may_stop(self) -> None:
         # Between two clips or two steps of the sampler, which the limit of a validation is for. Raises StopAgreed.
         self.requests.check()
         self.watchdog.enter(Phase.validation, self.step)
 
-    def _export(self) -> None:
+    def _export(self) -> Path:
         """Write the EMA weights for use elsewhere, from the checkpoint: no rank has to hold what the others own."""
-        if self.rank == 0:
-            newest = committed_checkpoints(self.checkpoints)[-1]
-            clips = self.loader.every_row(self.config.micro_batch)
-            self.exported = self.task.export(self.run_dir / "model", read_weights(newest), clips)
-        dist.barrier()
+        weights = read_weights(committed_checkpoints(self.checkpoints)[-1])
+        return self.task.export(self.run_dir / "model", weights, self.loader.every_row(self.config.micro_batch))
 
     def _note(self, text: str) -> None:
         if self.tracker is not None:

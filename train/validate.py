@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from .group_batches import each_shared
 from .mesh import Mesh
-from .ranks import from_all_ranks
+from .ranks import from_all_ranks, on_rank_0
+from .tracking import VALIDATION_SECONDS, Tracker
 
 if TYPE_CHECKING:
     from ..data.loader import VideoLoader
@@ -59,6 +60,11 @@ class Validation:
         """Whether to look after so many steps."""
         every = self._config.validation.every_steps
         return every > 0 and (step % every == 0 or step == self._config.steps)
+
+    def is_owed(self, step: int, tracker: Tracker | None) -> bool:
+        """Whether the attempt before ended in the validation at the step of its checkpoint. Collective; rank 0 has a tracker."""
+        is_missing = on_rank_0(lambda: tracker is not None and not tracker.has(step, VALIDATION_SECONDS))
+        return step > 0 and self.is_due(step) and is_missing
 
     def inputs(self) -> dict[str, Any]:
         """What the model will be called with here: whether on clips, and for how many prompts at once."""
