@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         "--minutes", type=float, default=9.0, help="leave out the largest cases after this (%(default)s)"
     )
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the result (%(default)s)"
+        "--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the result (benchmarks/results)"
     )
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: plain PyTorch only, for the tests
     options = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """`muybridge bench steps`: training steps of the 1.3 B model on one CUDA GPU, ours and diffusers', and what they say of the goals.
 
 Every case is a process of its own with a limit of time, so that one that hangs or finds no memory costs nothing but itself. What
-has been measured on the same day stays: a machine that is lent for minutes takes the rest in further commands.
+has been measured on the same day stays: where time on a GPU is short, the rest follows in further commands.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--list", action="store_true", help="say what the cases are, and measure nothing")
     parser.add_argument("--minutes", type=float, default=9.0, help="of all cases together (%(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the result (%(default)s)"
+        "--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the result (benchmarks/results)"
     )
     options = parser.parse_args(argv)
     chosen = [case for case in cases() if case.group in (options.only or GROUPS) and options.match in case.name]

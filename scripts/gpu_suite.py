@@ -1,7 +1,7 @@
 """`make gpu`: what must hold and be measured on a CUDA GPU, correctness first, for a machine without a network.
 
 Writes benchmarks/results/<gpu>-<date>.json and a short table; every part's outcome is in it, failures too. `--only` runs some
-parts and adds them to the file of the same day: a machine that is lent for minutes takes the suite in several commands.
+parts and adds them to the file of the same day: where time on a GPU is short, the suite takes several commands.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", choices=PARTS, action="append", help="run these parts only; may be given again")
     parser.add_argument("--minutes", type=float, default=60.0, help="of all parts together (%(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the result (%(default)s)"
+        "--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the result (benchmarks/results)"
     )
     options = parser.parse_args(argv)
     import torch

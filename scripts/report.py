@@ -17,10 +17,11 @@ from ..train.checkpoint_folder import committed_checkpoints
 from ..train.compose import compose_config
 from .dataset_commands import console, say
 from .report_plot import report_picture
-from .report_times import AttemptTimes, RunTimes, duration, read_run_times
+from .report_times import TRAINING_PARTS, AttemptTimes, RunTimes, Spent, duration, read_run_times
 
 REPORT_NAME, PICTURE_NAME = "report.json", "report.png"
 SHOWN_ATTEMPTS = 20
+SHOWN_SHARE = 0.0005  # of a part of the training; a smaller one is 0.0 %
 
 USAGE = """\
 usage: muybridge report run=RUN_DIR [out=FOLDER]
@@ -93,6 +94,7 @@ def report_facts(run_dir: Path, times: RunTimes) -> dict[str, Any]:
         "bad_clips": _bad_clips(run_dir),
         "wall_seconds": times.wall_seconds,
         "seconds": {spent.name: round(seconds, 3) for spent, seconds in times.seconds.items()},
+        "training_seconds": {name: round(seconds, 3) for name, seconds in times.training_parts.items()},
         "effective_share": times.effective_share,
     }
 
@@ -153,6 +155,11 @@ def print_report(times: RunTimes, facts: dict[str, Any], to: Console) -> None:
     for spent, seconds in times.seconds.items():
         if seconds:
             table.add_row(spent.value, duration(seconds), f"{seconds / times.wall_seconds:.1%}")
+        if spent is Spent.training:
+            for name, part in times.training_parts.items():
+                if part >= SHOWN_SHARE * times.wall_seconds:
+                    share = f"{part / times.wall_seconds:.1%}"
+                    table.add_row(f"  {TRAINING_PARTS[name]}", duration(part), share, style="dim")
     table.add_section()
     table.add_row("from start to end" if facts["has_ended"] else "so far", duration(times.wall_seconds), "100 %")
     to.print(table)

@@ -27,6 +27,16 @@ class Spent(Enum):
     other = "anything else"
 
 
+# Of the time in training: the columns of metrics that are parts of it, and what they are called. What is left is the rest.
+TRAINING_PARTS = {
+    "vae": "frozen autoencoder",
+    "text": "text encoder",
+    "model": "forward and backward",
+    "communication": "waiting for gradients of others",
+    "optimizer": "optimizer",
+}
+
+
 @dataclass(frozen=True)
 class Span:
     """A span of time, in seconds since 1970."""
@@ -58,6 +68,9 @@ class RunTimes:
     attempts: list[AttemptTimes]
     spans: list[Span]  # in the order of time
     seconds: dict[Spent, float]
+    training_parts: dict[
+        str, float
+    ]  # seconds of rank 0 of the training that is part of the run, by the keys of TRAINING_PARTS
     lost_steps: int
     rows: list[Row]  # of metrics.jsonl
     dropped: list[Row]  # of steps that were done once more
@@ -90,7 +103,7 @@ def read_run_times(run_dir: Path) -> RunTimes:
         times.append(found)
     lost_steps = _mark_lost(times)
     spans = _spans(times)
-    return RunTimes(times, spans, _sums(times, spans), lost_steps, rows, dropped)
+    return RunTimes(times, spans, _sums(times, spans), _training_parts(times), lost_steps, rows, dropped)
 
 
 def duration(seconds: float) -> str:
@@ -278,10 +291,29 @@ def _sums(times: Sequence[AttemptTimes], spans: Iterable[Span]) -> dict[Spent, f
         seconds[span.spent] += span.end - span.begin
     open_seconds, seconds[Spent.training] = seconds[Spent.training], 0.0
     for current in times:
-        for row, steps in _training_rows(current):
-            if not any(begin < row["unix_seconds"] <= end for begin, end in current.lost):
-                waiting = row.get("data_seconds_per_step", 0.0)
-                seconds[Spent.data] += steps * waiting
-                seconds[Spent.training] += steps * (row["seconds_per_step"] - waiting)
+        for row, steps in _kept_rows(current):
+            waiting = row.get("data_seconds_per_step", 0.0)
+            seconds[Spent.data] += steps * waiting
+            seconds[Spent.training] += steps * (row["seconds_per_step"] - waiting)
     seconds[Spent.other] += max(0.0, open_seconds - seconds[Spent.training] - seconds[Spent.data])
     return seconds
+
+
+def _training_parts(times: Sequence[AttemptTimes]) -> dict[str, float]:
+    """Each part's seconds over the steps that are part of the run; without those of which no row tells."""
+    seconds: dict[str, float] = {}
+    for current in times:
+        for row, steps in _kept_rows(current):
+            for name in TRAINING_PARTS:
+                if (of_step := row.get(f"{name}_seconds_per_step")) is not None:
+                    seconds[name] = seconds.get(name, 0.0) + steps * of_step
+    return seconds
+
+
+def _kept_rows(times: AttemptTimes) -> list[tuple[Row, int]]:
+    """The rows about steps that are part of the run, each with the number of its steps."""
+    return [
+        (row, steps)
+        for row, steps in _training_rows(times)
+        if not any(begin < row["unix_seconds"] <= end for begin, end in times.lost)
+    ]

@@ -186,6 +186,7 @@ class _ProgressBar:
         facts = (
             f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3g}  lr {row['lr']:.3g}  "
             f"{row['seconds_per_step']:.3g} s/step  {row['samples_per_second']:.3g} samples/s"
+            + (f"  MFU {row['mfu']:.1%}" if "mfu" in row else "")
         )
         now = time.monotonic()
         if self._progress is not None:

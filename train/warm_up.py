@@ -42,7 +42,8 @@ def warm_up(
                 run()
     if dist.get_rank() == 0:
         seconds = time.monotonic() - began
-        done = f"compiled {count.take()} graphs for {len(runs)} shapes in {seconds:.0f} s ({', '.join(runs)})"
+        graphs, shapes = _counted(count.take(), "graph"), _counted(len(runs), "shape")
+        done = f"compiled {graphs} for {shapes} in {seconds:.0f} s ({', '.join(runs)})"
         print(f"muybridge: {done}", file=sys.stderr, flush=True)
 
 
@@ -109,6 +110,10 @@ def _sample(engine: "Engine", task: "TextToVideoTask", prompts: int) -> None:
     engine.train()
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 class _Bar:
     """A bar with ETA on rank 0's terminal; in a log file a line for each shape."""
 
@@ -139,5 +144,6 @@ class _Bar:
         if self._progress is not None:
             self._progress.update(self._task, description=name, completed=self._begun)
         elif self._is_shown:
-            print(f"muybridge: compiling {name} ({self._begun + 1} of {self._total})", file=sys.stderr, flush=True)
+            number = f"{self._begun + 1} of {self._total}"
+            print(f"muybridge: compiling {name} ({number}), which may take minutes", file=sys.stderr, flush=True)
         self._begun += 1

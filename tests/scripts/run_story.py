@@ -58,6 +58,8 @@ class RunStory:
                     "seconds_per_step": self.step_seconds,
                     "samples_per_second": 8.0,
                     "data_seconds_per_step": self.data_seconds,
+                    "model_seconds_per_step": 0.6 * self.step_seconds,
+                    "optimizer_seconds_per_step": 0.1 * self.step_seconds,
                     "skipped_steps": float(self.step % 500 == 0),
                 }
                 self._log(row)

@@ -78,6 +78,8 @@ def test_a_roll_back_and_what_it_undid(story: RunStory) -> None:
     story.train(200)
     story.end(0, "done")
     assert seconds_of(story) == {"set_up": 50, "training": 160, "data": 40, "saving": 2, "lost": 70, "other": 1}
+    # Of the 200 steps that are part of the run.
+    assert read_run_times(story.run_dir).training_parts == pytest.approx({"model": 120, "optimizer": 20})
     assert read_run_times(story.run_dir).lost_steps == 50
 
 
@@ -175,6 +177,7 @@ def test_the_command_prints_and_writes_what_a_run_that_goes_on_is_like(
         "Attempt 1 went back from step 650 to 600: the loss is [nan] now",
         "Attempt 2: CUDA error [rank 3]",
         "Attempt 3: it goes on, or was killed",
+        "  forward and backward",
         f"Wrote {tmp_path / 'out' / 'report.json'} and report.png beside it.",
     ):
         assert words in said
@@ -184,6 +187,7 @@ def test_the_command_prints_and_writes_what_a_run_that_goes_on_is_like(
     }
     assert counts == {"step": 900, "restarts": 2, "roll_backs": 1, "lost_steps": 150, "bad_clips": 1, "checkpoints": 1}
     assert facts["skipped_steps"] == 1
+    assert facts["training_seconds"] == pytest.approx({"model": 0.6 * 900, "optimizer": 0.1 * 900})
     assert not facts["has_ended"]
     assert facts["attempts"][1]["cause"] == "CUDA error [rank 3]"
     assert sum(facts["seconds"].values()) == pytest.approx(facts["wall_seconds"], rel=1e-3)

@@ -109,11 +109,12 @@ def test_a_log_file_gets_a_line_with_progress(tmp_path: Path, capsys: pytest.Cap
     tracker = make_tracker(tmp_path / "shapes")
     tracker.log(10, ROW)
     tracker.log(11, ROW)  # too soon after the first
-    tracker.log(100, ROW)
+    tracker.log(100, {**ROW, "mfu": 0.4163})
     tracker.close()
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("shapes  step 10/100  loss 0.5000  grad norm 1  lr 0.001  0.1 s/step  80 samples/s  eta ")
     assert last.startswith("shapes  step 100/100")
+    assert "80 samples/s  MFU 41.6%  eta" in last
 
 
 def test_what_the_parts_log_is_shown_while_the_run_lasts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
