@@ -1,6 +1,7 @@
 """`muybridge plan`: whether a run fits, how fast it will be and what it will cost, said before it is queued."""
 
 import dataclasses
+import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from ..train.activation_choice import choose_policy
 from ..train.activations import ActivationPolicy
 from ..train.compose import ConfigFaults, compose_config, fault_message
 from ..train.config import TaskKind, TrainConfig, load_train_config
+from ..train.config_rules import parallel_faults
 from ..train.cost_rates import Cluster
-from ..train.costs_run import Conditions
+from ..train.costs_run import Conditions, RunCosts
 from ..train.gpus import GPUS, gpu_named
 from ..train.memory import parameter_counts
 from ..train.save_schedule import GPU_HOURS_PER_FAILURE
@@ -26,7 +28,7 @@ USAGE = f"""\
 usage: muybridge plan +experiment=NAME nodes=N [gpus_per_node=8] [gpu=h100] [KEY=VALUE ...]
 
 Say of a training run, from its settings alone, whether it fits the GPUs, how long a step and the whole run take, and what it
-costs; the smallest cluster that would do; and what to change where it does not fit. Nothing is started or queued, and weights and
+costs; the fewest nodes that would do; and what to change where it does not fit. Nothing is started or queued, and weights and
 datasets need not be there.
 
   muybridge plan +experiment=wan_14b_480p nodes=8
@@ -114,6 +116,8 @@ def main(argv: list[str]) -> int:
     if written:
         say(f"Wrote {' and '.join(written)}.")
     say(f"Next: {next_command(argv, verdict)}")
+    if verdict.faster is not None:
+        say(f"Or, the fastest here: {submit_command(argv, verdict, verdict.faster)}")
     return 0
 
 
@@ -122,6 +126,7 @@ def read_settings(overrides: list[str]) -> tuple[PlanConfig, TrainConfig]:
     names = {field.name for field in dataclasses.fields(PlanConfig)}
     of_place = [text for text in overrides if _key(text) in names]
     of_run = [text for text in overrides if _key(text) not in names]
+    misspelt, of_run = _misspelt(of_run, names)
     faults: list[str] = []
     try:
         place: PlanConfig = compose_config(
@@ -129,11 +134,11 @@ def read_settings(overrides: list[str]) -> tuple[PlanConfig, TrainConfig]:
         )
     except ConfigFaults as error:
         place, faults = error.partial, error.faults
-    faults += place.faults()
+    faults += misspelt + place.faults()
     world = max(1, place.nodes) * max(1, place.gpus_per_node)
     try:
         config = load_train_config([*of_run, "dry_run=true"], world_size=world)
-        faults += batch_faults(config, world)
+        faults += batch_faults(config, max(1, place.nodes), max(1, place.gpus_per_node))
         gpu = place.cluster().gpu if not place.faults() else None
         if config.fp8.is_on and gpu is not None and gpu.fp8_flops is None:
             faults.append(f"fp8.recipe={config.fp8.recipe.name} must be off on gpu={gpu.name}, which has no float8")
@@ -147,22 +152,51 @@ def read_settings(overrides: list[str]) -> tuple[PlanConfig, TrainConfig]:
     return place, config
 
 
-def batch_faults(config: TrainConfig, world: int) -> list[str]:
+def _misspelt(overrides: list[str], names: set[str]) -> tuple[list[str], list[str]]:
+    """Settings that are almost those of a plan and none of a run's, as faults; and the others."""
+    of_run = {field.name for field in dataclasses.fields(TrainConfig)} | {"experiment", "hydra"}
+    faults, others = [], []
+    for text in overrides:
+        key = _key(text)
+        close = difflib.get_close_matches(key, sorted(names | of_run), n=1)
+        if close and close[0] in names and key not in of_run:
+            faults.append(f"{key} is not a setting of a plan, did you mean {close[0]}?")
+        else:
+            others.append(text)
+    return faults, others
+
+
+def batch_faults(config: TrainConfig, nodes: int, gpus_per_node: int) -> list[str]:
     """A batch that so many processes cannot share evenly: some would compute for nothing at every step."""
+    world = nodes * gpus_per_node
     groups = config.data_groups(world)
     at_once = config.micro_batch * groups
     if config.global_batch % at_once == 0:
         return []
     below, above = config.global_batch // at_once * at_once, -(-config.global_batch // at_once) * at_once
     nearest = [f"global_batch={value}" for value in (below, above) if value]
-    per_group = [size for size in range(1, groups + 1) if config.global_batch % (config.micro_batch * size) == 0]
-    if per_group:
-        nearest.append(f"{max(per_group) * config.parallel.sequence} processes")
+    for width in range(config.parallel.sequence + 1, gpus_per_node + 1):
+        wider = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sequence=width))
+        if gpus_per_node % width == 0 and not parallel_faults(wider) and _closes(wider, world):
+            nearest.append(f"parallel.sequence={width}")
+            break
+    whole = [size for size in range(1, nodes) if _closes(config, size * gpus_per_node)]
+    inside = [size for size in range(1, gpus_per_node) if _closes(config, size)]
+    if whole:
+        nearest.append(f"nodes={max(whole)}")
+    elif inside:
+        nearest.append(f"{'nodes=1 ' if nodes > 1 else ''}gpus_per_node={max(inside)}")
     who = "processes" if config.parallel.sequence == 1 else f"groups of {config.parallel.sequence} processes"
     return [
         f"global_batch={config.global_batch} must be a multiple of {at_once}, micro_batch={config.micro_batch} x {groups} {who}, "
         f"or some of them compute for nothing (nearest: {', or '.join(nearest)})"
     ]
+
+
+def _closes(config: TrainConfig, world: int) -> bool:
+    """Whether so many processes make whole groups, and these whole micro-batches of a batch."""
+    is_whole = world % config.parallel.sequence == 0
+    return is_whole and config.global_batch % (config.micro_batch * config.data_groups(world)) == 0
 
 
 def write_plan(place: PlanConfig, verdict: Verdict, facts: dict[str, object]) -> list[str]:
@@ -189,18 +223,24 @@ def write_plan(place: PlanConfig, verdict: Verdict, facts: dict[str, object]) ->
 
 def next_command(argv: list[str], verdict: Verdict) -> str:
     """What to type now: to queue what fits, or to plan again with what would."""
-    names = {field.name for field in dataclasses.fields(PlanConfig)}
-    rest = [text for text in argv if _key(text) not in names]
-    cluster = verdict.asked.cluster
     if verdict.asked.fits:
-        size = [f"slurm.nodes={cluster.nodes}"]
-        size += [f"slurm.gpus_per_node={cluster.gpus_per_node}"] if cluster.gpus_per_node != 8 else []
-        return " ".join(["muybridge submit", *rest, *size])
+        return submit_command(argv, verdict, verdict.asked)
     if verdict.fastest is None:
         return "a larger cluster or GPUs with more memory; see the tables above"
     changed = verdict.changes_to(verdict.fastest)
     kept = [text for text in argv if _key(text) not in {_key(change) for change in changed}]
     return " ".join(["muybridge plan", *kept, *changed])
+
+
+def submit_command(argv: list[str], verdict: Verdict, costs: RunCosts) -> str:
+    """What to type to queue one of the rows."""
+    changed = verdict.changes_to(costs)
+    gone = {field.name for field in dataclasses.fields(PlanConfig)} | {_key(change) for change in changed}
+    rest = [text for text in argv if _key(text) not in gone]
+    cluster = costs.cluster
+    size = [f"slurm.nodes={cluster.nodes}"]
+    size += [f"slurm.gpus_per_node={cluster.gpus_per_node}"] if cluster.gpus_per_node != 8 else []
+    return " ".join(["muybridge submit", *rest, *changed, *size])
 
 
 def _key(text: str) -> str:

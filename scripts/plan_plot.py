@@ -1,13 +1,13 @@
-"""The picture of a plan: what the memory of a process and the time of a step go into, for each bucket."""
+"""The picture of a plan: what the memory of a process and the time of the GPUs go into, for each bucket."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..train.costs_run import RunCosts
+from ..train.costs_run import BucketCosts, RunCosts
 from ..train.gpus import GIB
-from .plan_report import cluster_words
+from .plan_report import cluster_words, number
 from .plan_verdict import Verdict
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ PALETTE = (
     "#5f6b7a", "#9aa3b2", "#d3d7dd", "#a0522d", "#d8a78a",
 )  # fmt: skip
 MOST_BARS = 10
+# Parts that are smaller in every bar have no name: GiB, and share of the longest bar of times.
+NAMED_GIB, NAMED_SHARE = 0.3, 0.004
 
 
 def plan_picture(verdict: Verdict, path: Path) -> None:
@@ -43,13 +45,13 @@ def plan_picture(verdict: Verdict, path: Path) -> None:
 
 def _outcome(asked: RunCosts) -> str:
     verb = "fits" if asked.fits else "does not fit"
-    speed = "" if asked.step_seconds is None else f", {asked.step_seconds:.3g} s a step, MFU {asked.mfu:.0%}"
+    speed = "" if asked.step_seconds is None else f", {number(asked.step_seconds)} s a step, MFU {asked.mfu:.0%}"
     return f"{verb}, {asked.peak / GIB:.0f} of {asked.cluster.gpu.memory_gib:.0f} GiB{speed}"
 
 
 def _runs(verdict: Verdict) -> list[tuple[str, RunCosts]]:
     runs = [("as asked", verdict.asked)]
-    others = {"fastest here": verdict.fastest, "fewest GPUs": verdict.smallest, "does not fit": verdict.too_large}
+    others = {"fastest here": verdict.fastest, "fewest nodes": verdict.smallest, "does not fit": verdict.too_large}
     for name, costs in others.items():
         if costs is not None and costs is not verdict.asked and (changes := verdict.changes_to(costs)):
             runs.append((f"{name}:\n" + "\n".join(changes), costs))
@@ -59,7 +61,7 @@ def _runs(verdict: Verdict) -> list[tuple[str, RunCosts]]:
 def _draw_memory(axes: Axes, verdict: Verdict, runs: list[tuple[str, RunCosts]]) -> None:
     bars = [(_bucket_label(one.bucket.name, verdict), one.memory.parts) for one in verdict.asked.buckets[:MOST_BARS]]
     bars += [(words, costs.worst.memory.parts) for words, costs in runs[1:]]
-    _stack(axes, [(words, {name: size / GIB for name, size in parts.items()}) for words, parts in bars])
+    _stack(axes, [(words, {name: size / GIB for name, size in parts.items()}) for words, parts in bars], NAMED_GIB)
     limit = verdict.asked.cluster.gpu.memory_gib
     axes.axvline(limit, color=LIMIT, linewidth=1.5)
     axes.set_xlim(0, max(axes.get_xlim()[1], 1.08 * limit))
@@ -71,34 +73,37 @@ def _draw_memory(axes: Axes, verdict: Verdict, runs: list[tuple[str, RunCosts]])
 
 
 def _draw_times(axes: Axes, verdict: Verdict, runs: list[tuple[str, RunCosts]]) -> None:
-    bars = [
-        (_bucket_label(one.bucket.name, verdict), one.time.seconds)
-        for one in verdict.asked.buckets[:MOST_BARS]
-        if one.time is not None
-    ]
-    bars += [(words, costs.worst.time.seconds) for words, costs in runs[1:] if costs.worst.time is not None]
-    _stack(axes, bars)
-    axes.set_xlabel("seconds of a step, predicted", color=INK)
+    # Of a clip and a GPU: seconds of a step would be no comparison between clusters of different sizes.
+    asked = verdict.asked
+    bars = [(_bucket_label(one.bucket.name, verdict), _gpu_seconds(asked, one)) for one in asked.buckets[:MOST_BARS]]
+    bars += [(words, _gpu_seconds(costs, costs.worst)) for words, costs in runs[1:]]
+    _stack(axes, bars, NAMED_SHARE * max(sum(parts.values()) for _, parts in bars))
+    axes.set_xlabel("GPU-seconds of a clip, predicted", color=INK)
+
+
+def _gpu_seconds(costs: RunCosts, one: BucketCosts) -> dict[str, float]:
+    assert one.time is not None
+    return {name: value * costs.cluster.world / one.bucket.global_batch for name, value in one.time.seconds.items()}
 
 
 def _bucket_label(name: str, verdict: Verdict) -> str:
     return f"as asked:\n{name}" if len(verdict.asked.buckets) > 1 else f"as asked\n({name})"
 
 
-def _stack(axes: Axes, bars: list[tuple[str, dict[str, float]]]) -> None:
-    """Horizontal bars of parts, the first on top; parts that are hardly to be seen have no name."""
+def _stack(axes: Axes, bars: list[tuple[str, dict[str, float]]], named: float) -> None:
+    """Horizontal bars of parts, the first on top; parts below `named` in every bar have no name."""
     names = list(dict.fromkeys(name for _, parts in bars for name in parts))
     whole = max(sum(parts.values()) for _, parts in bars)
     places = range(len(bars))
     left = [0.0] * len(bars)
     for name, colour in zip(names, (PALETTE * 2)[: len(names)], strict=True):
         sizes = [parts.get(name, 0.0) for _, parts in bars]
-        label = name if max(sizes) > 0.004 * whole else None
+        label = name if max(sizes) > named else None
         axes.barh(places, sizes, left=left, color=colour, height=0.6, label=label)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     for place, total in zip(places, left, strict=True):
         axes.annotate(
-            f"{total:.3g}", (total, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK,
+            number(total), (total, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     axes.set_yticks(places, [words for words, _ in bars], fontsize=8)

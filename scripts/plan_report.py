@@ -10,13 +10,16 @@ from rich.text import Text
 from ..train.cost_rates import Cluster
 from ..train.costs_run import RunCosts
 from ..train.gpus import GIB
-from .plan_verdict import Verdict, reason
+from .plan_search import SPARE, has_room
+from .plan_verdict import Verdict, advice, reason
 from .report_times import duration
 
 SHOWN_BUCKETS = 12
 SHOWN_CHANGES = 12
-# Above this share of the memory, the formulas' own error decides.
-BARELY = 0.95
+# An effective time above this needs no mention.
+ALL = 0.9995
+# Parts of a step below this share of it are not shown.
+SHOWN_SHARE = 0.001
 
 
 def print_plan(verdict: Verdict, facts: dict[str, Any], to: Console) -> None:
@@ -34,6 +37,8 @@ def print_plan(verdict: Verdict, facts: dict[str, Any], to: Console) -> None:
         to.print(_time_table(asked))
         to.print(_run_table(asked, facts["asked"]))
     to.print(_what_fits_table(verdict))
+    if words := advice(verdict):
+        to.print(words, markup=False, soft_wrap=True)
     if verdict.too_large is not None:
         changed = " ".join(verdict.changes_to(verdict.too_large))
         what = f"With {changed} it" if changed else "What was asked for"
@@ -86,18 +91,20 @@ def _time_table(costs: RunCosts) -> Table:
     for bucket, _, _ in shown:
         table.add_column(f"{bucket.name}\nbatch {bucket.global_batch}", justify="right", no_wrap=True)
     rows: dict[str, list[str]] = {}
+    times = [time for _, _, time in shown if time is not None]
+    counted = {name for time in times for name, value in time.seconds.items() if value >= SHOWN_SHARE * time.total}
     for _, clip, time in shown:
         assert clip is not None
         assert time is not None
         figures = {
-            "tokens of a clip": f"{clip.tokens}",
-            "TFLOP of a clip, forward and backward": f"{clip.model / 1e12:.4g}",
-            "  encoding its video": f"{clip.vae / 1e12:.4g}",
-            "  encoding its text": f"{clip.text / 1e12:.4g}",
-            **{f"{name}, s": _seconds(value) for name, value in time.seconds.items()},
-            "whole step, s": _seconds(time.total),
-            "(communication that is hidden, s)": _seconds(time.hidden_communication),
-            "(sent by a process, GB)": f"{time.communicated_bytes / 1e9:.3g}",
+            "tokens of a clip": f"{clip.tokens:,}",
+            "TFLOP of a clip, forward and backward": number(clip.model / 1e12),
+            "  encoding its video": number(clip.vae / 1e12),
+            "  encoding its text": number(clip.text / 1e12),
+            **{f"{name}, s": number(value) for name, value in time.seconds.items() if name in counted},
+            "whole step, s": number(time.total),
+            "(communication that is hidden, s)": number(time.hidden_communication),
+            "(sent by a process, GB)": number(time.communicated_bytes / 1e9),
             "MFU": f"{time.mfu:.1%}",
             "tokens/s of all GPUs": f"{time.tokens_per_second:,.0f}",
             "places without a sample": f"{time.idle_share:.1%}",
@@ -116,18 +123,18 @@ def _run_table(costs: RunCosts, facts: dict[str, Any]) -> Table:
     table.add_column("", justify="right")
     assert costs.step_seconds is not None
     rows = {
-        "steps, samples": f"{costs.config.steps}, {costs.samples:,.0f}",
+        "steps, samples": f"{costs.config.steps:,}, {costs.samples:,.0f}",
         "computing": duration(costs.config.steps * costs.step_seconds),
         "with checkpoints and failures": duration(costs.wall_seconds),
-        "GPU hours": f"{costs.gpu_hours:,.0f}",
-        "price": "" if facts["price"] is None else f"{facts['price']:,.0f}",
-        "checkpoint": f"{costs.checkpoint_bytes / 1e9:.1f} GB, stands still {costs.checkpoint_blocking_seconds:.2g} s, "
+        "GPU hours": number(costs.gpu_hours),
+        "price": "" if facts["price"] is None else number(facts["price"]),
+        "checkpoint": f"{number(costs.checkpoint_bytes / 1e9)} GB, stands still {number(costs.checkpoint_blocking_seconds)} s, "
         f"on the disk after {duration(costs.checkpoint_write_seconds)}",
-        "memory of a node for all this": f"{costs.host_bytes / GIB:.1f} GiB",
+        "host memory of a node, for copies of the states": f"{_gib(costs.host_bytes)} GiB",
         "a checkpoint every": duration(costs.checkpoint_seconds_apart),
         "a failure every": duration(costs.seconds_between_failures),
-        "failures expected": f"{costs.failures:.2g}",
-        "effective time": f"{costs.effective_share:.1%}",
+        "failures expected": number(costs.failures) if costs.failures >= 0.01 else "",
+        "effective time": f"{costs.effective_share:.1%}" if costs.effective_share < ALL else "",
     }
     for name, words in rows.items():
         if words:
@@ -138,22 +145,22 @@ def _run_table(costs: RunCosts, facts: dict[str, Any]) -> Table:
 def _what_fits_table(verdict: Verdict) -> Table:
     table = Table(title=f"What fits {verdict.asked.cluster.gpu.memory_gib:.1f} GiB", title_justify="left")
     table.add_column("", overflow="fold")
-    for name in ("GPUs", "peak\nGiB", "host\nGiB", "s/step", "GPU\nhours"):
+    for name in ("GPUs", "peak\nGiB", "host\nGiB", "s/step", "days", "GPU\nhours"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = {
         "as asked": verdict.asked,
         "fastest here": verdict.fastest,
-        "fewest GPUs": verdict.smallest,
+        "fewest nodes": verdict.smallest,
         "also": verdict.too_large if verdict.too_large is not verdict.asked else None,
     }
     for name, costs in rows.items():
         if costs is None:
-            if name in ("fastest here", "fewest GPUs"):
-                table.add_row(f"{name}: none found", "", "", "", "", "")
+            if name != "also":
+                table.add_row(f"{name}: none with {SPARE:.0%} to spare")
             continue
-        times = "", ""
+        times = "", "", ""
         if costs.step_seconds is not None:
-            times = _seconds(costs.step_seconds), f"{costs.gpu_hours:,.0f}"
+            times = number(costs.step_seconds), number(costs.wall_seconds / 86400), number(costs.gpu_hours)
         words = "\n  ".join([f"{name}: {_fit_words(costs)}", *verdict.changes_to(costs)])
         table.add_row(Text(words), str(costs.cluster.world), _gib(costs.peak), _gib(costs.host_bytes), *times)
     return table
@@ -162,20 +169,19 @@ def _what_fits_table(verdict: Verdict) -> Table:
 def _fit_words(costs: RunCosts) -> str:
     if not costs.fits:
         return "does not fit"
-    return "fits barely" if costs.peak > BARELY * costs.cluster.gpu.memory_bytes else "fits"
+    return "fits" if has_room(costs) else "fits barely"
 
 
 def _changes_table(verdict: Verdict) -> Table:
-    table = Table(title="What one change gains", title_justify="left")
-    table.add_column("change", overflow="fold")
-    for name in ("less GiB", "peak GiB", "s/step", ""):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table = Table(title="What each of these alone gains", title_justify="left")
+    table.add_column("settings", overflow="fold")
+    for name in ("less GiB", "peak GiB", "s/step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("then", no_wrap=True)
     for texts, costs in verdict.changes[:SHOWN_CHANGES]:
-        seconds = "" if costs.step_seconds is None else _seconds(costs.step_seconds)
+        seconds = "" if costs.step_seconds is None else number(costs.step_seconds)
         gained = _gib(verdict.asked.peak - costs.peak)
-        table.add_row(
-            Text("\n".join(texts)), gained, _gib(costs.peak), seconds, _fit_words(costs) if costs.fits else ""
-        )
+        table.add_row(Text("\n".join(texts)), gained, _gib(costs.peak), seconds, f"it {_fit_words(costs)}")
     return table
 
 
@@ -190,7 +196,7 @@ def _print_measured(measured: list[dict[str, Any]], to: Console) -> None:
         memory = ("", "", "")
         if one["peak_gib"] is not None:
             memory = f"{one['peak_gib']:.1f}", f"{one['predicted_peak_gib']:.1f}", f"{one['memory_error']:+.1%}"
-        times = f"{one['seconds']:.4g}", f"{one['predicted_seconds']:.4g}", f"{one['time_error']:+.1%}"
+        times = number(one["seconds"]), number(one["predicted_seconds"]), f"{one['time_error']:+.1%}"
         table.add_row(Text(one["name"]), Text(one["device"]), *times, *memory)
     to.print(table)
 
@@ -205,8 +211,11 @@ def without_nan(value: Any) -> Any:
 
 
 def _gib(size: int | None) -> str:
-    return "" if size is None else f"{size / GIB:.1f}"
+    return "" if size is None else f"{size / GIB:,.1f}"
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.3g}" if value >= 1e-4 else "0"
+def number(value: float) -> str:
+    """Three digits, or all of a larger number; 0 for what is next to nothing."""
+    if value < 1e-4:
+        return "0"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

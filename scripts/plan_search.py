@@ -8,7 +8,7 @@ from ..data.config import Access
 from ..models.diffusion.conditioning import ConditioningForm
 from ..train.activations import ActivationPolicy
 from ..train.config import TaskKind, TrainConfig
-from ..train.config_rules import parallel_faults, process_faults
+from ..train.config_rules import engine_faults, parallel_faults, process_faults
 from ..train.cost_rates import Cluster
 from ..train.costs import ClipFlops
 from ..train.costs_memory import POLICIES
@@ -17,6 +17,8 @@ from ..train.memory import ParameterCounts
 
 # Times that differ by less are the same to a prediction.
 ALIKE = 1.02
+# Of the memory, what a recommendation leaves free: PyTorch's cache has gaps, and no formula here has been checked to the GiB.
+SPARE = 0.05
 # Nodes that are tried when the smallest cluster is looked for.
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -79,18 +81,18 @@ class Search:
         return run_costs(config, self.counts, cluster, self.conditions, self._flops)
 
     def fastest_that_fits(self, cluster: Cluster) -> RunCosts | None:
-        """The fastest choice on these GPUs; None where none fits, or the batch does not close with any.
+        """The fastest choice that leaves `SPARE` of these GPUs; None where none does, or the batch does not close with any.
 
         Of those that hardly differ, the one that changes least.
         """
-        fitting = [costs for choice in self._choices(cluster) if (costs := self.costs(cluster, choice)).fits]
+        fitting = [costs for choice in self._choices(cluster) if has_room(costs := self.costs(cluster, choice))]
         best = min((costs.step_seconds or 0.0 for costs in fitting), default=0.0)
         close = [costs for costs in fitting if (costs.step_seconds or 0.0) <= ALIKE * best]
         before = Choice.of(self.config)
         return min(close, key=lambda costs: len(Choice.of(costs.config).overrides(before)), default=None)
 
     def smallest_that_fits(self, cluster: Cluster) -> RunCosts | None:
-        """The same on the fewest GPUs, in nodes as large as those of `cluster`."""
+        """The same on the fewest nodes, each as large as those of `cluster`."""
         for smaller in self.clusters(cluster):
             if found := self.fastest_that_fits(smaller):
                 return found
@@ -103,11 +105,8 @@ class Search:
         )
 
     def clusters(self, cluster: Cluster) -> Iterator[Cluster]:
-        """From one GPU up, in parts of a node, then whole nodes."""
-        inside = [size for size in range(1, cluster.gpus_per_node) if cluster.gpus_per_node % size == 0]
-        for gpus in inside:
-            yield replace(cluster, nodes=1, gpus_per_node=gpus)
-        for nodes in NODES:
+        """From one node up: what a machine has besides is paid for with its GPUs."""
+        for nodes in sorted({*NODES, cluster.nodes}):
             yield replace(cluster, nodes=nodes)
 
     def single_changes(self, asked: RunCosts) -> list[tuple[list[str], RunCosts]]:
@@ -126,12 +125,14 @@ class Search:
         # A clip's known frames are encoded for each draw of them.
         can_cache = self.config.conditioning.form is not ConditioningForm.channels
         if self.config.task is TaskKind.text_to_video and data.access is not Access.latents and can_cache:
-            cached = replace(self.config, data=replace(data, access=Access.latents))
-            costs = run_costs(cached, self.counts, cluster, self.conditions, self._flops)
-            tried.append((["data.access=latents"], costs))
+            latents = data.latents or "latents"
+            cached = replace(self.config, data=replace(data, access=Access.latents, latents=latents))
+            if not cached.faults(cluster.world):
+                costs = run_costs(cached, self.counts, cluster, self.conditions, self._flops)
+                tried.append((["data.access=latents", *([] if data.latents else [f"data.latents={latents}"])], costs))
         for nodes in (2 * cluster.nodes, 4 * cluster.nodes):
             more = replace(cluster, nodes=nodes)
-            if _closes(self.config, more):
+            if self.can_be(more, before):
                 tried.append(([f"nodes={nodes}"], self.costs(more)))
         better = [(texts, costs) for texts, costs in tried if costs.peak < asked.peak]
         return sorted(better, key=lambda one: one[1].peak)
@@ -155,18 +156,20 @@ class Search:
         )
         for (policy, inputs), sequence, zero, offload, micro in combinations:
             choice = Choice(policy, inputs, sequence, zero, offload, micro)
-            config = choice.applied_to(self.config)
             is_in_node = cluster.gpus_per_node % sequence == 0 or choice == asked
-            if is_in_node and not _faults(config, cluster) and _closes(config, cluster):
+            if is_in_node and self.can_be(cluster, choice):
                 yield choice
 
+    def can_be(self, cluster: Cluster, choice: Choice) -> bool:
+        """Whether training takes these settings on so many GPUs, and a step's samples fill all places."""
+        config = choice.applied_to(self.config)
+        # Of all rules, those that a choice can break: the others go through files.
+        own = [*config.activations.faults("activations"), *config.deepspeed.faults("deepspeed")]
+        if own or process_faults(config, cluster.world) or parallel_faults(config) or engine_faults(config):
+            return False
+        return config.global_batch % (config.micro_batch * config.data_groups(cluster.world)) == 0
 
-def _faults(config: TrainConfig, cluster: Cluster) -> list[str]:
-    """What a choice breaks of the rules that a run's settings have to keep."""
-    own = [*config.activations.faults("activations"), *config.deepspeed.faults("deepspeed")]
-    return own + process_faults(config, cluster.world) + parallel_faults(config)
 
-
-def _closes(config: TrainConfig, cluster: Cluster) -> bool:
-    """Whether a step's samples fill the places that so many processes have for them."""
-    return config.global_batch % (config.micro_batch * config.data_groups(cluster.world)) == 0
+def has_room(costs: RunCosts) -> bool:
+    """Whether it fits with something to spare."""
+    return costs.peak <= (1 - SPARE) * costs.cluster.gpu.memory_bytes

@@ -11,7 +11,7 @@ from ..train.costs_run import BucketCosts, RunCosts
 from ..train.gpus import GIB
 from ..train.memory import bytes_per_process
 from .plan_measured import Measured
-from .plan_search import Choice, Search
+from .plan_search import ALIKE, Choice, Search
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Verdict:
     asked: RunCosts
     # The fastest choice of settings on the same GPUs; None where none fits.
     fastest: RunCosts | None
-    # On the fewest GPUs; None where none fits on as many as are looked at.
+    # On the fewest nodes; None where none fits on as many as are looked at.
     smallest: RunCosts | None
     # The nearest that does not fit: less saving on the same GPUs, or fewer GPUs with all there is to save.
     too_large: RunCosts | None
@@ -35,6 +35,14 @@ class Verdict:
             if getattr(other.cluster, name) != getattr(self.asked.cluster, name):
                 changed.append(f"{name}={getattr(other.cluster, name)}")
         return changed
+
+    @property
+    def faster(self) -> RunCosts | None:
+        """The fastest on the same GPUs, where what was asked for fits and takes longer."""
+        asked, fastest = self.asked, self.fastest
+        if not asked.fits or fastest is None or asked.step_seconds is None or fastest.step_seconds is None:
+            return None
+        return fastest if asked.step_seconds > ALIKE * fastest.step_seconds else None
 
 
 def verdict_of(search: Search, cluster: Cluster) -> Verdict:
@@ -52,8 +60,9 @@ def _too_large(search: Search, asked: RunCosts, smallest: RunCosts | None) -> Ru
     if asked.config.task is TaskKind.text_to_video:
         before = Choice.of(search.config)
         for policy in reversed(POLICIES):
-            costs = search.costs(asked.cluster, replace(before, policy=policy, offload_inputs=False))
-            if not costs.fits:
+            choice = replace(before, policy=policy, offload_inputs=False)
+            costs = search.costs(asked.cluster, choice)
+            if not costs.fits and search.can_be(asked.cluster, choice):
                 return costs
     last = None
     for smaller in search.clusters(asked.cluster):
@@ -61,6 +70,22 @@ def _too_large(search: Search, asked: RunCosts, smallest: RunCosts | None) -> Ru
             break
         last = search.least_memory(smaller) or last
     return last
+
+
+def advice(verdict: Verdict) -> str:
+    """What is slow about the run as asked for, in a sentence; nothing where there is nothing to say."""
+    asked, faster = verdict.asked, verdict.faster
+    width, node = asked.config.parallel.sequence, asked.cluster.gpus_per_node
+    words = []
+    if asked.cluster.nodes > 1 and node % width:
+        words.append(
+            f"parallel.sequence={width} crosses nodes of {node} GPUs: each layer waits for the network between them"
+        )
+    if faster is not None and asked.step_seconds and faster.step_seconds:
+        changed = " ".join(verdict.changes_to(faster))
+        times = asked.step_seconds / faster.step_seconds
+        words.append(f"{changed} is {times:.2f} times as fast on the same GPUs")
+    return "; ".join(words) + "." if words else ""
 
 
 def reason(costs: RunCosts) -> str:

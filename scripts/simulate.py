@@ -66,8 +66,16 @@ def main(argv: list[str]) -> int:
     _print(checks, options.processes)
     if not all(check.ok for check in checks):
         return ExitCode.failed
-    say(f"Next: muybridge plan {shlex.join(options.overrides)} (does it fit, how fast is it)")
+    say(
+        f"Next: muybridge plan {shlex.join(options.overrides)} {cluster_words(options.processes)} (does it fit, how fast is it)"
+    )
     return 0
+
+
+def cluster_words(processes: int) -> str:
+    """So many processes as settings of a plan: in nodes of 8, or of the next number below that divides them."""
+    node = max(size for size in range(1, 9) if processes % size == 0)
+    return f"nodes={processes // node} gpus_per_node={node}"
 
 
 def simulate(config: TrainConfig, processes: int) -> list[Check]:

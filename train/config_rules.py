@@ -171,8 +171,10 @@ def parallel_faults(config: "TrainConfig") -> list[str]:
     if config.task is TaskKind.video_vae:
         return [f"parallel.sequence={width} must be 1 with task=video_vae"]
     if width > heads:
+        near = max(size for size in range(1, heads + 1) if width % size == 0)  # divides the processes as well
         found.append(
-            f"parallel.sequence={width} must be at most model.num_attention_heads={heads}: they share the heads"
+            f"parallel.sequence={width} must be at most model.num_attention_heads={heads}: they share the heads (nearest: "
+            f"parallel.sequence={near})"
         )
     if config.data.access is Access.stream:
         found.append(f"parallel.sequence={width} must be 1 with data.access=stream")

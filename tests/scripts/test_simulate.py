@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from muybridge.scripts import simulate as module
-from muybridge.scripts.simulate import act_out, check_slots, chosen_ranks, main, simulate
+from muybridge.scripts.simulate import act_out, check_slots, chosen_ranks, cluster_words, main, simulate
 from muybridge.train.config import load_train_config
 
 SMALL = ["+experiment=wan_14b_480p", "model.num_layers=2", "data.frames=17", "data.height=64", "data.width=128"]
@@ -61,3 +61,8 @@ def test_processes_that_cannot_be_divided_are_refused() -> None:
 def test_the_chosen_ranks_lie_on_both_sides_of_a_border() -> None:
     assert chosen_ranks(64, 8) == [0, 1, 31, 32, 62, 63]
     assert chosen_ranks(2, 1) == [0, 1]
+
+
+def test_the_plan_that_comes_next_has_as_many_processes() -> None:
+    found = [cluster_words(processes) for processes in (1024, 12, 7)]
+    assert found == ["nodes=128 gpus_per_node=8", "nodes=2 gpus_per_node=6", "nodes=1 gpus_per_node=7"]
