@@ -159,7 +159,7 @@ def _misspelt(overrides: list[str], names: set[str]) -> tuple[list[str], list[st
     for text in overrides:
         key = _key(text)
         close = difflib.get_close_matches(key, sorted(names | of_run), n=1)
-        if close and close[0] in names and key not in of_run:
+        if close and close[0] in names and key.partition(".")[0] not in of_run:
             faults.append(f"{key} is not a setting of a plan, did you mean {close[0]}?")
         else:
             others.append(text)
