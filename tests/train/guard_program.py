@@ -5,8 +5,6 @@ Torch and DeepSpeed are imported once; the ranks of each world are forks of this
 """
 
 import json
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from muybridge.data.batch import VideoBatch
-from muybridge.tests.ports import unused_port
 from muybridge.tests.train.deepspeed_facts import check_contract
+from muybridge.tests.train.forked_world import run_world
 from muybridge.tests.train.guarded_net import (
     GLOBAL_BATCH,
     are_equal,
@@ -27,8 +25,7 @@ from muybridge.tests.train.guarded_net import (
     sample_losses,
     train_step,
 )
-from muybridge.train.engine import initialise_distributed
-from muybridge.train.engine_config import EngineConfig, Precision
+from muybridge.train.engine_config import Precision
 from muybridge.train.guards import GuardConfig, SpikePolicy, StepGuard
 from muybridge.train.model_hash import differing_ranks, model_fingerprint
 
@@ -145,12 +142,8 @@ def video_batch(step: int, places: list[int]) -> VideoBatch:
     )
 
 
-def run_rank(rank: int, world: int, port: int, root: Path) -> None:
-    """One process of a world, from its start to its report."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    initialise_distributed(EngineConfig(zero=0, precision=Precision.fp32))
+def find() -> dict[str, Any]:
+    """What one rank has to tell."""
     cases = {f"fp32-{zero}": (zero, Precision.fp32) for zero in range(4)}
     cases |= {f"bf16-{zero}": (zero, Precision.bf16) for zero in (1, 2, 3)}
     found: dict[str, Any] = {
@@ -161,27 +154,12 @@ def run_rank(rank: int, world: int, port: int, root: Path) -> None:
         }
         for name, case in cases.items()
     }
-    found["guard"] = run_step_guard()
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, found)
-    if rank == 0:
-        (root / f"w{world}.json").write_text(json.dumps(everyone))
-    dist.barrier()
-    os._exit(0)  # gloo's worker threads can abort a process that finalises Python after its work is done
+    return {**found, "guard": run_step_guard()}
 
 
 def main(root: Path) -> None:
-    torch.set_num_threads(1)
-    fork = multiprocessing.get_context("fork")
     for world in WORLDS:
-        port = unused_port()
-        ranks = [fork.Process(target=run_rank, args=(rank, world, port, root)) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            sys.exit(f"a world of {world} ended with {[process.exitcode for process in ranks]}")
+        run_world(find, world=world, out=root / f"w{world}.json")
 
 
 if __name__ == "__main__":

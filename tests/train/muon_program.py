@@ -4,11 +4,9 @@ for test_muon_sharded.py to judge.
 Torch and DeepSpeed are imported once; the ranks of each world are forks of this process.
 """
 
-import json
-import multiprocessing
-import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from muybridge.tests.ports import unused_port
 from muybridge.tests.train.checkpoint_parts import save_at_once
+from muybridge.tests.train.forked_world import run_world
 from muybridge.train.ema import EMA, EMAConfig
-from muybridge.train.engine import Engine, initialise_distributed
+from muybridge.train.engine import Engine
 from muybridge.train.engine_config import EngineConfig, Precision
 from muybridge.train.fragments import FragmentReader, load_checkpoint
 from muybridge.train.muon import is_block_matrix
@@ -175,33 +173,14 @@ def run_reference(path: Path, clipping: float) -> None:
     save_file(found, path)
 
 
-def run_rank(rank: int, world: int, port: int, root: Path) -> None:
-    """One process of a world, from its start to its report."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    initialise_distributed(EngineConfig(zero=0, precision=Precision.fp32))
-    found = {name: run_case(name, root, world) for name in CASES}
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, found)
-    if rank == 0:
-        (root / f"w{world}.json").write_text(json.dumps(everyone))
-    dist.barrier()
-    os._exit(0)  # gloo's worker threads can abort a process that finalises Python after its work is done
+def find(root: Path, world: int) -> dict[str, Any]:
+    """What one rank has to tell."""
+    return {name: run_case(name, root, world) for name in CASES}
 
 
 def main(root: Path) -> None:
-    torch.set_num_threads(1)
-    fork = multiprocessing.get_context("fork")
     for world in WORLDS:
-        port = unused_port()
-        ranks = [fork.Process(target=run_rank, args=(rank, world, port, root)) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            sys.exit(f"a world of {world} ended with {[process.exitcode for process in ranks]}")
+        run_world(partial(find, root, world), world=world, out=root / f"w{world}.json")
     run_reference(root / "fp32.safetensors", 0.0)
     run_reference(root / "clipped.safetensors", CLIPPING)
 

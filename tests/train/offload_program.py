@@ -3,24 +3,21 @@
 The ranks of each world are forks of this process, as in guard_program.py, whose steps and whose look at DeepSpeed it repeats.
 """
 
-import json
-import multiprocessing
-import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from muybridge.tests.ports import unused_port
 from muybridge.tests.train.checkpoint_parts import save_at_once
 from muybridge.tests.train.deepspeed_facts import check_contract
+from muybridge.tests.train.forked_world import run_world
 from muybridge.tests.train.guard_program import run_guarded_steps
 from muybridge.tests.train.guarded_net import build, held, train_step, whole
 from muybridge.train.ema import EMA
-from muybridge.train.engine import Engine, initialise_distributed
-from muybridge.train.engine_config import EngineConfig, Precision
+from muybridge.train.engine import Engine
+from muybridge.train.engine_config import Precision
 from muybridge.train.fragments import load_checkpoint
 
 WORLDS = (1, 2)
@@ -95,12 +92,8 @@ def run_elsewhere(root: Path) -> list[float]:
     return norms
 
 
-def run_rank(rank: int, world: int, port: int, root: Path) -> None:
-    """One process of a world, from its start to its report."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    initialise_distributed(EngineConfig(zero=0, precision=Precision.fp32))
+def find(root: Path, world: int) -> dict[str, Any]:
+    """What one rank has to tell."""
     names = list(CASES) if world == 2 else ["fp32-1"]
     found: dict[str, Any] = {name: compare(*CASES[name], root / f"{name}-w{world}") for name in names}
     if world == 2:
@@ -108,26 +101,12 @@ def run_rank(rank: int, world: int, port: int, root: Path) -> None:
         for name, case in CASES.items():
             found[name]["steps"] = run_guarded_steps(*case, on_host=True)
             found[name]["contract"] = check_contract(*case, on_host=True)
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, found)
-    if rank == 0:
-        (root / f"w{world}.json").write_text(json.dumps(everyone))
-    dist.barrier()
-    os._exit(0)  # gloo's worker threads can abort a process that finalises Python after its work is done
+    return found
 
 
 def main(root: Path) -> None:
-    torch.set_num_threads(1)
-    fork = multiprocessing.get_context("fork")
     for world in WORLDS:
-        port = unused_port()
-        ranks = [fork.Process(target=run_rank, args=(rank, world, port, root)) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            sys.exit(f"a world of {world} ended with {[process.exitcode for process in ranks]}")
+        run_world(partial(find, root, world), world=world, out=root / f"w{world}.json")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ Called with a folder that has cases.json: by the name of a case, the overrides o
 """
 
 import json
-import multiprocessing
-import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from muybridge.models.blocks import DiTBlock
 from muybridge.models.dit import DiT
 from muybridge.models.dit_config import DiTConfig
-from muybridge.tests.ports import unused_port
+from muybridge.tests.train.forked_world import run_world
 from muybridge.tests.train.guarded_net import are_equal
 from muybridge.train.config import TrainConfig, load_train_config
 from muybridge.train.drawn_weights import build_one_by_one
-from muybridge.train.engine import Engine, initialise_distributed, shard_parameter
-from muybridge.train.engine_config import EngineConfig, Precision
+from muybridge.train.engine import Engine, shard_parameter
+from muybridge.train.engine_config import EngineConfig
 from muybridge.train.flat_shards import full_shape
 from muybridge.train.optimizer import build_optimizer
 from muybridge.train.sharded_model import build_model
@@ -117,33 +116,16 @@ def _kilobytes(name: str) -> int:
     return int(line.split()[1])
 
 
-def run_rank(rank: int, world: int, port: int, root: Path) -> None:
-    """One process, from its start to its report."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    initialise_distributed(EngineConfig(zero=0, precision=Precision.fp32))
+def find(root: Path) -> dict[str, Any]:
+    """What one rank has to tell."""
     found: dict[str, Any] = {"peak": peak_bytes()}
     for name, overrides in json.loads((root / "cases.json").read_text()).items():
         found[name] = compare(overrides)
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, found)
-    if rank == 0:
-        (root / "found.json").write_text(json.dumps(everyone))
-    dist.barrier()
-    os._exit(0)  # gloo's worker threads can abort a process that finalises Python after its work is done
+    return found
 
 
 def main(root: Path) -> None:
-    torch.set_num_threads(1)
-    fork, port = multiprocessing.get_context("fork"), unused_port()
-    ranks = [fork.Process(target=run_rank, args=(rank, WORLD, port, root)) for rank in range(WORLD)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    if any(process.exitcode for process in ranks):
-        sys.exit(f"the ranks ended with {[process.exitcode for process in ranks]}")
+    run_world(partial(find, root), world=WORLD, out=root / "found.json")
 
 
 if __name__ == "__main__":

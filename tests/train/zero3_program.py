@@ -1,8 +1,5 @@
 """Trains a small DiT on four processes, as two nodes of two, with ZeRO 2 and in all the ways of ZeRO 3, for test_zero3.py."""
 
-import json
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,10 @@ from torch import Tensor, nn
 from muybridge.models.blocks import DiTBlock
 from muybridge.models.dit import DiT
 from muybridge.models.dit_config import DiTConfig
-from muybridge.tests.ports import unused_port
+from muybridge.tests.train.forked_world import run_world
 from muybridge.train.activations import ActivationPolicy, ActivationsConfig, set_activation_policy
 from muybridge.train.ema import EMA, EMAConfig
-from muybridge.train.engine import Engine, initialise_distributed, shard_parameter
+from muybridge.train.engine import Engine, shard_parameter
 from muybridge.train.engine_config import EngineConfig, Precision
 from muybridge.train.flat_shards import fill
 from muybridge.train.optimizer import OptimizerConfig, build_optimizer
@@ -87,33 +84,16 @@ def train(zero: int, leaves: bool, policy: ActivationPolicy, node_shards: int | 
     return found
 
 
-def run_rank(rank: int, port: int, root: Path) -> None:
-    """One process, from its start to its report."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    initialise_distributed(EngineConfig(zero=0, precision=Precision.fp32, timeout_seconds=TIMEOUT_SECONDS))
+def find() -> dict[str, Any]:
+    """What one rank has to tell."""
     found: dict[str, Any] = {name: train(*case) for name, case in CASES.items()}
     made_later = (groups._get_data_parallel_group(), groups._get_zero_param_intra_parallel_group())
     found["limits"] = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made_later]
-    everyone: list[Any] = [None] * WORLD
-    dist.all_gather_object(everyone, found)
-    if rank == 0:
-        (root / "found.json").write_text(json.dumps(everyone))
-    dist.barrier()
-    os._exit(0)  # gloo's worker threads can abort a process that finalises Python after its work is done
+    return found
 
 
 def main(root: Path) -> None:
-    torch.set_num_threads(1)
-    fork, port = multiprocessing.get_context("fork"), unused_port()
-    ranks = [fork.Process(target=run_rank, args=(rank, port, root)) for rank in range(WORLD)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    if any(process.exitcode for process in ranks):
-        sys.exit(f"the ranks ended with {[process.exitcode for process in ranks]}")
+    run_world(find, world=WORLD, out=root / "found.json", timeout_seconds=TIMEOUT_SECONDS)
 
 
 if __name__ == "__main__":
