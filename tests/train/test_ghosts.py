@@ -55,7 +55,8 @@ def gradient(micro_batches: list[VideoBatch], world: int) -> torch.Tensor:
         engine=SimpleNamespace(model=model, backward=backward, step=step),
         window=SimpleNamespace(add=lambda *metrics: None),
         guard=SimpleNamespace(begin_step=ignore, add=ignore, accept=ignore, end_step=ignore),
-        compute_clock=SimpleNamespace(running=nullcontext),
+        clock=SimpleNamespace(running=nullcontext),
+        mesh=SimpleNamespace(sequence=SimpleNamespace(is_first=True)),
         step=0,
         world=world,
     )
