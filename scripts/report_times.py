@@ -32,7 +32,7 @@ TRAINING_PARTS = {
     "vae": "frozen autoencoder",
     "text": "text encoder",
     "model": "forward and backward",
-    "communication": "waiting for gradients of others",
+    "communication": "reducing gradients",
     "optimizer": "optimizer",
 }
 
