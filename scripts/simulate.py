@@ -126,11 +126,10 @@ def _check_groups(config: TrainConfig, processes: int, told: dict[int, dict[str,
     width = config.parallel.sequence
     for rank, facts in told.items():
         first = rank // width * width
-        sequence, data = list(range(first, first + width)), list(range(rank % width, processes, width))
-        assert facts["sequence"] == (sequence if width > 1 else None), (
-            f"rank {rank} shares clips with {facts['sequence']}"
-        )
-        assert facts["data"] == [data[0], data[-1], len(data)], f"rank {rank} has its data group wrong: {facts['data']}"
+        sequence = list(range(first, first + width)) if width > 1 else None
+        assert facts["sequence"] == sequence, f"rank {rank} shares clips with {facts['sequence']}"
+        place = [rank // width, processes // width]
+        assert facts["data"] == place, f"rank {rank} has the clips of place {facts['data']} and not {place}"
     return f"{processes // width} data groups x {width} along the sequence"
 
 
@@ -217,11 +216,7 @@ def _start_rank(config: TrainConfig, *, whole: bool) -> dict[str, Any]:
     seconds, began = {}, time.perf_counter()
     mesh = build_mesh(config.parallel, timeout_seconds=config.deepspeed.timeout_seconds)
     seconds["mesh"] = time.perf_counter() - began
-    members = {
-        axis: None if getattr(mesh, axis).group is None else dist.get_process_group_ranks(getattr(mesh, axis).group)
-        for axis in ("data", "sequence")
-    }
-    data = members["data"] or [dist.get_rank()]
+    group = mesh.sequence.group
     shapes = {}
     if whole:
         began = time.perf_counter()
@@ -231,8 +226,8 @@ def _start_rank(config: TrainConfig, *, whole: bool) -> dict[str, Any]:
     pieces = _small_engine(config)
     seconds["engine"] = time.perf_counter() - began
     return {
-        "sequence": members["sequence"],
-        "data": [data[0], data[-1], len(data)],
+        "sequence": None if group is None else dist.get_process_group_ranks(group),
+        "data": [mesh.data.rank, mesh.data.size],
         **shapes,
         "pieces": pieces,
         "file": f"shard-{dist.get_rank():05d}-of-{dist.get_world_size():05d}",

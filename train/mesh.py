@@ -7,7 +7,6 @@ DeepSpeed is never told: it sees all processes in one row, and each one's gradie
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 
@@ -25,11 +24,11 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Axis:
-    """This process's place along one axis of the grid, and those in line with it; no group where it is alone."""
+    """This process's place along one axis of the grid, and those in line with it."""
 
     rank: int
     size: int
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup | None  # none where it is alone, nor along `data`, where nothing is sent
 
     @property
     def is_first(self) -> bool:
@@ -45,19 +44,19 @@ class Mesh:
 
 
 def build_mesh(config: ParallelConfig, *, timeout_seconds: float) -> Mesh:
-    """The grid of all processes, `data` x `sequence`. Collective; the world size is a multiple of `config.sequence`.
+    """The grid of all processes, `data` x `sequence`. Collective along `sequence`; its size divides that of the world.
 
     `timeout_seconds` is what a collective of a group may take.
     """
     world, rank, width = dist.get_world_size(), dist.get_rank(), config.sequence
-    data: dist.ProcessGroup | None = None
-    sequence: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None
     if width > 1:
-        grid = torch.arange(world).view(-1, width)
+        first = rank // width * width
+        # Each makes its own and waits for its members only: otherwise thousands of processes wait for all at each of their groups.
         # A new group has torch's limit and not that of the first one, which is above those of the watchdog.
-        timeout = timedelta(seconds=timeout_seconds)
-        data, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=timeout)
-        sequence, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout)
-    elif world > 1:
-        data = dist.group.WORLD
-    return Mesh(Axis(rank // width, world // width, data), Axis(rank % width, width, sequence))
+        group = dist.new_group(
+            list(range(first, first + width)),
+            timeout=timedelta(seconds=timeout_seconds),
+            use_local_synchronization=True,
+        )
+    return Mesh(Axis(rank // width, world // width, None), Axis(rank % width, width, group))
