@@ -68,6 +68,15 @@ def start(function: Rank, folder: Path, *, world: int = 2) -> Group:
     return Group(folder, pids, began)
 
 
+def wait_for(group: Group) -> None:
+    """Shows what the ranks of a group said, and ends this program where one of them failed."""
+    while not group.has_ended():
+        time.sleep(0.01)
+    print("\n".join(group.facts()["said"]))
+    if any(group.codes.values()):
+        sys.exit(f"a world of {len(group.pids)} ended with {group.codes}")
+
+
 def _be(rank: int, world: int, function: Rank, folder: Path) -> None:
     code = 1
     try:

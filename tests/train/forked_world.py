@@ -1,4 +1,7 @@
-"""A world of ranks that are forked from this process, which has torch and DeepSpeed in memory, and what each of them found."""
+"""Ranks that are forked from this process, meet as those of a run do (`initialise_distributed`), and tell what they found.
+
+Those of forked.py meet by a file, and may fail, hang or be killed.
+"""
 
 import json
 import multiprocessing

@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from muybridge.kernels import attention, block_causal_mask
 from muybridge.models.dit import DiT
 from muybridge.models.dit_config import DiTConfig
 from muybridge.models.token_layout import AttentionPattern, SelfAttentionConfig
-from muybridge.tests.train.forked import start
+from muybridge.tests.train.forked import start, wait_for
 from muybridge.train.activations import ActivationPolicy, ActivationsConfig, set_activation_policy
 from muybridge.train.engine import Engine
 from muybridge.train.engine_config import EngineConfig, Precision
@@ -292,12 +291,7 @@ def main(root: Path) -> None:
         importlib.import_module(name)
     gc.freeze()  # no rank should go through all of this in search of garbage
     for world in (1, *GRIDS):
-        group = start(run_alone if world == 1 else run_world, root / f"w{world}", world=world)
-        while not group.has_ended():
-            time.sleep(0.01)
-        print("\n".join(group.facts()["said"]))
-        if any(group.codes.values()):
-            sys.exit(f"a world of {world} ended with {group.codes}")
+        wait_for(start(run_alone if world == 1 else run_world, root / f"w{world}", world=world))
 
 
 if __name__ == "__main__":

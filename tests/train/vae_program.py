@@ -3,7 +3,6 @@
 import gc
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from muybridge.models.vae import VAEConfig, VideoVAE
-from muybridge.tests.train.forked import start
+from muybridge.tests.train.forked import start, wait_for
 from muybridge.train.mesh import ParallelConfig, build_mesh
 from muybridge.train.vae_parallel import encode_in_parallel
 
@@ -75,12 +74,7 @@ def run_world(rank: int, folder: Path) -> None:
 def main(root: Path) -> None:
     gc.freeze()  # no rank should go through all of this in search of garbage
     for world in WORLDS:
-        group = start(run_world, root / f"w{world}", world=world)
-        while not group.has_ended():
-            time.sleep(0.01)
-        print("\n".join(group.facts()["said"]))
-        if any(group.codes.values()):
-            sys.exit(f"a world of {world} ended with {group.codes}")
+        wait_for(start(run_world, root / f"w{world}", world=world))
 
 
 if __name__ == "__main__":
